@@ -1,0 +1,90 @@
+"""Test a trained model. The checkpoint says everything: the model, the data, the normalisation.
+
+    python cifar_test.py --model_path ./models/best_model.pth
+    python cifar_test.py --model_path ./models/best_model.pth --per_class --confusion
+
+Prints `Test accuracy: NN.NN% (top-5 NN.NN%) on N images of CIFAR10`.
+"""
+
+import torch
+
+import utils
+from datasets import Loader, Split, check_classes, read_split
+from engine import evaluate
+from models_dynamic import model_from_checkpoint
+from utils import BadInput, say
+
+
+def load_model(path):
+    """(model in eval mode, checkpoint) from a checkpoint of this project. Raises BadInput if it is none."""
+    checkpoint = utils.load_checkpoint(path)
+    if not {"model", "model_args", "data"} <= checkpoint.keys():
+        raise BadInput(f"{path} was not written by this project's training: it does not say its model and data")
+    try:
+        return model_from_checkpoint(checkpoint), checkpoint
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def test_split(checkpoint, data_path=None) -> Split:
+    """The test images of a checkpoint's data set, from `data_path` or where they were when it was trained."""
+    data = checkpoint["data"]
+    path = data_path or checkpoint["args"].get("data_path")
+    images, labels, classes = read_split(data["name"], path, False, data["input_size"])
+    check_classes(classes, data["classes"], "the test images", "the model")
+    return Split(images, labels)
+
+
+def test_model(model_path, data_path=None, device=None, batch_size=256, per_class=False, confusion=False) -> dict:
+    """Score a checkpoint on its data set's test images, every image once, in full precision, and print the result.
+
+    Returns:
+        `evaluate`'s figures.
+
+    Raises:
+        BadInput: no checkpoint of this project, or its images are not there.
+    """
+    model, checkpoint = load_model(model_path)
+    device = device or utils.pick_device()
+    data, split = checkpoint["data"], test_split(checkpoint, data_path)
+    batches = Loader(split.to(device), data, batch_size, rank=utils.rank(), world_size=utils.world_size())
+    result = evaluate(model.to(device), batches, keep_predictions=True)
+    accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
+    say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
+    if (per_class or confusion) and utils.world_size() == 1:
+        _print_confusion(split.labels, result["predictions"], data["classes"], per_class, confusion)
+    return result
+
+
+def _print_confusion(labels, predictions, classes, per_class, confusion):
+    from sklearn.metrics import confusion_matrix
+
+    counts = torch.from_numpy(confusion_matrix(labels, predictions, labels=range(len(classes))))
+    width = max(map(len, classes))
+    if per_class:
+        print("\nAccuracy of each class")
+        for name, row, right in zip(classes, counts, counts.diagonal().tolist()):
+            total = int(row.sum())
+            print(f"  {name:{width}}  {100 * right / max(total, 1):6.2f}%  ({right} of {total})")
+    if confusion:
+        cell = max(4, len(str(int(counts.max()))) + 1)
+        print("\nConfusion matrix: rows are true classes, columns the predicted ones in the same order")
+        for name, row in zip(classes, counts.tolist()):
+            print(f"  {name:{width}} " + "".join(f"{n:{cell}}" for n in row))
+
+
+def main(argv=None):
+    parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its data set's test images.")
+    parser.add_argument("--model_path", default="./models/best_model.pth", help="checkpoint")
+    parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("--batch_size", type=utils.number(int, 1), default=256, help="images at a time")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--per_class", action="store_true", help="print the accuracy of each class")
+    parser.add_argument("--confusion", action="store_true", help="print the confusion matrix")
+    args = parser.parse_args(argv)
+    device = utils.pick_device(args.device)
+    test_model(args.model_path, args.data_path, device, args.batch_size, args.per_class, args.confusion)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,189 @@
+"""`train_model`: the epochs, validation, saving. `cifar_main.py` is what a user starts."""
+
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from datasets import ImageData, Loader, TrainTransform
+from engine import evaluate, train_one_epoch
+from models_dynamic import DynamicViT
+from utils import BadInput, RunFailed, say
+
+
+def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
+    """Train `model`, validate after each epoch, and write:
+
+    `args.model_path` (the weights with the best validation accuracy; without validation images the last ones), and in
+    `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines) and `training_curves.png/.pdf`.
+
+    Args:
+        model: on the CPU or `device`, not wrapped.
+        args: the flags of `cifar_main.py`.
+
+    Returns:
+        The metrics of the saved weights.
+
+    Raises:
+        BadInput: the checkpoint to resume from is of another model or other data; a folder cannot be written.
+        RunFailed: a loss that is not finite.
+    """
+    folder, model_path = utils.writable_folder(args.output_dir), Path(args.model_path)
+    utils.writable_folder(model_path.parent)
+    model.to(device)
+    amp_dtype = utils.amp_dtype(args.amp, device)
+    if device.type == "cpu" and amp_dtype is not None:
+        model.set_fused_attention(False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
+    description = data.description()
+    share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
+    transform = TrainTransform(description, args.aug, args.hflip, args.reprob)
+    batches = Loader(
+        data.train.to(device), description, transform=transform, passes=args.repeats, seed=args.seed, **share
+    )
+    val_batches = Loader(data.val.to(device), description, **share) if data.val else None
+
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
+    steps_per_epoch = -(-len(batches) // args.accum_steps)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=1e-6,
+        min_lr=1e-6, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+    )  # fmt: skip
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(
+            args.mixup, args.cutmix, prob=args.mix_prob, label_smoothing=args.smoothing, num_classes=len(data.classes)
+        )
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
+    ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
+
+    state = {"epoch": 0, "step": 0, "best": None}
+    if args.resume:
+        state |= _resume(args.resume, model, description, args, optimizer, scaler, ema)
+    wrapped = DistributedDataParallel(model) if utils.world_size() > 1 else model
+    if args.compile:
+        wrapped = torch.compile(wrapped)
+
+    log = folder / "log.txt"
+    if utils.is_main() and not args.resume:
+        log.unlink(missing_ok=True)
+        utils.append_json(log, {
+            "args": utils.plain_args(args), "model_args": model.model_args, "data": description,
+            "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(),
+        })  # fmt: skip
+    best, step = state["best"], state["step"]
+    for epoch in range(state["epoch"], args.epochs):
+        if step == args.max_steps:
+            break
+        batches.set_epoch(epoch)
+        title = f"epoch {epoch + 1}/{args.epochs}"
+        try:
+            trained = train_one_epoch(
+                wrapped, batches, criterion, optimizer, scheduler, step=step, last_step=args.max_steps,
+                accum_steps=args.accum_steps, mixup=mixup, amp_dtype=amp_dtype, scaler=scaler, clip_grad=args.clip_grad,
+                on_step=None if ema is None else lambda taken: ema.update(model, taken), title=title,
+            )  # fmt: skip
+        except RunFailed as error:
+            kept = (
+                f"{folder / 'checkpoint.pth'} holds the weights of epoch {epoch}" if epoch else "nothing was saved yet"
+            )
+            raise RunFailed(f"{title}: {error}; {kept}. Try a lower --lr, or --clip_grad 1") from None
+        step = trained["step"]
+        metrics = _metrics(epoch + 1, trained, optimizer, model, ema, val_batches)
+        say(_line(title, metrics))
+        better = best is None or val_batches is None or _rank(metrics) > _rank(best)
+        best = metrics if better else best
+        if utils.is_main():
+            _save(
+                model_path if better else None,
+                folder,
+                model,
+                description,
+                args,
+                metrics,
+                best,
+                step,
+                optimizer,
+                scaler,
+                ema,
+            )
+            utils.append_json(log, metrics)
+            utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
+    return best
+
+
+def _metrics(epoch, trained, optimizer, model, ema, val_batches) -> dict:
+    """One epoch's record in the log. With EMA, `val_*` are the figures of the EMA weights, which are what is saved."""
+    rate = trained["images"] * utils.world_size() / trained["seconds"]
+    metrics = {
+        "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"], "lr": optimizer.param_groups[0]["lr"],
+        "seconds": round(trained["seconds"], 3), "images_per_s": round(rate, 1),
+    }  # fmt: skip
+    if val_batches is not None:
+        scored = evaluate(model, val_batches)
+        if ema is not None:
+            metrics |= {"raw_val_loss": scored["loss"], "raw_val_top1": scored["top1"]}
+            scored = evaluate(ema.module, val_batches)
+        metrics |= {"val_loss": scored["loss"], "val_top1": scored["top1"], "val_top5": scored["top5"]}
+    return metrics
+
+
+def _rank(metrics):
+    return metrics["val_top1"], -metrics["val_loss"]
+
+
+def _line(title, metrics) -> str:
+    words = [f"train loss {metrics['train_loss']:.4f}"]
+    if "val_top1" in metrics:
+        words += [f"val loss {metrics['val_loss']:.4f}", f"val accuracy {metrics['val_top1']:.2f}%"]
+    if "raw_val_top1" in metrics:
+        words[-1] += f" (EMA; without {metrics['raw_val_top1']:.2f}%)"
+    words += [f"lr {metrics['lr']:.2e}", f"{metrics['images_per_s']:,.0f} images/s", f"{metrics['seconds']:.1f} s"]
+    return f"{title}: " + ", ".join(words)
+
+
+def _save(best_path, folder, model, description, args, metrics, best, step, optimizer, scaler, ema):
+    """`checkpoint.pth`, and the result if there is a path for it."""
+    common = {
+        "model_args": model.model_args, "data": description, "args": utils.plain_args(args), "epoch": metrics["epoch"],
+        "metrics": metrics,
+    }  # fmt: skip
+    if best_path is not None:
+        utils.save_checkpoint(best_path, {"model": (model if ema is None else ema.module).state_dict(), **common})
+    utils.save_checkpoint(folder / "checkpoint.pth", {
+        "model": model.state_dict(), **common, "step": step, "best": best, "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "ema": None if ema is None else ema.module.state_dict(), "random": utils.random_states(),
+    })  # fmt: skip
+
+
+def _resume(path, model, description, args, optimizer, scaler, ema) -> dict:
+    """Put everything back as it was when the checkpoint was written; returns epochs and steps done, and the best."""
+    saved = utils.load_checkpoint(path)
+    if "optimizer" not in saved or "model_args" not in saved:
+        raise BadInput(f"{path} cannot be resumed from: it has no optimizer state; give the run's checkpoint.pth")
+    for what, there, here in (
+        ("model", saved["model_args"], model.model_args),
+        ("data", saved["data"], description),
+        ("--ema", {"ema": bool(saved["ema"])}, {"ema": bool(ema)}),
+    ):
+        other = [f"{k} is {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
+        if other:
+            raise BadInput(f"--resume: the {what} of {path} differs: {'; '.join(other)}; give the same flags")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if scaler is not None and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    if ema is not None:
+        ema.module.load_state_dict(saved["ema"])
+    utils.set_random_states(saved["random"])
+    if saved["epoch"] >= args.epochs:
+        say(f"{path} has all {saved['epoch']} epochs; --epochs with a larger number goes on")
+    else:
+        say(f"going on after epoch {saved['epoch']} of {path}")
+    return {name: saved[name] for name in ("epoch", "step", "best")}

@@ -1,0 +1,521 @@
+"""Images in memory: data sets, the transforms of training and evaluation, and the loader.
+
+Every set is one uint8 tensor (M, 3, s, s) on the training device. Augmentation works there on many images at once, with
+a draw of its own for each image, so that no training step waits for data. An evaluated or drawn image is only
+resized and normalised.
+"""
+
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils import BadInput
+
+DATA_SETS = ("CIFAR10", "CIFAR100", "DIGITS", "FOLDER")
+
+
+@dataclass
+class Split:
+    images: Tensor  # (M, 3, h, w) uint8
+    labels: Tensor  # (M,) int64
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to(self, device):
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass
+class ImageData:
+    """A data set, split. `val` is None if nothing was held out; mean and std are of the training images, in 0..1."""
+
+    name: str
+    classes: list[str]
+    input_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    train: Split
+    val: Split | None
+    test: Split
+
+    def description(self) -> dict:
+        """What a checkpoint says about its data, as plain values."""
+        sizes = {part: len(getattr(self, part) or ()) for part in ("train", "val", "test")}
+        return {
+            "name": self.name, "classes": list(self.classes), "input_size": tuple(self.input_size),
+            "mean": list(self.mean), "std": list(self.std), "images": sizes,
+        }  # fmt: skip
+
+
+# Data sets -------------------------------------------------------------------------------------------------------
+
+
+def detect_data_set(path) -> str:
+    """The name of the data set under `path`: what lies there decides, else the folder's name, else CIFAR10."""
+    if path is None:
+        return "CIFAR10"
+    path = Path(path)
+    for name, folder in (("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python"), ("FOLDER", "train")):
+        if (path / folder).is_dir():
+            return name
+    return path.name.upper() if path.name.upper() in ("CIFAR10", "CIFAR100", "DIGITS") else "CIFAR10"
+
+
+def load_data(name, path, input_size, val_size=None) -> ImageData:
+    """Load a data set and hold out validation images, stratified and the same ones in every run.
+
+    Args:
+        val_size: a share of the training images below 1, or a number of images; None: 5,000 for CIFAR, else 10 %.
+
+    Raises:
+        BadInput: nothing there, a broken image, classes that differ between the splits, no images to hold out.
+    """
+    images, labels, classes = read_split(name, path, True, input_size)
+    test_images, test_labels, test_classes = read_split(name, path, False, input_size)
+    check_classes(classes, test_classes, "the training images", "the test images")
+    if val_size is None:
+        val_size = 5000 if name.startswith("CIFAR") else 0.1
+    train, val = _hold_out(Split(images, labels), val_size)
+    mean, std = channel_statistics(train.images)
+    return ImageData(name, classes, input_size, mean, std, train, val, Split(test_images, test_labels))
+
+
+def check_classes(these, those, these_are, those_are):
+    """Raise BadInput, naming the difference, unless two lists of classes are the same."""
+    if list(these) == list(those):
+        return
+    only = [f"only {what} have {', '.join(sorted(rest)[:10])}" for rest, what in (
+        (set(these) - set(those), these_are), (set(those) - set(these), those_are)) if rest]  # fmt: skip
+    raise BadInput(f"{these_are} and {those_are} differ in their classes: {'; '.join(only) or 'another order'}")
+
+
+def read_split(name, path, train, input_size) -> tuple[Tensor, Tensor, list[str]]:
+    """One split of a data set: images (M, 3, h, w) uint8, labels (M,), class names."""
+    if name == "DIGITS":
+        return _read_digits(train)
+    if name == "FOLDER":
+        return _read_folder(path, train, input_size)
+    return _read_cifar(name, path or f"./data/{name}", train)
+
+
+def _read_cifar(name, path, train):
+    import torchvision
+
+    kind = getattr(torchvision.datasets, name)
+    there = (Path(path) / kind.base_folder).is_dir()
+    try:
+        data = kind(path, train=train, download=not there)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a cut archive is a RuntimeError
+        if there:
+            raise BadInput(
+                f"{Path(path) / kind.base_folder} is damaged ({error}); remove it to download again"
+            ) from None
+        raise BadInput(
+            f"no {name} under {path}, and it cannot be downloaded ({getattr(error, 'reason', error)}); "
+            "put it there, or try --data_set DIGITS, which needs no download"
+        ) from None
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
+
+
+def _read_digits(train):
+    """The 1,797 handwritten digits that scikit-learn ships (8 x 8, 0..16), as 32 x 32 RGB; 360 of them are the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    chosen = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+    chosen = chosen[0] if train else chosen[1]
+    small = torch.from_numpy(digits.images[chosen]).float()[:, None] * (255 / 16)
+    images = F.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return images.contiguous(), torch.from_numpy(digits.target[chosen]).long(), [str(n) for n in range(10)]
+
+
+def _read_folder(path, train, input_size):
+    """`path/train/<class>/*`, or `path/test/` (else `path/val/`), in any format that Pillow reads."""
+    from tqdm import tqdm
+
+    if path is None:
+        raise BadInput("--data_set FOLDER needs --data_path, a folder with train/<class>/ and test/<class>/")
+    names = ("train",) if train else ("test", "val")
+    root = next((Path(path) / n for n in names if (Path(path) / n).is_dir()), None)
+    if root is None:
+        raise BadInput(f"there is no folder {' or '.join(str(Path(path) / n) for n in names)}; give --data_path")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise BadInput(f"{root} has no class folders; put the images into {root}/<class>/")
+    endings = _image_endings()
+    files = []
+    for label, name in enumerate(classes):
+        found = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in endings and f.name[0] != ".")
+        if not found:
+            raise BadInput(f"class folder {root / name} has no images; add some or remove it")
+        files += [(file, label) for file in found]
+    _check_memory(len(files), input_size)
+    images = torch.empty(len(files), 3, *input_size, dtype=torch.uint8)
+
+    def read(i):
+        images[i] = fit_image(read_image(files[i][0]), input_size)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in tqdm(pool.map(read, range(len(files))), f"reading {root}", len(files), leave=False, disable=None):
+            pass
+    return images, torch.tensor([label for _, label in files]), classes
+
+
+def _image_endings() -> set[str]:
+    from PIL import Image
+
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _check_memory(count, size):
+    wanted = count * 3 * size[0] * size[1]
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError):  # not every system tells
+        return
+    if wanted > free:
+        raise BadInput(
+            f"{count} images of {size[0]} x {size[1]} pixels need {wanted / 2**30:.1f} GiB of memory, "
+            f"{free / 2**30:.1f} are free; choose a smaller --input_size"
+        )
+
+
+def read_image(path):
+    """A file as a person would see it: a PIL image in RGB, turned as its EXIF says, transparency on white.
+
+    Raises BadInput, naming the file, if Pillow cannot read it.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits; Pillow would cut values off at 255
+                    image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise many kinds
+        raise BadInput(f"cannot read the image {path} ({error}); mend or remove it") from None
+
+
+def crop_box(width, height, size) -> tuple[float, float, float, float]:
+    """The largest centred box of an image that has the shape of `size` (h, w): left, upper, right, lower."""
+    scale = min(height / size[0], width / size[1])
+    box_h, box_w = size[0] * scale, size[1] * scale
+    left, upper = (width - box_w) / 2, (height - box_h) / 2
+    return left, upper, left + box_w, upper + box_h
+
+
+def fit_image(image, size) -> Tensor:
+    """Resize and centre-crop a PIL image to `size` (h, w): (3, h, w) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    if (image.height, image.width) != tuple(size):
+        box = crop_box(image.width, image.height, size)
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _hold_out(data: Split, val_size) -> tuple[Split, Split | None]:
+    from sklearn.model_selection import train_test_split
+
+    if val_size == 0:
+        return data, None
+    try:
+        kept, held = train_test_split(
+            range(len(data)), test_size=val_size if val_size < 1 else int(val_size),
+            stratify=data.labels.numpy(), random_state=0,
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"--val_size {val_size} of {len(data)} training images cannot be held out: {error}") from None
+    return Split(data.images[kept], data.labels[kept]), Split(data.images[held], data.labels[held])
+
+
+# Transforms ------------------------------------------------------------------------------------------------------
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of (M, 3, h, w) uint8 images, in 0..1."""
+    histograms = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    share = histograms / histograms.sum(dim=1, keepdim=True)  # (3, 256)
+    values = torch.arange(256, dtype=torch.double) / 255
+    mean = share @ values
+    std = (share @ values.square() - mean.square()).clamp_min(1e-8).sqrt()
+    return mean.tolist(), std.tolist()
+
+
+def _channels(values, images):
+    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+
+
+def normalise(images: Tensor, mean, std) -> Tensor:
+    """uint8 or float images in 0..255 -> float, mean 0 and standard deviation 1 over the training set."""
+    scale = 1 / (255 * _channels(std, images))
+    return images.float().mul_(scale).sub_(_channels(mean, images) * 255 * scale)
+
+
+def denormalise(images: Tensor, mean, std) -> Tensor:
+    """The inverse of `normalise`: uint8, as a person would see them."""
+    images = (images * _channels(std, images) + _channels(mean, images)) * 255
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def resize(images: Tensor, size) -> Tensor:
+    """(B, 3, h, w) in 0..255 to `size` (h, w), on their device; unchanged if they have that size."""
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return F.interpolate(images.float(), size=tuple(size), mode="bicubic", antialias=True).clamp_(0, 255)
+
+
+def eval_transform(images: Tensor, data) -> Tensor:
+    """(B, 3, h, w) uint8 -> normalised, at the input size: the one transform of testing and drawing.
+
+    `data`: a checkpoint's description of its data, or anything with its keys.
+    """
+    return normalise(resize(images, data["input_size"]), data["mean"], data["std"])
+
+
+class TrainTransform:
+    """Random crop and flip, an augmentation policy, resize, normalise, random erasing; one draw for each image.
+
+    The draws come from a CPU generator, so that they are the same on every device and no device is waited for.
+
+    Args:
+        data: a description of the data (see `eval_transform`).
+        aug: 'trivial' (TrivialAugment Wide, arXiv 2103.10158), 'rand' (RandAugment with 2 operations of magnitude
+            9 of 30, 1909.13719) or 'none'.
+        hflip: probability of a horizontal flip.
+        reprob: probability of random erasing (1708.04896).
+        pad: pixels of black around the image before the crop; by default an eighth of its height.
+    """
+
+    def __init__(self, data, aug="trivial", hflip=0.5, reprob=0.25, pad=None):
+        self.data, self.aug, self.hflip, self.reprob, self.pad = data, aug, hflip, reprob, pad
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        images = crop_and_flip(images, generator, images.shape[2] // 8 if self.pad is None else self.pad, self.hflip)
+        if self.aug == "trivial":
+            images = random_operation(images, generator, TRIVIAL, level=None)
+        elif self.aug == "rand":
+            for _ in range(2):
+                images = random_operation(images, generator, RAND, level=9)
+        images = eval_transform(images, self.data)
+        return erase(images, generator, self.reprob) if self.reprob else images
+
+
+def _draw(generator, like: Tensor, low=0.0, high=1.0) -> Tensor:
+    """(B,) uniform numbers on the device of the images `like`."""
+    numbers = torch.rand(len(like), generator=generator) * (high - low) + low
+    return numbers.to(like.device, non_blocking=True)
+
+
+def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels (rows[b, y, x], columns[b, y, x]) of each image b; the index is shared by the channels."""
+    B, C, h, w = images.shape
+    index = (rows * w + columns).view(B, 1, -1).expand(B, C, -1)
+    return images.reshape(B, C, -1).gather(2, index).view(B, C, *rows.shape[1:])
+
+
+def crop_and_flip(images: Tensor, generator, pad, hflip) -> Tensor:
+    """Pad with black, cut out a window of the old size, mirror some: each image at its own offset."""
+    B, _, h, w = images.shape
+    top = (_draw(generator, images) * (2 * pad + 1)).long()
+    left = (_draw(generator, images) * (2 * pad + 1)).long()
+    mirrored = _draw(generator, images) < hflip
+    columns = torch.arange(w, device=images.device).expand(B, w)
+    columns = torch.where(mirrored[:, None], w - 1 - columns, columns) + left[:, None]
+    rows = torch.arange(h, device=images.device) + top[:, None]
+    return _take(F.pad(images, (pad,) * 4), rows[:, :, None].expand(B, h, w), columns[:, None, :].expand(B, h, w))
+
+
+def erase(images: Tensor, generator, probability, area=(0.02, 0.4), aspect=(0.3, 1 / 0.3)) -> Tensor:
+    """Set a rectangle of some images to 0, the mean colour (Random Erasing, arXiv 1708.04896), in place."""
+    B, _, h, w = images.shape
+    chosen = _draw(generator, images) < probability
+    pixels = _draw(generator, images, *area) * (h * w)
+    ratio = _draw(generator, images, math.log(aspect[0]), math.log(aspect[1])).exp()
+    height, width = (pixels * ratio).sqrt().round().clamp(1, h), (pixels / ratio).sqrt().round().clamp(1, w)
+    top = (_draw(generator, images) * (h - height + 1)).floor()
+    left = (_draw(generator, images) * (w - width + 1)).floor()
+    y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+    rows = (y >= top[:, None]) & (y < (top + height)[:, None]) & chosen[:, None]  # (B, h)
+    columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, w)
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+# Augmentation policies: the operations, and the magnitude of each at the highest level, 30. Images stay uint8, and the
+# arithmetic is torchvision's, but every image has a magnitude of its own.
+TRIVIAL = dict(
+    identity=0, shear_x=0.99, shear_y=0.99, translate_x=32, translate_y=32, rotate=135, brightness=0.99, color=0.99,
+    contrast=0.99, sharpness=0.99, posterize=6, solarize=255, autocontrast=0, equalize=0,
+)  # fmt: skip
+RAND = TRIVIAL | dict(
+    shear_x=0.3, shear_y=0.3, translate_x=14.5, translate_y=14.5, rotate=30, brightness=0.9, color=0.9, contrast=0.9,
+    sharpness=0.9, posterize=4,
+)  # fmt: skip
+WARPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def random_operation(images: Tensor, generator, policy: dict, level: int | None) -> Tensor:
+    """Apply one operation of the policy, drawn for each image, at `level` of 30 (None: drawn too, 0..30)."""
+    B = len(images)
+    drawn = torch.randint(len(policy), (B,), generator=generator)
+    levels = torch.randint(31, (B,), generator=generator) if level is None else torch.full((B,), level)
+    sign = torch.randint(2, (B,), generator=generator) * 2 - 1
+    images = images.clone()
+    for i, (name, largest) in enumerate(policy.items()):
+        chosen = (drawn == i).nonzero()[:, 0]
+        if name == "identity" or not len(chosen):
+            continue
+        magnitude = levels[chosen] * (largest / 30)
+        if name not in ("posterize", "solarize"):
+            magnitude = magnitude * sign[chosen]
+        magnitude = magnitude.to(images.device, non_blocking=True)[:, None, None, None]
+        chosen = chosen.to(images.device, non_blocking=True)
+        images[chosen] = apply_operation(name, images[chosen], magnitude)
+    return images
+
+
+def apply_operation(name: str, images: Tensor, magnitude: Tensor) -> Tensor:
+    """One operation on (B, 3, h, w) uint8 images with magnitudes (B, 1, 1, 1); see `TRIVIAL` for the names."""
+    if name in WARPS:
+        return _warp(images, name, magnitude)
+    if name == "brightness":
+        return _blend(images, 0, 1 + magnitude)
+    if name == "color":
+        return _blend(images, _grey(images), 1 + magnitude)
+    if name == "contrast":
+        return _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), 1 + magnitude)
+    if name == "sharpness":
+        return _blend(images, _blur(images), 1 + magnitude)
+    if name == "posterize":  # the number of bits that are cleared
+        kept = -(2 ** magnitude.round().int())
+        return images & kept.to(torch.uint8)
+    if name == "solarize":  # inverted from 255 - magnitude on
+        return torch.where(images >= 255 - magnitude, 255 - images, images)
+    return {"autocontrast": _autocontrast, "equalize": _equalize}[name](images)
+
+
+def _warp(images, name, magnitude):
+    """Move pixels, nearest neighbour, black from outside; shears keep the upper left corner."""
+    _, _, h, w = images.shape
+    m = magnitude[:, 0]  # (B, 1, 1)
+    y = torch.arange(h, device=images.device, dtype=torch.float32)[None, :, None]
+    x = torch.arange(w, device=images.device, dtype=torch.float32)[None, None, :]
+    if name == "rotate":
+        cos, sin = torch.cos(m * (math.pi / 180)), torch.sin(m * (math.pi / 180))
+        cy, cx = (h - 1) / 2, (w - 1) / 2
+        from_x = cos * (x - cx) - sin * (y - cy) + cx
+        from_y = sin * (x - cx) + cos * (y - cy) + cy
+    else:
+        from_x = x + m * (y + 0.5) if name == "shear_x" else x - m.trunc() if name == "translate_x" else x + 0 * m
+        from_y = y + m * (x + 0.5) if name == "shear_y" else y - m.trunc() if name == "translate_y" else y + 0 * m
+    from_y, from_x = torch.broadcast_tensors(from_y.round().long(), from_x.round().long())
+    inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)
+    return _take(images, from_y.clamp(0, h - 1), from_x.clamp(0, w - 1)) * inside[:, None]
+
+
+def _blend(images, other, ratio):
+    return (ratio * images + (1 - ratio) * other).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images):
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
+
+
+def _blur(images):
+    kernel = images.new_ones(3, 3, dtype=torch.float32)
+    kernel[1, 1] = 5
+    blurred = images.float()
+    inner = F.conv2d(blurred, (kernel / 13).expand(3, 1, 3, 3), groups=3).round()
+    blurred[:, :, 1:-1, 1:-1] = inner
+    return blurred
+
+
+def _autocontrast(images):
+    low = images.amin(dim=(2, 3), keepdim=True).float()
+    high = images.amax(dim=(2, 3), keepdim=True).float()
+    flat = low == high
+    scale = torch.where(flat, 1.0, 255 / (high - low))
+    return ((images - torch.where(flat, 0.0, low)) * scale).clamp_(0, 255).to(torch.uint8)
+
+
+def _equalize(images):
+    values = images.flatten(2).long()  # (B, 3, h * w)
+    histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
+    histogram.scatter_add_(2, values, torch.ones_like(values))
+    last = histogram.gather(2, values.amax(dim=2, keepdim=True))
+    step = (values.shape[2] - last) // 255  # (B, 3, 1)
+    table = (histogram.cumsum(2) - histogram + step // 2) // step.clamp_min(1)
+    equal = table.clamp_(0, 255).gather(2, values).to(torch.uint8).view_as(images)
+    return torch.where(step[..., None] == 0, images, equal)
+
+
+# Loader ----------------------------------------------------------------------------------------------------------
+
+# Images are transformed this many values at a time, several batches at once, since an operation on a few images costs
+# little more than on one; larger pieces leave the cache.
+CHUNK = 4_000_000
+
+
+class Loader:
+    """Batches of (images (B, 3, h, w) normalised, labels (B,)), transformed on the device of the split's images.
+
+    With a `TrainTransform`: shuffled anew in each pass, the last incomplete batch dropped, and all randomness a
+    function of (seed, epoch), so that a resumed run goes on as if never stopped. Without one: in order, all once.
+    Over several processes each takes its share, without padding.
+
+    Args:
+        data: a description of the data (see `eval_transform`).
+        passes: how often an epoch goes through the images.
+    """
+
+    def __init__(self, split: Split, data, batch_size, transform=None, passes=1, seed=0, rank=0, world_size=1):
+        self.split, self.data, self.transform = split, data, transform
+        self.passes, self.seed, self.rank, self.world_size = passes, seed, rank, world_size
+        self.epoch = 0
+        self.count = passes * len(split) // world_size if transform else len(range(rank, len(split), world_size))
+        # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
+        self.batch_size = min(batch_size, max(self.count - self.count % 2, 1)) if transform else batch_size
+
+    def __len__(self):
+        return self.count // self.batch_size if self.transform else -(-self.count // self.batch_size)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order, generator = self._order()
+        _, _, h, w = self.split.images.shape
+        larger = max(h * w, math.prod(self.data["input_size"]))
+        chunk = max(1, CHUNK // (3 * larger * self.batch_size)) * self.batch_size
+        device = self.split.images.device
+        for start in range(0, len(order), chunk):
+            index = order[start : start + chunk].to(device, non_blocking=True)
+            images, labels = self.split.images[index], self.split.labels[index]
+            images = self.transform(images, generator) if self.transform else eval_transform(images, self.data)
+            yield from zip(images.split(self.batch_size), labels.split(self.batch_size))
+
+    def _order(self) -> tuple[Tensor, torch.Generator]:
+        if not self.transform:
+            return torch.arange(self.rank, len(self.split), self.world_size), None
+        seed = (self.seed * 1_000_003 + self.epoch) * 1_009
+        shuffle = torch.Generator().manual_seed(seed)  # the same in every process
+        order = torch.cat([torch.randperm(len(self.split), generator=shuffle) for _ in range(self.passes)])
+        order = order[self.rank :: self.world_size][: len(self) * self.batch_size]
+        return order, torch.Generator().manual_seed(seed + 1 + self.rank)

@@ -1,0 +1,509 @@
+"""A Vision Transformer whose class token and register tokens enter at a block of your choice.
+
+    model = DynamicViT(img_size=224, patch_size=16, embed_dim=384, num_heads=6, cls_pos=6, reg_pos=3)
+    logits = model(images)                              # (B, 3, h, w) -> (B, K)
+    maps = model.attention_maps(images, blocks=[6, 11])  # what CLS and the registers attend to
+    maps[11].cls                                        # (B, H, gh, gw)
+
+Letters: B batch, N tokens now in the sequence, P patches, R registers, D width, H heads, d head width,
+K classes; h, w pixels; gh, gw the grid of patches. Blocks are counted from 0.
+
+Sources: ViT (arXiv 2010.11929), DeiT (2012.12877), CaiT, a class token that enters late (2103.17239),
+"Vision Transformers Need Registers" (2309.16588). Blocks and layers are timm's.
+"""
+
+import math
+import operator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
+from timm.models import register_model
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+DEFAULT_NORM = partial(nn.LayerNorm, eps=1e-6)
+
+SIZES = {
+    "dynamic_vit_tiny_patch16_224": dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "dynamic_vit_small_patch16_224": dict(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "dynamic_vit_base_patch16_224": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    # ViT of "Vision Transformer for Small-Size Datasets" (arXiv 2112.13492): 2.7 M parameters.
+    "dynamic_vit_cifar": dict(
+        img_size=32, patch_size=4, num_classes=10, embed_dim=192, depth=9, num_heads=12, mlp_ratio=2.0
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where each kind of token stands in a sequence `[CLS | patches | registers]`; None where it is absent."""
+
+    cls: slice | None
+    patches: slice
+    registers: slice | None
+    length: int
+
+
+@dataclass
+class AttentionMaps:
+    """Attention from CLS and from each register to every patch, at one block.
+
+    Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to CLS and registers.
+    A token that has not entered yet is None.
+    """
+
+    cls: Tensor | None  # (B, H, gh, gw)
+    registers: Tensor | None  # (B, R, H, gh, gw)
+
+
+class DynamicViT(nn.Module):
+    """Vision Transformer with a chosen entry block for the class token and for the register tokens.
+
+    Args:
+        img_size: pixels, one number or (h, w); each must be a multiple of the patch size.
+        patch_size: pixels, one number or (h, w).
+        num_classes: K; 0 leaves out the head, and the forward pass returns the classified token.
+        num_register_tokens: R; 0 means that there is no such parameter, and `reg_pos` is ignored.
+        cls_pos: CLS is present at the input of this block, 0..depth-1; None: no class token, the mean of the
+            patch tokens is classified.
+        reg_pos: the same for the registers.
+        drop_rate: dropout after the position embedding, after the attention's projection and in the MLP.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: stochastic depth, growing linearly from 0 to this rate at the last block.
+        init_values: initial LayerScale (CaiT, arXiv 2103.17239); None: no LayerScale.
+        norm_layer: a model with another one than the default cannot be described by `model_args`.
+
+    Raises:
+        ValueError: a position outside the blocks, a width that the heads do not divide, an image that the
+            patches do not tile.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        num_register_tokens: int = 4,
+        cls_pos: int | None = 0,
+        reg_pos: int = 0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+        norm_layer=DEFAULT_NORM,
+    ):
+        super().__init__()
+        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
+        if embed_dim % num_heads:
+            raise ValueError(f"width {embed_dim} is not divisible by {num_heads} heads")
+        if img_size[0] % patch_size[0] or img_size[1] % patch_size[1] or 0 in img_size:
+            raise ValueError(
+                f"an image of {img_size[0]} x {img_size[1]} pixels is not divisible into patches of "
+                f"{patch_size[0]} x {patch_size[1]}"
+            )
+        if num_register_tokens < 0:
+            raise ValueError(f"the number of registers must be at least 0, not {num_register_tokens}")
+        self.depth, self.embed_dim, self.num_classes = depth, embed_dim, num_classes
+        self.num_register_tokens = num_register_tokens
+        self.cls_pos = None if cls_pos is None else self._check_block(cls_pos, "cls_pos")
+        self.reg_pos = self._check_block(reg_pos, "reg_pos") if num_register_tokens else None
+        self._norm_layer = norm_layer
+        self._model_args = dict(
+            img_size=tuple(img_size), patch_size=tuple(patch_size), in_chans=in_chans, num_classes=num_classes,
+            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+            num_register_tokens=num_register_tokens, cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0,
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate, init_values=init_values,
+        )  # fmt: skip
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
+        if self.cls_pos is not None:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=drop_rate, attn_drop=attn_drop_rate,
+                init_values=init_values, drop_path=float(rate), norm_layer=norm_layer,
+            )
+            for rate in torch.linspace(0, drop_path_rate, depth)
+        )  # fmt: skip
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._init_weights()
+
+    def _init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Random, not zero: registers that start equal get equal gradients and stay equal for ever.
+        for name in self.no_weight_decay():
+            nn.init.trunc_normal_(getattr(self, name), std=0.02)
+
+    @property
+    def model_args(self) -> dict:
+        """Plain values from which `DynamicViT(**model_args)` builds this model again."""
+        if self._norm_layer is not DEFAULT_NORM:
+            raise ValueError("a model with its own norm_layer cannot be described by plain values")
+        return dict(self._model_args)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(gh, gw)."""
+        return self.patch_embed.grid_size
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are tokens or positions; timm's optimizers ask for them."""
+        return {name for name in ("pos_embed", "cls_token", "register_tokens") if hasattr(self, name)}
+
+    def set_fused_attention(self, on: bool):
+        """Fused attention (the default) or plain matrix products; the figures are the same to rounding."""
+        for block in self.blocks:
+            block.attn.fused_attn = on
+
+    def _check_block(self, block, what="block") -> int:
+        block = operator.index(block)
+        if not 0 <= block < self.depth:
+            also = ", or None for no class token" if what == "cls_pos" else ""
+            raise ValueError(f"{what} {block} is outside the model: its blocks are 0..{self.depth - 1}{also}")
+        return block
+
+    def token_layout(self, block: int) -> TokenLayout:
+        """Layout of the sequence at the input of `block`. Raises ValueError outside 0..depth-1."""
+        block = self._check_block(block)
+        first = int(self.cls_pos is not None and block >= self.cls_pos)
+        end = first + self.patch_embed.num_patches
+        registers = self.num_register_tokens if self.reg_pos is not None and block >= self.reg_pos else 0
+        return TokenLayout(
+            cls=slice(0, 1) if first else None,
+            patches=slice(first, end),
+            registers=slice(end, end + registers) if registers else None,
+            length=end + registers,
+        )
+
+    def _enter(self, x: Tensor, block: int) -> Tensor:
+        """The sequence with the tokens added that enter at `block`."""
+        tokens = [x]
+        if block == self.cls_pos:
+            tokens.insert(0, self.cls_token.expand(len(x), -1, -1))
+        if block == self.reg_pos:
+            tokens.append(self.register_tokens.expand(len(x), -1, -1))
+        return torch.cat(tokens, dim=1) if len(tokens) > 1 else x
+
+    def _input_of(self, images: Tensor, block: int, visit=None) -> Tensor:
+        """Input of `block`, (B, N, D). `visit(i, x)` is shown the input of every block up to it."""
+        x = self.pos_drop(self.patch_embed(images) + self.pos_embed)  # (B, P, D)
+        for i in range(block + 1):
+            if i:
+                x = self.blocks[i - 1](x)
+            x = self._enter(x, i)
+            if visit is not None:
+                visit(i, x)
+        return x
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, N, D): every token after the last block, normalised, in its layout."""
+        return self.norm(self.blocks[-1](self._input_of(images, self.depth - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, K) logits.
+
+        The last block computes only what is classified: CLS, or the patches where there is no CLS.
+        """
+        layout = self.token_layout(self.depth - 1)
+        x = self._input_of(images, self.depth - 1)  # (B, N, D)
+        x = _block_rows(self.blocks[-1], x, layout.cls or layout.patches)
+        x = self.norm(x).mean(dim=1)  # (B, D); of one token if that is CLS
+        return self.head(x)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, block: int) -> Tensor:
+        """(B, 3, h, w) -> (B, H, N, N): the softmaxed attention of `block`, rows attend to columns, without dropout.
+
+        Raises ValueError outside 0..depth-1.
+        """
+        block = self._check_block(block)
+        with _eval_mode(self):
+            x = self._input_of(images, block)
+            return _attention_rows(self.blocks[block], x, [slice(None)])
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor, blocks) -> dict[int, AttentionMaps]:
+        """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
+
+        Raises ValueError for a block outside 0..depth-1.
+        """
+        wanted = {self._check_block(block) for block in blocks}
+        maps = {}
+
+        def visit(i, x):
+            if i in wanted:
+                maps[i] = self._maps_at(i, x)
+
+        if wanted:
+            with _eval_mode(self):
+                self._input_of(images, max(wanted), visit)
+        return maps
+
+    def _maps_at(self, i: int, x: Tensor) -> AttentionMaps:
+        layout = self.token_layout(i)
+        rows = [token for token in (layout.cls, layout.registers) if token is not None]
+        if not rows:
+            return AttentionMaps(None, None)
+        attn = _attention_rows(self.blocks[i], x, rows)[..., layout.patches]  # (B, H, 1 + R, P), or fewer rows
+        attn = attn.unflatten(-1, self.grid_size)  # (B, H, rows, gh, gw)
+        first = int(layout.cls is not None)
+        return AttentionMaps(
+            cls=attn[:, :, 0] if first else None,
+            registers=attn[:, :, first:].transpose(1, 2) if layout.registers is not None else None,
+        )
+
+
+vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
+
+
+def _heads(attn: nn.Module, tokens: Tensor, first: int, count: int) -> Tensor:
+    """`count` of (query, key, value), from number `first` on: normalised tokens (B, N, D) -> (count, B, H, N, d)."""
+    part = slice(first * attn.attn_dim, (first + count) * attn.attn_dim)
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
+    y = F.linear(tokens, attn.qkv.weight[part], bias)
+    return y.unflatten(2, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+
+
+def _attention_rows(block: Block, x: Tensor, rows: list[slice]) -> Tensor:
+    """Attention of some tokens to all: block input (B, N, D) -> (B, H, number of those tokens, N)."""
+    attn, y = block.attn, block.norm1(x)
+    queries = _heads(attn, torch.cat([y[:, r] for r in rows], dim=1), 0, 1)[0]
+    keys = _heads(attn, y, 1, 1)[0]
+    return _softmax_attention(attn, queries, keys)
+
+
+def _softmax_attention(attn: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+    return (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
+
+
+def _block_rows(block: Block, x: Tensor, rows: slice) -> Tensor:
+    """`block(x)[:, rows]` with the same logits and gradients, but queries, projection and MLP for those rows alone."""
+    attn, y = block.attn, block.norm1(x)
+    query = _heads(attn, y[:, rows], 0, 1)[0]
+    key, value = _heads(attn, y, 1, 2)
+    if attn.fused_attn:
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # (B, H, rows, d)
+    else:
+        y = attn.attn_drop(_softmax_attention(attn, query, key)) @ value
+    y = attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
+    x = x[:, rows] + block.drop_path1(block.ls1(y))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module):
+    """Dropout and stochastic depth off; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# Weights from elsewhere ------------------------------------------------------------------------------------------
+
+
+class LoadReport(NamedTuple):
+    """Names of parameters: taken over, taken over at another resolution, not taken over, left as initialised."""
+
+    loaded: list[str]
+    resampled: list[str]
+    left_out: list[str]
+    new: list[str]
+
+
+# What a model may lack or have in addition without being another model.
+_OPTIONAL = ("cls_token", "register_tokens", "head.weight", "head.bias")
+_DROPPED = ("mask_token", "dist_token", "head_dist.weight", "head_dist.bias")
+
+
+def load_weights(model: DynamicViT, state_dict: dict) -> LoadReport:
+    """Load a checkpoint of this project, DeiT, timm or DINOv2 into `model`, wherever its tokens enter.
+
+    A class-position embedding is folded into the class token (the two are only ever used as a sum), `reg_token`
+    becomes `register_tokens`, and the patch positions are resampled to the model's grid (timm's bicubic). A head
+    for another number of classes is left as initialised, as are tokens that the file does not have.
+
+    Raises:
+        ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.
+    """
+    state, old_grid = _translate(state_dict, model.grid_size)
+    own = model.state_dict()
+    resampled = []
+    if "pos_embed" in state and old_grid != model.grid_size:
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], model.grid_size, old_grid, num_prefix_tokens=0)
+        resampled = ["pos_embed"]
+    left_out = [n for n in state if n in _DROPPED or (n in _OPTIONAL and n not in own)]
+    left_out += [n for n in ("head.weight", "head.bias") if n in state and n in own and state[n].shape != own[n].shape]
+    state = {n: t for n, t in state.items() if n not in left_out}
+    misfits = [f"{n} {_shape(t)} is unknown here" for n, t in state.items() if n not in own]
+    misfits += [
+        f"{n} is {_shape(t)}, here {_shape(own[n])}" for n, t in state.items() if n in own and t.shape != own[n].shape
+    ]
+    new = [n for n in own if n not in state]
+    misfits += [f"{n} {_shape(own[n])} is missing" for n in new if n not in _OPTIONAL]
+    if misfits:
+        shown = misfits[:20] + [f"and {len(misfits) - 20} more"] * (len(misfits) > 20)
+        raise ValueError("these weights do not fit the model: " + "; ".join(shown))
+    model.load_state_dict(state, strict=False)
+    return LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
+
+
+def _shape(tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tuple[int, int] | None]:
+    """(weights under this project's names, grid of their position embedding). `like`: a grid to prefer if it fits."""
+    state = checkpoint
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    state = {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
+    if "patch_embed.proj.weight" not in state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError("these are no weights of a Vision Transformer: there is no patch_embed.proj.weight")
+    if "reg_token" in state:
+        state["register_tokens"] = state.pop("reg_token")
+    if "pos_embed" not in state:
+        return state, like
+    if "model_args" in checkpoint:
+        size, patch = checkpoint["model_args"]["img_size"], checkpoint["model_args"]["patch_size"]
+        return state, (size[0] // patch[0], size[1] // patch[1])
+
+    # Which rows of the position embedding belong to tokens: none, CLS (and DeiT's distillation token), or all.
+    classes = ("cls_token" in state) + ("dist_token" in state)
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    positions = state["pos_embed"]
+    prefix, grid = _split_positions(positions.shape[1], (0, classes, classes + registers), like)
+    if prefix:
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+    if prefix > classes:
+        state["register_tokens"] = state["register_tokens"] + positions[:, classes:prefix]
+    state["pos_embed"] = positions[:, prefix:]
+    return state, grid
+
+
+def _split_positions(length: int, prefixes, like) -> tuple[int, tuple[int, int]]:
+    """(number of leading rows that belong to tokens, grid of the rest)."""
+    for prefix in prefixes:
+        if like is not None and length - prefix == math.prod(like):
+            return prefix, like
+    for prefix in prefixes:
+        side = math.isqrt(max(length - prefix, 0))
+        if side and side * side == length - prefix:
+            return prefix, (side, side)
+    raise ValueError(f"pos_embed has {length} rows, which is neither the model's grid nor a square one")
+
+
+_ABSENT = object()
+
+
+def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None) -> DynamicViT:
+    """The model that a checkpoint describes, with its weights, in eval mode.
+
+    A checkpoint of this project says everything about its model. The last three arguments are for a bare state dict
+    from elsewhere, of which the rest is read off the shapes (a square image is assumed): `num_heads` must be given,
+    tokens enter at block 0 unless their position is.
+
+    Raises:
+        ValueError: the weights do not fit, or an argument is missing or contradicts the checkpoint.
+    """
+    given = dict(num_heads=num_heads, reg_pos=reg_pos)
+    given = {name: value for name, value in given.items() if value is not None}
+    if cls_pos is not _ABSENT:
+        given["cls_pos"] = cls_pos
+    if "model_args" in checkpoint:
+        if given:
+            raise ValueError(f"the checkpoint itself says how its model is built; leave out {', '.join(given)}")
+        try:
+            model = DynamicViT(**checkpoint["model_args"])
+        except TypeError as error:
+            raise ValueError(f"the checkpoint's model_args do not describe a model: {error}") from None
+    else:
+        model = DynamicViT(**(_args_from_shapes(checkpoint) | given))
+    report = load_weights(model, checkpoint)
+    if report.new:
+        raise ValueError(f"the checkpoint lacks {', '.join(report.new)}")
+    return model.eval()
+
+
+def _args_from_shapes(checkpoint: dict) -> dict:
+    """Arguments of DynamicViT as far as a bare state dict's shapes show them."""
+    state, grid = _translate(checkpoint, None)
+    proj = state["patch_embed.proj.weight"]  # (D, C, patch, patch)
+    width, channels, *patch = proj.shape
+    if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
+        raise ValueError("these weights lack pos_embed or blocks.0.mlp.fc1.weight: not a plain Vision Transformer")
+    return dict(
+        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        patch_size=tuple(patch),
+        in_chans=channels,
+        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        embed_dim=width,
+        depth=sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state),
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        cls_pos=0 if "cls_token" in state else None,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+    )
+
+
+# Registered sizes: timm.create_model("dynamic_vit_small_patch16_224", cls_pos=6, reg_pos=3) ---------------------
+
+
+def _create(name, pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+    if pretrained:
+        raise ValueError(f"there are no pretrained weights for {name}; see load_weights")
+    # timm.create_model drops arguments that are None, so "none" is how to ask it for no class token.
+    if kwargs.get("cls_pos") == "none":
+        kwargs["cls_pos"] = None
+    return DynamicViT(**(SIZES[name] | kwargs))
+
+
+@register_model
+def dynamic_vit_tiny_patch16_224(**kwargs):
+    """DeiT-Ti's size: width 192, 12 blocks, 3 heads."""
+    return _create("dynamic_vit_tiny_patch16_224", **kwargs)
+
+
+@register_model
+def dynamic_vit_small_patch16_224(**kwargs):
+    """DeiT-S's size: width 384, 12 blocks, 6 heads."""
+    return _create("dynamic_vit_small_patch16_224", **kwargs)
+
+
+@register_model
+def dynamic_vit_base_patch16_224(**kwargs):
+    """DeiT-B's size: width 768, 12 blocks, 12 heads."""
+    return _create("dynamic_vit_base_patch16_224", **kwargs)
+
+
+@register_model
+def dynamic_vit_cifar(**kwargs):
+    """For images of 32 pixels: patch 4, width 192, 9 blocks, 12 heads, MLP ratio 2."""
+    return _create("dynamic_vit_cifar", **kwargs)

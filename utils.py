@@ -1,0 +1,355 @@
+"""What every script here needs and that knows nothing of models or data: errors for the user, the command line,
+processes and devices, precision, random states, the JSON log, checkpoint files.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# Errors for the user ---------------------------------------------------------------------------------------------
+
+
+class BadInput(Exception):
+    """Something that the user can mend. One line: what is wrong and what to do. Exit status 2."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on. One line. Exit status 1."""
+
+
+def run_script(main, *args):
+    """Call `main(*args)` and end the program as a script here does: one line and a status, no traceback."""
+    try:
+        main(*args)
+    except BadInput as error:
+        _fail(error, 2)
+    except RunFailed as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was saved is whole", 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message, status):
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that takes `--data-path` for `--data_path`, no abbreviations, and answers an error with one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        spelled = []
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            known = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+            spelled.append((known if known in self._option_string_actions else name) + equals + value)
+        return super().parse_known_args(spelled, namespace)
+
+    def error(self, message):
+        message = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: a finite `kind` of at least `low`, more than `above` and at most `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if low is not None and not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"must be more than {above}, not {text}")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, not {text}")
+        return value
+
+    return parse
+
+
+def image_size(text):
+    """An argparse type: '224' -> (224, 224), '96x128' -> (96, 128), height first."""
+    height, _, width = text.lower().partition("x")
+    return number(int, 1)(height), number(int, 1)(width or height)
+
+
+def position(text):
+    """An argparse type: a block's number, or 'none'."""
+    return None if text.lower() == "none" else number(int, 0)(text)
+
+
+# Processes and devices -------------------------------------------------------------------------------------------
+
+
+def pick_device(name="auto") -> torch.device:
+    """'auto' is CUDA, else MPS, else the CPU; under torchrun, CUDA means the process's own GPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"--device {name} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if not available.get(device.type):
+        raise BadInput(f"--device {name}: there is no {device.type} here; use --device cpu, or auto")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise BadInput(f"--device {name}: GPU {index} is wanted, {torch.cuda.device_count()} are here")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def init_distributed(device):
+    """Join the process group if torchrun started this process: NCCL on GPUs, Gloo elsewhere."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(*words):
+    """Print, in the first process only."""
+    if is_main():
+        print(*words, flush=True)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def amp_dtype(choice, device) -> torch.dtype | None:
+    """The precision of matrix products in training: None is full precision.
+
+    'auto' is bfloat16 where the device multiplies faster in it: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
+    """
+    if choice == "fp16" and device.type != "cuda":
+        raise BadInput(f"--amp fp16 needs a CUDA device, this is {device.type}; use --amp auto")
+    if choice != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        try:
+            flags = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            return None
+        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
+    return None
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+# Random states ---------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy (Mixup draws from it) and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_deterministic():
+    """Only deterministic kernels, on every device, for the price of some speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def random_states() -> dict:
+    """The states of all global generators, as values that a checkpoint may hold."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states):
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+
+def writable_folder(path) -> Path:
+    """The folder `path`, made if need be. Raises BadInput where nothing can be written there."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write to {path}: {error.strerror}; choose another folder") from None
+    return path
+
+
+def write_atomically(path, write):
+    """`write(file)` to a temporary file, flush it to disk, rename it to `path`, which is so never half written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}; what stood there before is whole") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint: dict):
+    """Write a dictionary of tensors and plain values so that a crash never leaves half a file."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint or a state dict (.safetensors too) to the CPU. No code in the file is ever run.
+
+    Raises BadInput for a file that is missing, cut off, of another kind, or that carries code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"there is no checkpoint {path}; give the path of a file that training wrote")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise BadInput(f"{path} carries code or Python objects, which are not loaded; keep only tensors") from None
+        raise BadInput(f"{path} is no checkpoint, or a damaged one; give another file") from None
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # torch, zipfile and safetensors raise many kinds for damaged files
+        raise BadInput(f"{path} is no checkpoint, or a damaged one; give another file") from None
+    if not isinstance(checkpoint, dict):
+        raise BadInput(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another file")
+    return checkpoint
+
+
+def plain_args(args) -> dict:
+    """An argparse namespace as plain values."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
+
+
+def environment() -> dict:
+    """Versions, git revision and hardware: what a log needs to be understood later."""
+    import timm
+    import torchvision
+
+    def git(*command):
+        here = Path(__file__).parent
+        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except OSError:  # no git here
+        revision = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "timm": timm.__version__, "numpy": np.__version__, "git": revision or "unknown", "hardware": device,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def append_json(path, record: dict):
+    """One more line of JSON at the end of a log."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_json_lines(path) -> list[dict]:
+    """The records of a log; a last line that a crash cut off is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot_curves(epochs: list[dict], folder):
+    """Draw `training_curves.png` and `.pdf` from the epoch records of a log: losses, validation accuracy, rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("Loss", "loss", (("train_loss", "training (augmented)"), ("val_loss", "validation"))),
+        ("Validation accuracy", "top-1 (%)", (("val_top1", "saved weights"), ("raw_val_top1", "without EMA"))),
+        ("Learning rate", "at the end of the epoch", (("lr", "learning rate"),)),
+    )
+    numbers = [record["epoch"] for record in epochs]
+    for axes, (title, label, lines) in zip(figure.subplots(1, 3), panels):
+        for key, name in lines:
+            if any(record.get(key) is not None for record in epochs):
+                values = [float("nan") if record.get(key) is None else record[key] for record in epochs]
+                axes.plot(numbers, values, marker=".", label=name)
+        if axes.lines:
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "no validation images", ha="center", transform=axes.transAxes)
+        axes.set(title=title, xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    for suffix in ("png", "pdf"):
+        write_atomically(
+            Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
+        )

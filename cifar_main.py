@@ -97,7 +97,7 @@ def get_parser():
         "--lr", type=number(float, above=0), default=1e-3, help="peak learning rate of AdamW; not scaled"
     )
     group.add_argument("--weight_decay", type=number(float, 0), default=0.05, help="not of biases, norms, tokens")
-    group.add_argument("--warmup_epochs", type=number(int, 0), help="linear warm-up (default: a tenth of --epochs)")
+    group.add_argument("--warmup_epochs", type=number(float, 0), help="linear warm-up (default: a tenth of --epochs)")
     group.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
     group.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, help="decay of averaged weights, 0: none")
     group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
@@ -122,7 +122,7 @@ def resolve(args):
     digits = args.data_set == "DIGITS"
     args.aug = args.aug or ("none" if digits else "trivial")
     args.hflip = (0.0 if digits else 0.5) if args.hflip is None else args.hflip
-    args.warmup_epochs = args.epochs // 10 if args.warmup_epochs is None else args.warmup_epochs
+    args.warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs
     if args.warmup_epochs >= args.epochs:
         raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     if (args.mixup or args.cutmix) and args.batch_size % 2:

@@ -151,10 +151,9 @@ def _read_folder(path, train, input_size):
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise BadInput(f"{root} has no class folders; put the images into {root}/<class>/")
-    endings = _image_endings()
     files = []
     for label, name in enumerate(classes):
-        found = sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in endings and f.name[0] != ".")
+        found = image_files(root / name)
         if not found:
             raise BadInput(f"class folder {root / name} has no images; add some or remove it")
         files += [(file, label) for file in found]
@@ -170,10 +169,13 @@ def _read_folder(path, train, input_size):
     return images, torch.tensor([label for _, label in files]), classes
 
 
-def _image_endings() -> set[str]:
+def image_files(folder) -> list[Path]:
+    """The files at any depth below `folder`, sorted, whose ending is that of a format Pillow reads."""
     from PIL import Image
 
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(Path(folder).rglob("*"))
+    return [file for file in files if file.suffix.lower() in endings and not file.name.startswith(".")]
 
 
 def _check_memory(count, size):

@@ -443,6 +443,8 @@ def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg
             model = DynamicViT(**checkpoint["model_args"])
         except TypeError as error:
             raise ValueError(f"the checkpoint's model_args do not describe a model: {error}") from None
+    elif num_heads is None:
+        raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
         model = DynamicViT(**(_args_from_shapes(checkpoint) | given))
     report = load_weights(model, checkpoint)

@@ -1,0 +1,38 @@
+# make demo: train, test and draw on data that need no download.   make test: the tests.   make lint: ruff.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/run
+	$(BIN)/python cifar_main.py --data_set DIGITS --model_path demo/best_model.pth --overwrite \
+		--cls_pos 3 --reg_pos 2 --embed_dim 96 --depth 6 --num_heads 3 \
+		--epochs 20 --batch_size 64 --lr 2e-3 --mixup 0 --cutmix 0 --reprob 0
+	$(BIN)/python visualize_attention.py --model_path demo/best_model.pth --layer_num 5 --output_dir demo
+	@echo
+	@echo "The demo is done. Look at:"
+	@echo "  demo/best_model.pth                        the trained model"
+	@echo "  demo/training_curves.png (and .pdf)        loss, accuracy, learning rate; numbers in demo/log.txt"
+	@echo "  demo/attention_DIGITS_test0_block5.pdf     what CLS and each register attend to in block 5"
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/run: requirements.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/test: requirements.txt requirements-test.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -r requirements-test.txt
+	@touch $@ .venv/run
+
+clean:
+	rm -rf .venv demo

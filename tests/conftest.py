@@ -1,0 +1,81 @@
+"""Small models and small runs, shared by the tests. CPU only, no network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share two cores
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+
+import utils
+from models_dynamic import DynamicViT
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+
+# A model of a few thousand parameters, trained for seconds.
+TINY = "--embed_dim 24 --depth 3 --num_heads 3 --num_reg 2 --patch_size 8 --device cpu --num_threads 1".split()
+
+
+def tiny(**kwargs) -> DynamicViT:
+    """Grid 4 x 6 (height 16, width 24), 4 blocks, 3 heads; tokens as asked for."""
+    torch.manual_seed(0)
+    args = dict(img_size=(16, 24), patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+    model = DynamicViT(**(args | kwargs))
+    with torch.no_grad():  # larger than at initialisation, so that attention is far from uniform
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def noise(model, batch=2):
+    """Random images of the model's size."""
+    return torch.randn(batch, 3, *model.model_args["img_size"], generator=torch.Generator().manual_seed(1))
+
+
+def run(main, argv, capsys) -> tuple[int, str, str]:
+    """A script's `main` as its command line runs it: (exit status, standard output, standard error)."""
+    status = 0
+    try:
+        utils.run_script(main, [str(arg) for arg in argv])
+    except SystemExit as end:
+        status = end.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def shell(script, *argv, cwd, status=0, launcher=()):
+    """A script in a process of its own."""
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Folder of a finished run of two epochs on DIGITS: CLS enters at block 2, 2 registers at block 1."""
+    from cifar_main import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    main([*TINY, *"--data_set DIGITS --cls_pos 2 --reg_pos 1 --epochs 2 --repeats 1".split(),
+          "--model_path", str(folder / "model.pth")])  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of images as a user has them: two classes, several shapes, train/ and test/."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("photos")
+    for part, count in (("train", 10), ("test", 3)):
+        for name, colour in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (30 + i, 20), colour).save(root / part / name / f"{i}.png")
+    return root

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded():
     state["blocks.0.mlp.fc1.weight"] = torch.zeros(5, 24)
     state["blocks.9.norm1.weight"] = torch.zeros(24)
     del state["norm.bias"]
-    with pytest.raises(ValueError, match="norm.bias") as error:
+    with pytest.raises(ValueError, match=r"norm\.bias") as error:
         load_weights(model, state)
     assert "blocks.0.mlp.fc1.weight is 5x24, here 96x24" in str(error.value)
     assert "blocks.9.norm1.weight 24 is unknown" in str(error.value)

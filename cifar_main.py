@@ -157,7 +157,7 @@ def describe(model: DynamicViT) -> str:
     return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}"
 
 
-def check_same_model(args, everything):
+def check_same_model(args, data_given, everything):
     """Refuse to test a model that is not what the flags ask for; all of them, or only those that were given."""
     model, checkpoint = load_model(args.model_path)
     there = checkpoint["model_args"]
@@ -165,7 +165,7 @@ def check_same_model(args, everything):
     if not everything:
         wanted = {name: wanted[name] for name in given_model_args(args)}
     other = [f"{name} is {there.get(name)}, not {value}" for name, value in wanted.items() if there.get(name) != value]
-    if checkpoint["data"]["name"] != args.data_set and (everything or args.data_path):
+    if checkpoint["data"]["name"] != args.data_set and (everything or data_given):
         other.append(f"it is of {checkpoint['data']['name']}, not {args.data_set}")
     if other:
         raise BadInput(
@@ -188,7 +188,8 @@ def train(args, device):
     utils.writable_folder(args.output_dir)
     utils.writable_folder(Path(args.model_path).parent)
     utils.amp_dtype(args.amp, device)
-    data = load_data(args.data_set, args.data_path, model.model_args["img_size"], args.val_size)
+    with utils.main_first():
+        data = load_data(args.data_set, args.data_path, model.model_args["img_size"], args.val_size)
     utils.seed_everything(args.seed)
     model = build_model(args, len(data.classes))
     sizes = data.description()["images"]
@@ -199,6 +200,7 @@ def train(args, device):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    data_path, data_given = args.data_path, bool(args.data_path or args.data_set)
     resolve(args)
     device = utils.pick_device(args.device)
     utils.init_distributed(device)
@@ -208,13 +210,13 @@ def main(argv=None):
         utils.make_deterministic()
     there = Path(args.model_path).is_file()
     if args.eval:
-        check_same_model(args, everything=False)
+        check_same_model(args, data_given, everything=False)
     elif there and not (args.overwrite or args.resume):
-        check_same_model(args, everything=True)
+        check_same_model(args, data_given, everything=True)
         say("It is only tested now: --overwrite trains anew, --resume goes on with its training.")
     else:
         train(args, device)
-    test_model(args.model_path, args.data_path, device, args.batch_size)
+    test_model(args.model_path, data_path, device, args.batch_size)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
             )
             utils.append_json(log, metrics)
             utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
+    utils.barrier()  # nobody goes on to test before the result is written
     return best
 
 

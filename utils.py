@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,20 @@ def _fail(message, status):
     sys.exit(status)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a flag's help where there is one to tell."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+            return action.help
+        return f"{action.help or ''} (default: %(default)s)".strip()
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that takes `--data-path` for `--data_path`, no abbreviations, and answers an error with one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -147,6 +156,22 @@ def say(*words):
     """Print, in the first process only."""
     if is_main():
         print(*words, flush=True)
+
+
+def barrier():
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_first():
+    """The first process goes ahead alone, so that only it downloads; the others follow."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

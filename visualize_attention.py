@@ -11,6 +11,7 @@ model used: softmaxed over all tokens, rows of the tokens, columns of the patche
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 
@@ -160,7 +161,7 @@ def draw_page(page: Page, shown, text, overlay):
 
     height, width = shown.shape[1:]
     map_h, map_w = (side * MAP_SIDE / max(height, width) for side in (height, width))
-    cell_h, cell_w = map_h + TITLE_HEIGHT, map_w + SCALE_WIDTH
+    cell_h, cell_w = map_h + TITLE_HEIGHT, max(map_w + SCALE_WIDTH, 1.5)
     cells = [None, ("mean over heads", page.maps.mean(dim=0))]
     cells += [(f"head {i}", attention) for i, attention in enumerate(page.maps)]
     # The number of columns that makes the page about 1.5 times as wide as high.
@@ -184,14 +185,15 @@ def draw_page(page: Page, shown, text, overlay):
         if cell is None or overlay:
             axes.imshow(picture, interpolation="nearest", extent=(0, width, height, 0))
         if cell is None:
-            axes.set_title(text or "image", fontsize=8)
+            lines = [line for part in (text or "image").split("\n") for line in wrap(part, int(15 * cell_w))]
+            axes.set_title("\n".join(lines[:3]), fontsize=8, loc="left")
             continue
         name, attention = cell
         drawn = axes.imshow(
             100 * attention.numpy(), interpolation="nearest", extent=(0, width, height, 0), cmap="viridis",
             alpha=0.6 if overlay else 1.0, vmin=0,
         )  # fmt: skip
-        axes.set_title(f"{name}\n{100 * float(attention.sum()):.0f}% on patches", fontsize=8)
+        axes.set_title(f"{name}\n{100 * float(attention.sum()):.0f}% on patches", fontsize=8, loc="left")
         scale = figure.add_axes(((left + map_w + 0.06) / page_w, bottom / page_h, 0.09 / page_w, map_h / page_h))
         bar = figure.colorbar(drawn, cax=scale)
         bar.locator.set_params(nbins=4)

@@ -29,7 +29,7 @@ def load_model(path):
 def test_split(checkpoint, data_path=None) -> Split:
     """The test images of a checkpoint's data set, from `data_path` or where they were when it was trained."""
     data = checkpoint["data"]
-    path = data_path or checkpoint["args"].get("data_path")
+    path = data_path or checkpoint.get("args", {}).get("data_path")
     images, labels, classes = read_split(data["name"], path, False, data["input_size"])
     check_classes(classes, data["classes"], "the test images", "the model")
     return Split(images, labels)

@@ -70,7 +70,7 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
         wrapped = torch.compile(wrapped)
 
     log = folder / "log.txt"
-    if utils.is_main() and not args.resume:
+    if utils.is_main() and not (args.resume and log.exists()):
         log.unlink(missing_ok=True)
         utils.append_json(log, {
             "args": utils.plain_args(args), "model_args": model.model_args, "data": description,

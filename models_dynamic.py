@@ -27,6 +27,12 @@ from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+# register_model appends the registered sizes (and would make a list of them alone).
+__all__ = [
+    "SIZES", "AttentionMaps", "DynamicViT", "LoadReport", "TokenLayout", "load_weights", "model_from_checkpoint",
+    "vit_register_dynamic_viz",
+]  # fmt: skip
+
 DEFAULT_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 SIZES = {

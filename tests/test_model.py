@@ -151,6 +151,7 @@ def test_registered_sizes():
     with pytest.raises(ValueError, match="no pretrained weights"):
         timm.create_model("dynamic_vit_cifar", pretrained=True)
     assert vit_register_dynamic_viz is DynamicViT
+    assert "DynamicViT" in models_dynamic.__all__  # timm would list its registered names alone
 
 
 @pytest.mark.parametrize(

@@ -130,24 +130,20 @@ def evaluate(model, batches, keep_predictions=False) -> dict:
     """
     was_training = model.training
     model.eval()
-    sums, predictions = None, []
+    device = next(model.parameters()).device
+    loss, counts, predictions = torch.zeros((), device=device), torch.zeros(3, dtype=torch.long, device=device), []
     for images, labels in batches:
         logits = model(images).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         hits = ranked == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        # Double precision: exact counts for any number of images.
-        part = torch.stack(
-            [loss.double(), hits[:, 0].sum().double(), hits.sum().double(), loss.new_tensor(len(labels))]
-        )
-        sums = part if sums is None else sums + part
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()])
         if keep_predictions:
             predictions.append(ranked[:, 0])
     model.train(was_training)
-    if sums is None:  # a process without images
-        sums = torch.zeros(4, dtype=torch.double, device=next(model.parameters()).device)
-    loss, top1, top5, count = sum_over_ranks(sums).tolist()
-    result = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
+    top1, top5, images = sum_over_ranks(counts).tolist()
+    loss = sum_over_ranks(loss).item() / images
+    result = {"loss": loss, "top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
     if keep_predictions:
         result["predictions"] = torch.cat(predictions).cpu()
     return result

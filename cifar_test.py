@@ -26,11 +26,14 @@ def load_model(path):
         raise BadInput(f"{path}: {error}") from None
 
 
-def test_split(checkpoint, data_path=None) -> Split:
-    """The test images of a checkpoint's data set, from `data_path` or where they were when it was trained."""
+def test_split(checkpoint, data_path=None, only=None) -> Split:
+    """The test images of a checkpoint's data set, from `data_path` or where they were when it was trained.
+
+    `only`: the numbers of some of them.
+    """
     data = checkpoint["data"]
     path = data_path or checkpoint.get("args", {}).get("data_path")
-    images, labels, classes = read_split(data["name"], path, False, data["input_size"])
+    images, labels, classes = read_split(data["name"], path, False, data["input_size"], only)
     check_classes(classes, data["classes"], "the test images", "the model")
     return Split(images, labels)
 

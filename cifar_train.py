@@ -55,6 +55,8 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
     )  # fmt: skip
     mixup = None
     if args.mixup or args.cutmix:
+        if batches.batch_size % 2:
+            raise BadInput("MixUp and CutMix pair images, and here is only one; give --mixup 0 --cutmix 0")
         mixup = Mixup(
             args.mixup, args.cutmix, prob=args.mix_prob, label_smoothing=args.smoothing, num_classes=len(data.classes)
         )

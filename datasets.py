@@ -97,18 +97,27 @@ def check_classes(these, those, these_are, those_are):
     raise BadInput(f"{these_are} and {those_are} differ in their classes: {'; '.join(only) or 'another order'}")
 
 
-def read_split(name, path, train, input_size) -> tuple[Tensor, Tensor, list[str]]:
-    """One split of a data set: images (M, 3, h, w) uint8, labels (M,), class names."""
-    if name == "DIGITS":
-        return _read_digits(train)
+def read_split(name, path, train, input_size, only=None) -> tuple[Tensor, Tensor, list[str]]:
+    """One split of a data set: images (M, 3, h, w) uint8, labels (M,), class names. `only`: numbers of some images."""
     if name == "FOLDER":
-        return _read_folder(path, train, input_size)
-    return _read_cifar(name, path or f"./data/{name}", train)
+        return _read_folder(path, train, input_size, only)
+    images, labels, classes = _read_digits(train) if name == "DIGITS" else _read_cifar(name, path, train)
+    numbers = _numbers(len(labels), only)
+    return images[numbers], labels[numbers], classes
+
+
+def _numbers(count, only) -> list[int]:
+    """`only`, or all numbers of `count` images. Raises BadInput for one that is not there."""
+    absent = [i for i in only or () if not 0 <= i < count]
+    if absent:
+        raise BadInput(f"there is no image {absent[0]}: the images are 0..{count - 1}")
+    return list(range(count)) if only is None else list(only)
 
 
 def _read_cifar(name, path, train):
     import torchvision
 
+    path = path or f"./data/{name}"
     kind = getattr(torchvision.datasets, name)
     there = (Path(path) / kind.base_folder).is_dir()
     try:
@@ -138,7 +147,7 @@ def _read_digits(train):
     return images.contiguous(), torch.from_numpy(digits.target[chosen]).long(), [str(n) for n in range(10)]
 
 
-def _read_folder(path, train, input_size):
+def _read_folder(path, train, input_size, only):
     """`path/train/<class>/*`, or `path/test/` (else `path/val/`), in any format that Pillow reads."""
     from tqdm import tqdm
 
@@ -157,6 +166,7 @@ def _read_folder(path, train, input_size):
         if not found:
             raise BadInput(f"class folder {root / name} has no images; add some or remove it")
         files += [(file, label) for file in found]
+    files = [files[i] for i in _numbers(len(files), only)]
     _check_memory(len(files), input_size)
     images = torch.empty(len(files), 3, *input_size, dtype=torch.uint8)
 
@@ -174,15 +184,17 @@ def image_files(folder) -> list[Path]:
     from PIL import Image
 
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(Path(folder).rglob("*"))
-    return [file for file in files if file.suffix.lower() in endings and not file.name.startswith(".")]
+    files = (file for file in Path(folder).rglob("*") if file.suffix.lower() in endings and file.name[0] != ".")
+    return sorted(file for file in files if file.is_file())
 
 
 def _check_memory(count, size):
+    """Refuse what would not fit, where the system tells what does (Linux)."""
     wanted = count * 3 * size[0] * size[1]
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError):  # not every system tells
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
         return
     if wanted > free:
         raise BadInput(

@@ -285,7 +285,8 @@ vit_register_dynamic_viz = DynamicViT  # the name that users of the reference im
 
 def _heads(attn: nn.Module, tokens: Tensor, first: int, count: int) -> Tensor:
     """`count` of (query, key, value), from number `first` on: normalised tokens (B, N, D) -> (count, B, H, N, d)."""
-    part = slice(first * attn.attn_dim, (first + count) * attn.attn_dim)
+    width = attn.num_heads * attn.head_dim
+    part = slice(first * width, (first + count) * width)
     bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
     y = F.linear(tokens, attn.qkv.weight[part], bias)
     return y.unflatten(2, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)

@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -291,7 +292,9 @@ def load_checkpoint(path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on foreign pickles; the error below says enough
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise BadInput(f"{path} carries code or Python objects, which are not loaded; keep only tensors") from None

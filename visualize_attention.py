@@ -76,14 +76,12 @@ def pictures(args, data, checkpoint) -> list[Picture]:
     if data["name"] is None:
         raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
     if "data" in checkpoint:
-        split = test_split(checkpoint, args.data_path)
-        images, labels = split.images, split.labels
+        split = test_split(checkpoint, args.data_path, [args.img_num])
+        image, label = split.images[0], int(split.labels[0])
     else:
-        images, labels, data["classes"] = read_split(data["name"], args.data_path, False, data["input_size"])
-    if args.img_num >= len(images):
-        raise BadInput(f"--img_num {args.img_num}: the test set of {data['name']} has images 0..{len(images) - 1}")
-    image = images[args.img_num]
-    return [Picture(f"{data['name']}_test{args.img_num}", image, image, int(labels[args.img_num]))]
+        size, number = data["input_size"], [args.img_num]
+        (image,), (label,), data["classes"] = read_split(data["name"], args.data_path, False, size, number)
+    return [Picture(f"{data['name']}_test{args.img_num}", image, image, int(label))]
 
 
 def _from_file(path, data) -> Picture:

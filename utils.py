@@ -361,7 +361,7 @@ def plot_curves(epochs: list[dict], folder):
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = (
         ("Loss", "loss", (("train_loss", "training (augmented)"), ("val_loss", "validation"))),
-        ("Validation accuracy", "top-1 (%)", (("val_top1", "saved weights"), ("raw_val_top1", "without EMA"))),
+        ("Validation accuracy", "top-1 (%)", (("val_top1", "validation"), ("raw_val_top1", "without EMA"))),
         ("Learning rate", "at the end of the epoch", (("lr", "learning rate"),)),
     )
     numbers = [record["epoch"] for record in epochs]

@@ -32,6 +32,18 @@ def test_deit_with_its_class_position():
     assert not (report.new or report.left_out or report.resampled)
 
 
+def test_distilled_deit():
+    """Its distillation token is left out; the class token keeps its own position, the first of two."""
+    theirs, images = timm_vit(), torch.randn(2, 3, 32, 32)
+    state = theirs.state_dict()
+    state["dist_token"] = torch.randn(1, 1, 48)
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], torch.randn(1, 1, 48), state["pos_embed"][:, 1:]], dim=1)
+    state["head_dist.weight"], state["head_dist.bias"] = torch.randn(7, 48), torch.randn(7)
+    model = ours()
+    assert load_weights(model, state).left_out == ["dist_token", "head_dist.weight", "head_dist.bias"]
+    assert torch.allclose(model(images), theirs(images), atol=1e-5)
+
+
 def test_another_resolution():
     theirs, larger = timm_vit(), timm_vit(img_size=(48, 64))
     state = theirs.state_dict()

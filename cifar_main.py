@@ -139,9 +139,11 @@ def given_model_args(args) -> dict:
     return {arg: getattr(args, flag) for flag, arg in MODEL_FLAGS.items() if hasattr(args, flag)}
 
 
-def build_model(args, num_classes) -> DynamicViT:
+def build_model(args, num_classes, device="cpu") -> DynamicViT:
+    """The model that the flags describe; on the device 'meta' only its description, without weights."""
     try:
-        return DynamicViT(**(SIZES[args.model] | {"num_classes": num_classes} | given_model_args(args)))
+        with torch.device(device):
+            return DynamicViT(**(SIZES[args.model] | {"num_classes": num_classes} | given_model_args(args)))
     except ValueError as error:
         raise BadInput(str(error)) from None
 
@@ -161,7 +163,7 @@ def check_same_model(args, data_given, everything):
     """Refuse to test a model that is not what the flags ask for; all of them, or only those that were given."""
     model, checkpoint = load_model(args.model_path)
     there = checkpoint["model_args"]
-    wanted = build_model(args, there["num_classes"]).model_args
+    wanted = build_model(args, there["num_classes"], "meta").model_args
     if not everything:
         wanted = {name: wanted[name] for name in given_model_args(args)}
     other = [f"{name} is {there.get(name)}, not {value}" for name, value in wanted.items() if there.get(name) != value]
@@ -184,12 +186,12 @@ def train(args, device):
         )
     if args.resume and not Path(args.resume).is_file():
         raise BadInput(f"--resume: there is no {args.resume}; leave out --resume to begin")
-    model = build_model(args, 10)  # wrong arguments show before data are read
+    input_size = build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
     utils.writable_folder(args.output_dir)
     utils.writable_folder(Path(args.model_path).parent)
     utils.amp_dtype(args.amp, device)
     with utils.main_first():
-        data = load_data(args.data_set, args.data_path, model.model_args["img_size"], args.val_size)
+        data = load_data(args.data_set, args.data_path, input_size, args.val_size)
     utils.seed_everything(args.seed)
     model = build_model(args, len(data.classes))
     sizes = data.description()["images"]

@@ -40,27 +40,9 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
     if device.type == "cpu" and amp_dtype is not None:
         model.set_fused_attention(False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
     description = data.description()
-    share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
-    transform = TrainTransform(description, args.aug, args.hflip, args.reprob)
-    batches = Loader(
-        data.train.to(device), description, transform=transform, passes=args.repeats, seed=args.seed, **share
-    )
-    val_batches = Loader(data.val.to(device), description, **share) if data.val else None
-
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
-    steps_per_epoch = -(-len(batches) // args.accum_steps)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=1e-6,
-        min_lr=1e-6, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
-    )  # fmt: skip
-    mixup = None
-    if args.mixup or args.cutmix:
-        if batches.batch_size % 2:
-            raise BadInput("MixUp and CutMix pair images, and here is only one; give --mixup 0 --cutmix 0")
-        mixup = Mixup(
-            args.mixup, args.cutmix, prob=args.mix_prob, label_smoothing=args.smoothing, num_classes=len(data.classes)
-        )
-    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    batches, val_batches = _loaders(data, description, args, device)
+    optimizer, scheduler = _optimizer(model, args, len(batches))
+    mixup, criterion = _mixup_and_loss(args, batches.batch_size, len(data.classes))
     scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
 
@@ -91,9 +73,7 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
                 on_step=None if ema is None else lambda taken: ema.update(model, taken), title=title,
             )  # fmt: skip
         except RunFailed as error:
-            kept = (
-                f"{folder / 'checkpoint.pth'} holds the weights of epoch {epoch}" if epoch else "nothing was saved yet"
-            )
+            kept = f"{folder / 'checkpoint.pth'} holds the weights of epoch {epoch}" if epoch else "nothing was saved"
             raise RunFailed(f"{title}: {error}; {kept}. Try a lower --lr, or --clip_grad 1") from None
         step = trained["step"]
         metrics = _metrics(epoch + 1, trained, optimizer, model, ema, val_batches)
@@ -101,23 +81,47 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
         better = best is None or val_batches is None or _rank(metrics) > _rank(best)
         best = metrics if better else best
         if utils.is_main():
-            _save(
-                model_path if better else None,
-                folder,
-                model,
-                description,
-                args,
-                metrics,
-                best,
-                step,
-                optimizer,
-                scaler,
-                ema,
-            )
+            about = {
+                "model_args": model.model_args, "data": description, "args": utils.plain_args(args), "epoch": epoch + 1,
+                "metrics": metrics,
+            }  # fmt: skip
+            if better:
+                utils.save_checkpoint(model_path, {"model": (ema.module if ema else model).state_dict(), **about})
+            training = {"step": step, "best": best, **_training_state(optimizer, scaler, ema)}
+            utils.save_checkpoint(folder / "checkpoint.pth", {"model": model.state_dict(), **about, **training})
             utils.append_json(log, metrics)
             utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
     utils.barrier()  # nobody goes on to test before the result is written
     return best
+
+
+def _loaders(data, description, args, device) -> tuple[Loader, Loader | None]:
+    share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
+    transform = TrainTransform(description, args.aug, args.hflip, args.reprob)
+    train = Loader(
+        data.train.to(device), description, transform=transform, passes=args.repeats, seed=args.seed, **share
+    )
+    return train, Loader(data.val.to(device), description, **share) if data.val else None
+
+
+def _optimizer(model, args, batches_per_epoch):
+    """timm's AdamW, without decay of biases, norms and tokens, and its cosine schedule, counted in optimizer steps."""
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=1e-6,
+        min_lr=1e-6, step_on_epochs=False, updates_per_epoch=-(-batches_per_epoch // args.accum_steps),
+    )  # fmt: skip
+    return optimizer, scheduler
+
+
+def _mixup_and_loss(args, batch_size, classes):
+    """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two."""
+    if not (args.mixup or args.cutmix):
+        return None, torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    if batch_size % 2:
+        raise BadInput("MixUp and CutMix pair images, and here is only one; give --mixup 0 --cutmix 0")
+    mixup = Mixup(args.mixup, args.cutmix, prob=args.mix_prob, label_smoothing=args.smoothing, num_classes=classes)
+    return mixup, torch.nn.CrossEntropyLoss()
 
 
 def _metrics(epoch, trained, optimizer, model, ema, val_batches) -> dict:
@@ -150,19 +154,12 @@ def _line(title, metrics) -> str:
     return f"{title}: " + ", ".join(words)
 
 
-def _save(best_path, folder, model, description, args, metrics, best, step, optimizer, scaler, ema):
-    """`checkpoint.pth`, and the result if there is a path for it."""
-    common = {
-        "model_args": model.model_args, "data": description, "args": utils.plain_args(args), "epoch": metrics["epoch"],
-        "metrics": metrics,
+def _training_state(optimizer, scaler, ema) -> dict:
+    """What `_resume` puts back, beside the weights."""
+    return {
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None,
+        "ema": ema.module.state_dict() if ema else None, "random": utils.random_states(),
     }  # fmt: skip
-    if best_path is not None:
-        utils.save_checkpoint(best_path, {"model": (model if ema is None else ema.module).state_dict(), **common})
-    utils.save_checkpoint(folder / "checkpoint.pth", {
-        "model": model.state_dict(), **common, "step": step, "best": best, "optimizer": optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "ema": None if ema is None else ema.module.state_dict(), "random": utils.random_states(),
-    })  # fmt: skip
 
 
 def _resume(path, model, description, args, optimizer, scaler, ema) -> dict:

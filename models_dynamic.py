@@ -143,9 +143,9 @@ class DynamicViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=drop_rate, attn_drop=attn_drop_rate,
-                init_values=init_values, drop_path=float(rate), norm_layer=norm_layer,
+                init_values=init_values, drop_path=drop_path_rate * i / max(depth - 1, 1), norm_layer=norm_layer,
             )
-            for rate in torch.linspace(0, drop_path_rate, depth)
+            for i in range(depth)
         )  # fmt: skip
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()

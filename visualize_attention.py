@@ -79,8 +79,9 @@ def pictures(args, data, checkpoint) -> list[Picture]:
         split = test_split(checkpoint, args.data_path, [args.img_num])
         image, label = split.images[0], int(split.labels[0])
     else:
-        size, number = data["input_size"], [args.img_num]
-        (image,), (label,), data["classes"] = read_split(data["name"], args.data_path, False, size, number)
+        (image,), (label,), data["classes"] = read_split(
+            data["name"], args.data_path, False, data["input_size"], [args.img_num]
+        )
     return [Picture(f"{data['name']}_test{args.img_num}", image, image, int(label))]
 
 
@@ -125,12 +126,12 @@ def pages(model, maps, block, tokens) -> list[Page]:
     """Titles and maps of one image (batch index 0), class token first."""
     found = []
     if "cls" in tokens:
-        found.append(Page("cls", f"Class token at block {block} (entered at block {model.cls_pos})", maps.cls[0]))
+        found.append(Page("cls", f"Class token at block {block} (entered at block {model.cls_pos})", maps.cls[0].cpu()))
     if "reg" in tokens:
         total = model.num_register_tokens
         for r, heads in enumerate(maps.registers[0]):
             title = f"Register {r} (of {total}) at block {block} (entered at block {model.reg_pos})"
-            found.append(Page(f"reg{r}", title, heads))
+            found.append(Page(f"reg{r}", title, heads.cpu()))
     return found
 
 
@@ -235,7 +236,7 @@ def visualize(args):
             logits = model(images)[0].cpu() if model.num_classes else None
         text = caption(logits, picture.label, data["classes"])
         found = pages(model, maps, args.layer_num, tokens)
-        figures = {p.key: draw_page(_on_cpu(p), picture.shown, text, args.overlay) for p in found}
+        figures = {p.key: draw_page(p, picture.shown, text, args.overlay) for p in found}
         name, n = picture.name, 1
         while name in used:  # images of the same name from several folders
             n += 1
@@ -243,10 +244,6 @@ def visualize(args):
         used.add(name)
         for file in write_pages(figures, folder / f"attention_{name}_block{args.layer_num}", args.format):
             utils.say(f"wrote {file}: {', '.join(figures) if args.format == 'pdf' else file.stem.rsplit('_', 1)[1]}")
-
-
-def _on_cpu(page):
-    return Page(page.key, page.title, page.maps.float().cpu())
 
 
 def token_list(text):

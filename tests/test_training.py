@@ -14,7 +14,7 @@ import engine
 import utils
 from conftest import TINY, noise, run, shell, tiny
 from engine import evaluate, train_one_epoch
-from models_dynamic import model_from_checkpoint
+from models_dynamic import DynamicViT, model_from_checkpoint
 from utils import RunFailed
 
 DIGITS = [*TINY, *"--data_set DIGITS --cls_pos 2 --reg_pos 1 --repeats 1 --epochs 2".split()]
@@ -288,6 +288,19 @@ def test_compiled_training_saves_plain_names(tmp_path, monkeypatch, capsys):
     assert run(cifar_main.main, argv, capsys)[0] == 0
     model = model_from_checkpoint(utils.load_checkpoint(tmp_path / "m.pth"))
     assert model.cls_pos == 2
+
+
+def test_training_builds_one_model(tmp_path, monkeypatch, capsys):
+    """Flags are checked on a description without weights, so a large model stands in memory once."""
+    devices = []
+
+    def counted(**kwargs):
+        devices.append(torch.empty(0).device.type)
+        return DynamicViT(**kwargs)
+
+    monkeypatch.setattr(cifar_main, "DynamicViT", counted)
+    assert run(cifar_main.main, [*DIGITS, "--max_steps", "1", "--model_path", tmp_path / "m.pth"], capsys)[0] == 0
+    assert devices == ["meta", "cpu"]
 
 
 def test_images_of_ones_own(photos, tmp_path, capsys):

@@ -158,7 +158,7 @@ class DynamicViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         # Random, not zero: registers that start equal get equal gradients and stay equal for ever.
-        for name in self.no_weight_decay():
+        for name in sorted(self.no_weight_decay()):  # a set's order differs from process to process
             nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     @property

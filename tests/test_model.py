@@ -1,6 +1,9 @@
 """The model: token layout, positions, the shortcut of the last block, equality with timm's ViT."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -9,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 
 import models_dynamic
-from conftest import noise, tiny
+from conftest import ROOT, noise, tiny
 from models_dynamic import DynamicViT, TokenLayout, load_weights, vit_register_dynamic_viz
 
 POSITIONS = [(c, r, n) for c, r in itertools.product((0, 1, 3, None), (0, 2, 3)) for n in (0, 3) if n or not r]
@@ -110,6 +113,23 @@ def test_registers_start_different_from_each_other():
     registers = DynamicViT(img_size=32, embed_dim=48, depth=1, num_heads=2).register_tokens[0]
     assert torch.cdist(registers, registers).fill_diagonal_(1).min() > 0.05
     assert 0.01 < registers.std() < 0.03
+
+
+def test_a_seed_gives_the_same_weights_in_every_process():
+    """Whatever the order in which Python iterates over sets of names, which its hash seed decides."""
+    code = (
+        "import torch; from models_dynamic import DynamicViT; torch.manual_seed(0);"
+        "m = DynamicViT(img_size=32, embed_dim=24, depth=1, num_heads=2);"
+        "print([float(p.detach().double().sum()) for p in m.parameters()])"
+    )
+    sums = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        ).stdout
+        for seed in "1234"
+    }  # fmt: skip
+    assert len(sums) == 1
 
 
 def test_tokens_and_positions_are_not_decayed():

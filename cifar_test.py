@@ -9,7 +9,7 @@ Prints `Test accuracy: NN.NN% (top-5 NN.NN%) on N images of CIFAR10`.
 import torch
 
 import utils
-from datasets import Loader, Split, check_classes, read_split
+from datasets import Loader, PictureLoader, Split, check_classes, find_split, read_split
 from engine import evaluate
 from models_dynamic import model_from_checkpoint
 from utils import BadInput, say
@@ -38,8 +38,26 @@ def test_split(checkpoint, data_path=None, only=None) -> Split:
     return Split(images, labels)
 
 
+def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False):
+    """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
+
+    Returns:
+        `evaluate`'s figures, and the true labels of all images.
+    """
+    data, path = checkpoint["data"], data_path or checkpoint.get("args", {}).get("data_path")
+    share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
+    if "crop_pct" in data:
+        split, classes = find_split(data["name"], path, False)
+        check_classes(classes, data["classes"], "the test images", "the model")
+        batches = PictureLoader(split, data, device=device, workers=workers, **share)
+    else:
+        split = test_split(checkpoint, path)
+        batches = Loader(split.to(device), data, **share)
+    return evaluate(model.to(device), batches, keep_predictions), split.labels
+
+
 def test_model(model_path, data_path=None, device=None, batch_size=256, per_class=False, confusion=False) -> dict:
-    """Score a checkpoint on its data set's test images, every image once, in full precision, and print the result.
+    """`score` a checkpoint and print the result.
 
     Returns:
         `evaluate`'s figures.
@@ -48,14 +66,12 @@ def test_model(model_path, data_path=None, device=None, batch_size=256, per_clas
         BadInput: no checkpoint of this project, or its images are not there.
     """
     model, checkpoint = load_model(model_path)
-    device = device or utils.pick_device()
-    data, split = checkpoint["data"], test_split(checkpoint, data_path)
-    batches = Loader(split.to(device), data, batch_size, rank=utils.rank(), world_size=utils.world_size())
-    result = evaluate(model.to(device), batches, keep_predictions=True)
+    data = checkpoint["data"]
+    result, labels = score(model, checkpoint, data_path, device or utils.pick_device(), batch_size, 0, True)
     accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
     say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
     if (per_class or confusion) and utils.world_size() == 1:
-        _print_confusion(split.labels, result["predictions"], data["classes"], per_class, confusion)
+        _print_confusion(labels, result["predictions"], data["classes"], per_class, confusion)
     return result
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -12,15 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from datasets import ImageData, Loader, TrainTransform
 from engine import evaluate, train_one_epoch
-from models_dynamic import DynamicViT
+from models_dynamic import DynamicViT, set_fused_attention
 from utils import BadInput, RunFailed, say
 
 
 def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
-    """Train `model`, validate after each epoch, and write:
-
-    `args.model_path` (the weights with the best validation accuracy; without validation images the last ones), and in
-    `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines) and `training_curves.png/.pdf`.
+    """Train `model` on images in memory, as `run_epochs` does; the best weights go to `args.model_path`.
 
     Args:
         model: on the CPU or `device`, not wrapped.
@@ -33,23 +31,48 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
         BadInput: the checkpoint to resume from is of another model or other data; a folder cannot be written.
         RunFailed: a loss that is not finite.
     """
-    folder, model_path = utils.writable_folder(args.output_dir), Path(args.model_path)
-    utils.writable_folder(model_path.parent)
+    utils.writable_folder(Path(args.model_path).parent)
     model.to(device)
-    amp_dtype = utils.amp_dtype(args.amp, device)
-    if device.type == "cpu" and amp_dtype is not None:
-        model.set_fused_attention(False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
     description = data.description()
     batches, val_batches = _loaders(data, description, args, device)
-    optimizer, scheduler = _optimizer(model, args, len(batches))
-    mixup, criterion = _mixup_and_loss(args, batches.batch_size, len(data.classes))
+    optimizer, scheduler = make_optimizer(
+        model, args, len(batches), opt="adamw", lr=args.lr, warmup_lr=1e-6, min_lr=1e-6
+    )
+    mixup, criterion = make_mixup_and_loss(args, batches.batch_size, len(data.classes))
+    return run_epochs(
+        model, batches, val_batches, criterion, optimizer, scheduler, description, args, device,
+        best_path=Path(args.model_path), mixup=mixup,
+    )  # fmt: skip
+
+
+def run_epochs(
+    model, batches, val_batches, criterion, optimizer, scheduler, description, args, device, *, best_path, mixup=None,
+    teacher=None,
+) -> dict:  # fmt: skip
+    """Train on `batches`, validate after each epoch, and write:
+
+    `best_path` (the weights with the best validation accuracy; without validation images the last ones), and in
+    `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines) and `training_curves.png/.pdf`.
+
+    Args:
+        model: on `device`, not wrapped; with `model_args`, from which it can be built again.
+        batches: see `engine.train_one_epoch`; with `set_epoch(epoch)`.
+        val_batches: the same for `engine.evaluate`, or None.
+        description: what a checkpoint says about its data.
+        args: the flags in `flags.add_training_flags` and `add_machine_flags`, `epochs`, `output_dir`, `resume`.
+
+    Returns and raises what `train_model` does.
+    """
+    folder = utils.writable_folder(args.output_dir)
+    amp_dtype = utils.amp_dtype(args.amp, device)
+    if device.type == "cpu" and amp_dtype is not None:
+        set_fused_attention(model, False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
     scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
-
     state = {"epoch": 0, "step": 0, "best": None}
     if args.resume:
         state |= _resume(args.resume, model, description, args, optimizer, scaler, ema)
-    wrapped = DistributedDataParallel(model) if utils.world_size() > 1 else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if utils.world_size() > 1 else model
     if args.compile:
         wrapped = torch.compile(wrapped)
 
@@ -60,6 +83,7 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
             "args": utils.plain_args(args), "model_args": model.model_args, "data": description,
             "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(),
         })  # fmt: skip
+    board = utils.tensorboard(folder) if args.tensorboard and utils.is_main() else None
     best, step = state["best"], state["step"]
     for epoch in range(state["epoch"], args.epochs):
         if step == args.max_steps:
@@ -69,14 +93,15 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
         try:
             trained = train_one_epoch(
                 wrapped, batches, criterion, optimizer, scheduler, step=step, last_step=args.max_steps,
-                accum_steps=args.accum_steps, mixup=mixup, amp_dtype=amp_dtype, scaler=scaler, clip_grad=args.clip_grad,
-                on_step=None if ema is None else lambda taken: ema.update(model, taken), title=title,
+                accum_steps=args.accum_steps, mixup=mixup, teacher=teacher, amp_dtype=amp_dtype, scaler=scaler,
+                clip_grad=args.clip_grad, on_step=None if ema is None else lambda taken: ema.update(model, taken),
+                title=title,
             )  # fmt: skip
         except RunFailed as error:
             kept = f"{folder / 'checkpoint.pth'} holds the weights of epoch {epoch}" if epoch else "nothing was saved"
             raise RunFailed(f"{title}: {error}; {kept}. Try a lower --lr, or --clip_grad 1") from None
         step = trained["step"]
-        metrics = _metrics(epoch + 1, trained, optimizer, model, ema, val_batches)
+        metrics = _metrics(epoch + 1, trained, optimizer, device, model, ema, val_batches)
         say(_line(title, metrics))
         better = best is None or val_batches is None or _rank(metrics) > _rank(best)
         best = metrics if better else best
@@ -86,11 +111,15 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
                 "metrics": metrics,
             }  # fmt: skip
             if better:
-                utils.save_checkpoint(model_path, {"model": (ema.module if ema else model).state_dict(), **about})
+                utils.save_checkpoint(best_path, {"model": (ema.module if ema else model).state_dict(), **about})
             training = {"step": step, "best": best, **_training_state(optimizer, scaler, ema)}
             utils.save_checkpoint(folder / "checkpoint.pth", {"model": model.state_dict(), **about, **training})
             utils.append_json(log, metrics)
             utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
+            if board is not None:
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, epoch + 1)
+                board.flush()
     utils.barrier()  # nobody goes on to test before the result is written
     return best
 
@@ -104,33 +133,43 @@ def _loaders(data, description, args, device) -> tuple[Loader, Loader | None]:
     return train, Loader(data.val.to(device), description, **share) if data.val else None
 
 
-def _optimizer(model, args, batches_per_epoch):
-    """timm's AdamW, without decay of biases, norms and tokens, and its cosine schedule, counted in optimizer steps."""
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
+def make_optimizer(model, args, batches_per_epoch, *, opt, lr, warmup_lr, min_lr):
+    """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps."""
+    device = next(model.parameters()).device
+    fused = {"fused": True} if opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
+    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=args.weight_decay, **fused)
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=1e-6,
-        min_lr=1e-6, step_on_epochs=False, updates_per_epoch=-(-batches_per_epoch // args.accum_steps),
+        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=warmup_lr,
+        min_lr=min_lr, step_on_epochs=False, updates_per_epoch=-(-batches_per_epoch // args.accum_steps),
     )  # fmt: skip
     return optimizer, scheduler
 
 
-def _mixup_and_loss(args, batch_size, classes):
+def make_mixup_and_loss(args, batch_size, classes, switch_prob=0.5, bce=False):
     """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two."""
-    if not (args.mixup or args.cutmix):
-        return None, torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-    if batch_size % 2:
-        raise BadInput("MixUp and CutMix pair images, and here is only one; give --mixup 0 --cutmix 0")
-    mixup = Mixup(args.mixup, args.cutmix, prob=args.mix_prob, label_smoothing=args.smoothing, num_classes=classes)
-    return mixup, torch.nn.CrossEntropyLoss()
+    mixup, smoothing = None, args.smoothing
+    if args.mixup or args.cutmix:
+        if batch_size % 2:
+            raise BadInput("MixUp and CutMix pair images, and here is only one; give --mixup 0 --cutmix 0")
+        mixup = Mixup(
+            args.mixup, args.cutmix, prob=args.mix_prob, switch_prob=switch_prob, label_smoothing=args.smoothing,
+            num_classes=classes,
+        )  # fmt: skip
+        smoothing = 0.0
+    if bce:
+        return mixup, BinaryCrossEntropy(smoothing=smoothing)
+    return mixup, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def _metrics(epoch, trained, optimizer, model, ema, val_batches) -> dict:
+def _metrics(epoch, trained, optimizer, device, model, ema, val_batches) -> dict:
     """One epoch's record in the log. With EMA, `val_*` are the figures of the EMA weights, which are what is saved."""
-    rate = trained["images"] * utils.world_size() / trained["seconds"]
     metrics = {
         "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"], "lr": optimizer.param_groups[0]["lr"],
-        "seconds": round(trained["seconds"], 3), "images_per_s": round(rate, 1),
+        "grad_norm": trained["grad_norm"], "seconds": round(trained["seconds"], 3),
+        "images_per_s": round(trained["images"] / trained["seconds"], 1),
+        "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(device), 1),
     }  # fmt: skip
+    utils.broadcast_buffers(model)
     if val_batches is not None:
         scored = evaluate(model, val_batches)
         if ema is not None:

@@ -1,17 +1,22 @@
-"""Images in memory: data sets, the transforms of training and evaluation, and the loader.
+"""Data sets, the transforms of training and evaluation, and two loaders.
 
-Every set is one uint8 tensor (M, 3, s, s) on the training device. Augmentation works there on many images at once, with
-a draw of its own for each image, so that no training step waits for data. An evaluated or drawn image is only
-resized and normalised.
+`Loader` has small images in memory: every set is one uint8 tensor (M, 3, s, s) on the training device. Augmentation
+works there on many images at once, with a draw of its own for each image, so that no training step waits for data.
+`PictureLoader` reads and augments images of any size one at a time, in worker processes, as timm does for ImageNet.
+An evaluated or drawn image is only resized, cropped and normalised.
 """
 
 import math
 import os
+import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +24,12 @@ from torch import Tensor
 from utils import BadInput
 
 DATA_SETS = ("CIFAR10", "CIFAR100", "DIGITS", "FOLDER")
+FOLDERS = {"FOLDER": ("test", "val"), "IMNET": ("val", "test")}  # and where their test images are
 
 
 @dataclass
 class Split:
-    images: Tensor  # (M, 3, h, w) uint8
+    images: Tensor | np.ndarray  # (M, 3, h, w) uint8, or the names of M files
     labels: Tensor  # (M,) int64
 
     def __len__(self):
@@ -45,13 +51,14 @@ class ImageData:
     train: Split
     val: Split | None
     test: Split
+    crop: dict | None = None  # of pictures: `crop_pct` and `interpolation`, see `fit_image`
 
     def description(self) -> dict:
         """What a checkpoint says about its data, as plain values."""
         sizes = {part: len(getattr(self, part) or ()) for part in ("train", "val", "test")}
         return {
             "name": self.name, "classes": list(self.classes), "input_size": tuple(self.input_size),
-            "mean": list(self.mean), "std": list(self.std), "images": sizes,
+            "mean": list(self.mean), "std": list(self.std), "images": sizes, **(self.crop or {}),
         }  # fmt: skip
 
 
@@ -81,11 +88,35 @@ def load_data(name, path, input_size, val_size=None) -> ImageData:
     images, labels, classes = read_split(name, path, True, input_size)
     test_images, test_labels, test_classes = read_split(name, path, False, input_size)
     check_classes(classes, test_classes, "the training images", "the test images")
-    if val_size is None:
-        val_size = 5000 if name.startswith("CIFAR") else 0.1
-    train, val = _hold_out(Split(images, labels), val_size)
+    train, val = _hold_out(Split(images, labels), _val_size(name, val_size))
     mean, std = channel_statistics(train.images)
     return ImageData(name, classes, input_size, mean, std, train, val, Split(test_images, test_labels))
+
+
+def load_pictures(name, path, input_size, val_size=None, crop_pct=0.875, interpolation="bicubic") -> ImageData:
+    """The same for a `PictureLoader`: images in folders stay there, and get ImageNet's mean and standard deviation.
+
+    Args:
+        val_size: as for `load_data`, but 1 % for IMNET, as in big_vision.
+        crop_pct, interpolation: of evaluation, see `fit_image`.
+    """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    split, classes = find_split(name, path, True)
+    test, test_classes = find_split(name, path, False)
+    check_classes(classes, test_classes, "the training images", "the test images")
+    train, val = _hold_out(split, _val_size(name, val_size))
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if name not in FOLDERS:
+        mean, std = channel_statistics(train.images)
+    crop = {"crop_pct": crop_pct, "interpolation": interpolation}
+    return ImageData(name, classes, input_size, mean, std, train, val, test, crop)
+
+
+def _val_size(name, val_size):
+    if val_size is not None:
+        return val_size
+    return 5000 if name.startswith("CIFAR") else 0.01 if name == "IMNET" else 0.1
 
 
 def check_classes(these, those, these_are, those_are):
@@ -99,11 +130,20 @@ def check_classes(these, those, these_are, those_are):
 
 def read_split(name, path, train, input_size, only=None) -> tuple[Tensor, Tensor, list[str]]:
     """One split of a data set: images (M, 3, h, w) uint8, labels (M,), class names. `only`: numbers of some images."""
-    if name == "FOLDER":
-        return _read_folder(path, train, input_size, only)
+    split, classes = find_split(name, path, train)
+    numbers = _numbers(len(split), only)
+    images = split.images[numbers]
+    if name in FOLDERS:
+        images = _read_files(images, input_size, f"reading {path}")
+    return images, split.labels[numbers], classes
+
+
+def find_split(name, path, train) -> tuple[Split, list[str]]:
+    """One split of a data set and its class names; images that lie in folders are not read yet."""
+    if name in FOLDERS:
+        return _find_folder(name, path, train)
     images, labels, classes = _read_digits(train) if name == "DIGITS" else _read_cifar(name, path, train)
-    numbers = _numbers(len(labels), only)
-    return images[numbers], labels[numbers], classes
+    return Split(images, labels), classes
 
 
 def _numbers(count, only) -> list[int]:
@@ -147,36 +187,44 @@ def _read_digits(train):
     return images.contiguous(), torch.from_numpy(digits.target[chosen]).long(), [str(n) for n in range(10)]
 
 
-def _read_folder(path, train, input_size, only):
-    """`path/train/<class>/*`, or `path/test/` (else `path/val/`), in any format that Pillow reads."""
-    from tqdm import tqdm
-
+def _find_folder(name, path, train) -> tuple[Split, list[str]]:
+    """`path/train/<class>/*`, or `path/test/` or `path/val/`, in any format that Pillow reads."""
     if path is None:
-        raise BadInput("--data_set FOLDER needs --data_path, a folder with train/<class>/ and test/<class>/")
-    names = ("train",) if train else ("test", "val")
+        raise BadInput(
+            f"--data_set {name} needs --data_path, a folder with train/<class>/ and {FOLDERS[name][0]}/<class>/"
+        )
+    names = ("train",) if train else FOLDERS[name]
     root = next((Path(path) / n for n in names if (Path(path) / n).is_dir()), None)
     if root is None:
         raise BadInput(f"there is no folder {' or '.join(str(Path(path) / n) for n in names)}; give --data_path")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise BadInput(f"{root} has no class folders; put the images into {root}/<class>/")
-    files = []
+    files, labels = [], []
     for label, name in enumerate(classes):
         found = image_files(root / name)
         if not found:
             raise BadInput(f"class folder {root / name} has no images; add some or remove it")
-        files += [(file, label) for file in found]
-    files = [files[i] for i in _numbers(len(files), only)]
+        files += [os.fsencode(file) for file in found]
+        labels += [label] * len(found)
+    # One array of bytes: worker processes share it, while a list of a million strings is copied into each of them.
+    return Split(np.array(files), torch.tensor(labels)), classes
+
+
+def _read_files(files, input_size, title) -> Tensor:
+    """Images of `input_size` in memory, (M, 3, h, w) uint8."""
+    from tqdm import tqdm
+
     _check_memory(len(files), input_size)
     images = torch.empty(len(files), 3, *input_size, dtype=torch.uint8)
 
     def read(i):
-        images[i] = fit_image(read_image(files[i][0]), input_size)
+        images[i] = fit_image(read_image(os.fsdecode(files[i])), input_size)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in tqdm(pool.map(read, range(len(files))), f"reading {root}", len(files), leave=False, disable=None):
+        for _ in tqdm(pool.map(read, range(len(files))), title, len(files), leave=False, disable=None):
             pass
-    return images, torch.tensor([label for _, label in files]), classes
+    return images
 
 
 def image_files(folder) -> list[Path]:
@@ -184,8 +232,8 @@ def image_files(folder) -> list[Path]:
     from PIL import Image
 
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = (file for file in Path(folder).rglob("*") if file.suffix.lower() in endings and file.name[0] != ".")
-    return sorted(file for file in files if file.is_file())
+    files = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in files if file.suffix.lower() in endings and file.name[0] != ".")
 
 
 def _check_memory(count, size):
@@ -225,23 +273,36 @@ def read_image(path):
         raise BadInput(f"cannot read the image {path} ({error}); mend or remove it") from None
 
 
-def crop_box(width, height, size) -> tuple[float, float, float, float]:
-    """The largest centred box of an image that has the shape of `size` (h, w): left, upper, right, lower."""
-    scale = min(height / size[0], width / size[1])
+def crop_box(width, height, size, crop_pct=1.0) -> tuple[float, float, float, float]:
+    """A centred box of an image in the shape of `size` (h, w): left, upper, right, lower. The largest one, times
+    `crop_pct`."""
+    scale = min(height / size[0], width / size[1]) * crop_pct
     box_h, box_w = size[0] * scale, size[1] * scale
     left, upper = (width - box_w) / 2, (height - box_h) / 2
     return left, upper, left + box_w, upper + box_h
 
 
-def fit_image(image, size) -> Tensor:
-    """Resize and centre-crop a PIL image to `size` (h, w): (3, h, w) uint8."""
-    import numpy as np
+def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:
+    """Resize and centre-crop a PIL image to `size` (h, w): (3, h, w) uint8.
+
+    The box that is cut out takes `crop_pct` of the shorter side: the usual "resize to 256, crop 224" is 0.875 of it,
+    here in one step.
+    """
     from PIL import Image
 
-    if (image.height, image.width) != tuple(size):
-        box = crop_box(image.width, image.height, size)
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
+    box = crop_box(image.width, image.height, size, crop_pct)
+    if (image.height, image.width) != tuple(size) or box != (0, 0, image.width, image.height):
+        image = image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()], box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def picture(split: Split, i):
+    """Image `i` as a PIL image in RGB."""
+    from PIL import Image
+
+    if isinstance(split.images, Tensor):
+        return Image.fromarray(split.images[i].permute(1, 2, 0).numpy())
+    return read_image(os.fsdecode(split.images[i]))
 
 
 def _hold_out(data: Split, val_size) -> tuple[Split, Split | None]:
@@ -533,3 +594,151 @@ class Loader:
         order = torch.cat([torch.randperm(len(self.split), generator=shuffle) for _ in range(self.passes)])
         order = order[self.rank :: self.world_size][: len(self) * self.batch_size]
         return order, torch.Generator().manual_seed(seed + 1 + self.rank)
+
+
+# Pictures: read and transformed one at a time ---------------------------------------------------------------------
+
+
+def picture_transform(size, aa, color_jitter, hflip, interpolation, three_augment=False, simple_crop=False, none=False):
+    """The training transform of DeiT or DeiT III, made of timm's: a PIL image -> (3, h, w) uint8.
+
+    Args:
+        size: (h, w).
+        aa: timm's name of a policy, such as 'rand-m9-mstd0.5-inc1'; 'none' for none.
+        color_jitter: strength; timm's policies other than 3-Augment replace it.
+        interpolation: 'bicubic', 'bilinear', 'lanczos' or 'random'.
+        three_augment: 3-Augment (DeiT III, arXiv 2204.07118: grey, solarize or blur) in place of `aa`.
+        simple_crop: DeiT III's simple random crop in place of the random resized crop: the shorter side is resized, 4
+            pixels are reflected at each border, and a window is cut out.
+        none: no augmentation at all, the whole image.
+    """
+    from timm.data import create_transform
+    from timm.data.transforms import ResizeKeepRatio
+    from torchvision import transforms
+
+    if none:
+        return partial(fit_image, size=size, interpolation="bicubic" if interpolation == "random" else interpolation)
+    policy = "3a" if three_augment else None if aa == "none" else aa
+    try:
+        crop, augment, _ = create_transform(
+            size, is_training=True, auto_augment=policy, color_jitter=color_jitter or None, hflip=hflip,
+            interpolation=interpolation, separate=True,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        raise BadInput(f"--aa {aa} is no policy of timm's ({error}); try rand-m9-mstd0.5-inc1, or none") from None
+    if simple_crop:
+        crop = transforms.Compose([
+            ResizeKeepRatio(size, interpolation=interpolation),
+            transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
+            transforms.RandomHorizontalFlip(hflip),
+        ])  # fmt: skip
+    return transforms.Compose([crop, augment, transforms.PILToTensor()])
+
+
+@contextmanager
+def _seeded(seed):
+    """The CPU's global generators, seeded, and afterwards as before: timm and torchvision draw from all three."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """Item (number, seed) is an image as the transform makes it, and its label."""
+
+    def __init__(self, split: Split, transform):
+        self.split, self.transform = split, transform
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, item):
+        number, seed = item
+        image, label = picture(self.split, number), int(self.split.labels[number])
+        if seed is None:
+            return self.transform(image), label
+        with _seeded(seed):
+            return self.transform(image), label
+
+
+class _Draws(torch.utils.data.Sampler):
+    """(number, seed) of one image after another; with `seed` None nothing is drawn."""
+
+    def __init__(self, numbers, seed, rank):
+        self.numbers, self.seed, self.rank = numbers, seed, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch):
+        if self.seed is not None:
+            self.epoch_seed = self.seed * 1_000_003 + epoch
+            self.numbers.set_epoch(self.epoch_seed)  # timm's sampler has no seed but the epoch
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        if self.seed is None:
+            return ((number, None) for number in self.numbers)
+        generator = torch.Generator().manual_seed(self.epoch_seed * 1_009 + self.rank)
+        seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+        return iter(zip(self.numbers, seeds))
+
+
+class PictureLoader:
+    """Batches of (images (B, 3, h, w) normalised, labels (B,)) on the device, from timm's prefetching loader.
+
+    For training (with a `transform`) the order and all draws are a function of (seed, epoch, process), whatever the
+    number of workers; the last incomplete batch is dropped, and every process has as many batches. Without a transform:
+    every image once, in order; over several processes each takes its share, without padding.
+
+    Args:
+        data: a description of the data with `crop_pct` and `interpolation`.
+        repeats: with more than 1, repeated augmentation (timm's sampler): of each image so many draws, from a part of
+            the images, so that an epoch is not longer.
+        reprob: probability of random erasing with noise, on the device.
+        workers: processes that read; 0: this one.
+    """
+
+    def __init__(
+        self, split: Split, data, batch_size, device, transform=None, *, repeats=1, reprob=0.0, seed=0, rank=0,
+        world_size=1, workers=0,
+    ):  # fmt: skip
+        from timm.data.distributed_sampler import RepeatAugSampler
+        from timm.data.loader import PrefetchLoader, fast_collate
+        from torch.utils.data import DataLoader, DistributedSampler
+
+        share = dict(num_replicas=world_size, rank=rank)
+        if transform is None:
+            crop = {key: data[key] for key in ("crop_pct", "interpolation")}
+            transform = partial(fit_image, size=data["input_size"], **crop)
+            numbers, seed, reprob, training = range(rank, len(split), world_size), None, 0.0, False
+        elif repeats > 1:
+            numbers, training = RepeatAugSampler(split, num_repeats=repeats, selected_round=0, **share), True
+        else:
+            numbers, training = DistributedSampler(split, drop_last=True, **share), True
+        self.draws = _Draws(numbers, seed, rank)
+        # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
+        count = len(numbers)
+        self.batch_size = min(batch_size, max(count - count % 2, 1)) if training else batch_size
+        loader = DataLoader(
+            _Pictures(split, transform), self.batch_size, sampler=self.draws, num_workers=workers,
+            collate_fn=fast_collate, pin_memory=device.type == "cuda", drop_last=training,
+            persistent_workers=workers > 0, generator=torch.Generator(),  # else it draws from the global one
+        )  # fmt: skip
+        self.batches = PrefetchLoader(loader, data["mean"], data["std"], device=device, re_prob=reprob, re_mode="pixel")
+
+    def set_epoch(self, epoch):
+        self.draws.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)

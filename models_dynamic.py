@@ -8,8 +8,8 @@
 Letters: B batch, N tokens now in the sequence, P patches, R registers, D width, H heads, d head width,
 K classes; h, w pixels; gh, gw the grid of patches. Blocks are counted from 0.
 
-Sources: ViT (arXiv 2010.11929), DeiT (2012.12877), CaiT, a class token that enters late (2103.17239),
-"Vision Transformers Need Registers" (2309.16588). Blocks and layers are timm's.
+Sources: ViT (arXiv 2010.11929), DeiT and its distillation token (2012.12877), CaiT, a class token that enters late
+(2103.17239), "Vision Transformers Need Registers" (2309.16588). Blocks and layers are timm's.
 """
 
 import math
@@ -17,23 +17,28 @@ import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm import create_model
 from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
-from timm.models import register_model
-from timm.models.vision_transformer import Block
+from timm.models import get_pretrained_cfg, register_model
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 # register_model appends the registered sizes (and would make a list of them alone).
 __all__ = [
     "SIZES", "AttentionMaps", "DynamicViT", "LoadReport", "TokenLayout", "load_weights", "model_from_checkpoint",
-    "vit_register_dynamic_viz",
+    "set_fused_attention", "timm_model", "vit_register_dynamic_viz",
 ]  # fmt: skip
 
 DEFAULT_NORM = partial(nn.LayerNorm, eps=1e-6)
+TOKENS = ("cls_token", "dist_token", "register_tokens")
+HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
     "dynamic_vit_tiny_patch16_224": dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3),
@@ -48,28 +53,30 @@ SIZES = {
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where each kind of token stands in a sequence `[CLS | patches | registers]`; None where it is absent."""
+    """Where each kind of token stands in a sequence `[CLS | distillation | patches | registers]`; None if absent."""
 
     cls: slice | None
     patches: slice
     registers: slice | None
     length: int
+    dist: slice | None = None
 
 
 @dataclass
 class AttentionMaps:
-    """Attention from CLS and from each register to every patch, at one block.
+    """Attention from CLS, the distillation token and each register to every patch, at one block.
 
-    Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to CLS and registers.
+    Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to those tokens.
     A token that has not entered yet is None.
     """
 
     cls: Tensor | None  # (B, H, gh, gw)
     registers: Tensor | None  # (B, R, H, gh, gw)
+    dist: Tensor | None = None  # (B, H, gh, gw)
 
 
 class DynamicViT(nn.Module):
-    """Vision Transformer with a chosen entry block for the class token and for the register tokens.
+    """Vision Transformer with a chosen entry block for the class, the distillation and the register tokens.
 
     Args:
         img_size: pixels, one number or (h, w); each must be a multiple of the patch size.
@@ -79,6 +86,7 @@ class DynamicViT(nn.Module):
         cls_pos: CLS is present at the input of this block, 0..depth-1; None: no class token, the mean of the
             patch tokens is classified.
         reg_pos: the same for the registers.
+        dist_pos: the same for DeiT's distillation token, which has a head of its own; None: there is none.
         drop_rate: dropout after the position embedding, after the attention's projection and in the MLP.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate at the last block.
@@ -109,6 +117,7 @@ class DynamicViT(nn.Module):
         drop_path_rate: float = 0.0,
         init_values: float | None = None,
         norm_layer=DEFAULT_NORM,
+        dist_pos: int | None = None,
     ):
         super().__init__()
         img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
@@ -125,18 +134,22 @@ class DynamicViT(nn.Module):
         self.num_register_tokens = num_register_tokens
         self.cls_pos = None if cls_pos is None else self._check_block(cls_pos, "cls_pos")
         self.reg_pos = self._check_block(reg_pos, "reg_pos") if num_register_tokens else None
+        self.dist_pos = None if dist_pos is None else self._check_block(dist_pos, "dist_pos")
         self._norm_layer = norm_layer
         self._model_args = dict(
             img_size=tuple(img_size), patch_size=tuple(patch_size), in_chans=in_chans, num_classes=num_classes,
             embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
             num_register_tokens=num_register_tokens, cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0,
             drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate, init_values=init_values,
+            dist_pos=self.dist_pos,
         )  # fmt: skip
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
         if self.cls_pos is not None:
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        if self.dist_pos is not None:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -149,6 +162,9 @@ class DynamicViT(nn.Module):
         )  # fmt: skip
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if self.dist_pos is not None:
+            self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._grad_checkpointing = False
         self._init_weights()
 
     def _init_weights(self):
@@ -175,48 +191,55 @@ class DynamicViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are tokens or positions; timm's optimizers ask for them."""
-        return {name for name in ("pos_embed", "cls_token", "register_tokens") if hasattr(self, name)}
+        return {name for name in ("pos_embed", *TOKENS) if hasattr(self, name)}
 
-    def set_fused_attention(self, on: bool):
-        """Fused attention (the default) or plain matrix products; the figures are the same to rounding."""
-        for block in self.blocks:
-            block.attn.fused_attn = on
+    def set_grad_checkpointing(self, enable: bool = True):
+        """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory."""
+        self._grad_checkpointing = enable
 
     def _check_block(self, block, what="block") -> int:
         block = operator.index(block)
         if not 0 <= block < self.depth:
-            also = ", or None for no class token" if what == "cls_pos" else ""
+            also = ", or None for no such token" if what in ("cls_pos", "dist_pos") else ""
             raise ValueError(f"{what} {block} is outside the model: its blocks are 0..{self.depth - 1}{also}")
         return block
 
     def token_layout(self, block: int) -> TokenLayout:
         """Layout of the sequence at the input of `block`. Raises ValueError outside 0..depth-1."""
         block = self._check_block(block)
-        first = int(self.cls_pos is not None and block >= self.cls_pos)
-        end = first + self.patch_embed.num_patches
-        registers = self.num_register_tokens if self.reg_pos is not None and block >= self.reg_pos else 0
-        return TokenLayout(
-            cls=slice(0, 1) if first else None,
-            patches=slice(first, end),
-            registers=slice(end, end + registers) if registers else None,
-            length=end + registers,
+        counts = (
+            self.cls_pos is not None and block >= self.cls_pos,
+            self.dist_pos is not None and block >= self.dist_pos,
+            self.patch_embed.num_patches,
+            self.num_register_tokens if self.reg_pos is not None and block >= self.reg_pos else 0,
         )
+        ends = list(accumulate(counts))
+        cls, dist, patches, registers = (slice(end - n, end) if n else None for n, end in zip(counts, ends))
+        return TokenLayout(cls, patches, registers, ends[-1], dist)
 
     def _enter(self, x: Tensor, block: int) -> Tensor:
         """The sequence with the tokens added that enter at `block`."""
         tokens = [x]
+        if block == self.dist_pos:  # behind CLS, in front of the patches
+            first = int(self.cls_pos is not None and block > self.cls_pos)
+            tokens = [x[:, :first], self.dist_token.expand(len(x), -1, -1), x[:, first:]]
         if block == self.cls_pos:
             tokens.insert(0, self.cls_token.expand(len(x), -1, -1))
         if block == self.reg_pos:
             tokens.append(self.register_tokens.expand(len(x), -1, -1))
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else x
 
+    def _block(self, block: Block, x: Tensor) -> Tensor:
+        if self._grad_checkpointing and torch.is_grad_enabled():
+            return checkpointed(block, x, use_reentrant=False)
+        return block(x)
+
     def _input_of(self, images: Tensor, block: int, visit=None) -> Tensor:
         """Input of `block`, (B, N, D). `visit(i, x)` is shown the input of every block up to it."""
         x = self.pos_drop(self.patch_embed(images) + self.pos_embed)  # (B, P, D)
         for i in range(block + 1):
             if i:
-                x = self.blocks[i - 1](x)
+                x = self._block(self.blocks[i - 1], x)
             x = self._enter(x, i)
             if visit is not None:
                 visit(i, x)
@@ -226,16 +249,21 @@ class DynamicViT(nn.Module):
         """(B, 3, h, w) -> (B, N, D): every token after the last block, normalised, in its layout."""
         return self.norm(self.blocks[-1](self._input_of(images, self.depth - 1)))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 3, h, w) -> (B, K) logits.
 
-        The last block computes only what is classified: CLS, or the patches where there is no CLS.
+        The last block computes only what is classified: CLS, or the patches where there is no CLS, and the
+        distillation token. With that, training gives the logits of both heads, and evaluation their mean (DeiT).
         """
         layout = self.token_layout(self.depth - 1)
         x = self._input_of(images, self.depth - 1)  # (B, N, D)
-        x = _block_rows(self.blocks[-1], x, layout.cls or layout.patches)
-        x = self.norm(x).mean(dim=1)  # (B, D); of one token if that is CLS
-        return self.head(x)
+        last = layout.patches if layout.cls is None else layout.dist or layout.cls
+        x = self.norm(_block_rows(self.blocks[-1], x, slice(0, last.stop)))
+        logits = self.head(x[:, layout.cls or layout.patches].mean(dim=1))  # of one token if that is CLS
+        if layout.dist is None:
+            return logits
+        of_dist = self.head_dist(x[:, layout.dist].mean(dim=1))
+        return (logits, of_dist) if self.training else (logits + of_dist) / 2
 
     @torch.no_grad()
     def attention(self, images: Tensor, block: int) -> Tensor:
@@ -268,19 +296,25 @@ class DynamicViT(nn.Module):
 
     def _maps_at(self, i: int, x: Tensor) -> AttentionMaps:
         layout = self.token_layout(i)
-        rows = [token for token in (layout.cls, layout.registers) if token is not None]
-        if not rows:
+        tokens = {"cls": layout.cls, "dist": layout.dist, "registers": layout.registers}
+        there = {name: token for name, token in tokens.items() if token is not None}
+        if not there:
             return AttentionMaps(None, None)
-        attn = _attention_rows(self.blocks[i], x, rows)[..., layout.patches]  # (B, H, 1 + R, P), or fewer rows
-        attn = attn.unflatten(-1, self.grid_size)  # (B, H, rows, gh, gw)
-        first = int(layout.cls is not None)
-        return AttentionMaps(
-            cls=attn[:, :, 0] if first else None,
-            registers=attn[:, :, first:].transpose(1, 2) if layout.registers is not None else None,
-        )
+        attn = _attention_rows(self.blocks[i], x, list(there.values()))[..., layout.patches]  # (B, H, rows, P)
+        attn = attn.unflatten(-1, self.grid_size).transpose(1, 2)  # (B, rows, H, gh, gw)
+        maps = dict(zip(there, attn.split([token.stop - token.start for token in there.values()], dim=1)))
+        one = {name: maps[name][:, 0] if name in maps else None for name in ("cls", "dist")}
+        return AttentionMaps(registers=maps.get("registers"), **one)
 
 
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
+
+
+def set_fused_attention(model: nn.Module, on: bool):
+    """Fused attention (the default) or plain products, here and in timm's models; the same figures to rounding."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = on
 
 
 def _heads(attn: nn.Module, tokens: Tensor, first: int, count: int) -> Tensor:
@@ -344,35 +378,36 @@ class LoadReport(NamedTuple):
 
 
 # What a model may lack or have in addition without being another model.
-_OPTIONAL = ("cls_token", "register_tokens", "head.weight", "head.bias")
-_DROPPED = ("mask_token", "dist_token", "head_dist.weight", "head_dist.bias")
+_OPTIONAL = (*TOKENS, *HEADS)
 
 
-def load_weights(model: DynamicViT, state_dict: dict) -> LoadReport:
+def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
     """Load a checkpoint of this project, DeiT, timm or DINOv2 into `model`, wherever its tokens enter.
 
     A class-position embedding is folded into the class token (the two are only ever used as a sum), `reg_token`
     becomes `register_tokens`, and the patch positions are resampled to the model's grid (timm's bicubic). A head
-    for another number of classes is left as initialised, as are tokens that the file does not have.
+    for another number of classes is left as initialised, as are tokens that the file does not have. Into one of
+    timm's models goes a file of the same model; timm resamples its positions.
 
     Raises:
         ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.
     """
-    state, old_grid = _translate(state_dict, model.grid_size)
     own = model.state_dict()
-    resampled = []
-    if "pos_embed" in state and old_grid != model.grid_size:
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], model.grid_size, old_grid, num_prefix_tokens=0)
-        resampled = ["pos_embed"]
-    left_out = [n for n in state if n in _DROPPED or (n in _OPTIONAL and n not in own)]
-    left_out += [n for n in ("head.weight", "head.bias") if n in state and n in own and state[n].shape != own[n].shape]
+    if isinstance(model, DynamicViT):
+        state, resampled = _resampled(*_translate(state_dict, model.grid_size), model.grid_size)
+        heads, optional = HEADS, _OPTIONAL
+    else:
+        state, resampled, heads = _timm_state(state_dict, model)
+        optional = heads
+    left_out = [n for n in state if n == "mask_token" or (n in optional and n not in own)]
+    left_out += [n for n in heads if n in state and n in own and state[n].shape != own[n].shape]
     state = {n: t for n, t in state.items() if n not in left_out}
     misfits = [f"{n} {_shape(t)} is unknown here" for n, t in state.items() if n not in own]
     misfits += [
         f"{n} is {_shape(t)}, here {_shape(own[n])}" for n, t in state.items() if n in own and t.shape != own[n].shape
     ]
     new = [n for n in own if n not in state]
-    misfits += [f"{n} {_shape(own[n])} is missing" for n in new if n not in _OPTIONAL]
+    misfits += [f"{n} {_shape(own[n])} is missing" for n in new if n not in optional]
     if misfits:
         shown = misfits[:20] + [f"and {len(misfits) - 20} more"] * (len(misfits) > 20)
         raise ValueError("these weights do not fit the model: " + "; ".join(shown))
@@ -380,24 +415,51 @@ def load_weights(model: DynamicViT, state_dict: dict) -> LoadReport:
     return LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
 
 
+def _resampled(state, old_grid, grid) -> tuple[dict, list[str]]:
+    """(state with the patch positions on `grid`, names that this changed)."""
+    if "pos_embed" not in state or old_grid == grid:
+        return state, []
+    positions = resample_abs_pos_embed(state["pos_embed"], grid, old_grid, num_prefix_tokens=0)
+    return state | {"pos_embed": positions}, ["pos_embed"]
+
+
+def _timm_state(checkpoint: dict, model: nn.Module) -> tuple[dict, list[str], list[str]]:
+    """(weights for a model of timm's, names that timm resampled, names of the model's heads)."""
+    state = _bare(checkpoint)
+    shapes = {n: t.shape for n, t in state.items()}
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(state, model)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    names = [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
+    return state, [n for n, t in state.items() if n in shapes and t.shape != shapes[n]], names
+
+
 def _shape(tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tuple[int, int] | None]:
-    """(weights under this project's names, grid of their position embedding). `like`: a grid to prefer if it fits."""
+def _bare(checkpoint: dict) -> dict:
+    """The state dict in a checkpoint, without the prefixes that wrappers leave."""
     state = checkpoint
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    state = {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
-    if "patch_embed.proj.weight" not in state or not all(isinstance(t, Tensor) for t in state.values()):
+    if not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError("this is no state dict: not all of its values are tensors")
+    return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
+
+
+def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tuple[int, int] | None]:
+    """(weights under this project's names, grid of their position embedding). `like`: a grid to prefer if it fits."""
+    state = _bare(checkpoint)
+    if "patch_embed.proj.weight" not in state:
         raise ValueError("these are no weights of a Vision Transformer: there is no patch_embed.proj.weight")
     if "reg_token" in state:
         state["register_tokens"] = state.pop("reg_token")
     if "pos_embed" not in state:
         return state, like
-    if "model_args" in checkpoint:
+    if "patch_size" in checkpoint.get("model_args", ()):
         size, patch = checkpoint["model_args"]["img_size"], checkpoint["model_args"]["patch_size"]
         return state, (size[0] // patch[0], size[1] // patch[1])
 
@@ -406,8 +468,9 @@ def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tu
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     positions = state["pos_embed"]
     prefix, grid = _split_positions(positions.shape[1], (0, classes, classes + registers), like)
-    if prefix:
-        state["cls_token"] = state["cls_token"] + positions[:, :1]
+    for row, name in enumerate(n for n in TOKENS[:2] if n in state):
+        if prefix:
+            state[name] = state[name] + positions[:, row : row + 1]
     if prefix > classes:
         state["register_tokens"] = state["register_tokens"] + positions[:, classes:prefix]
     state["pos_embed"] = positions[:, prefix:]
@@ -426,15 +489,32 @@ def _split_positions(length: int, prefixes, like) -> tuple[int, tuple[int, int]]
     raise ValueError(f"pos_embed has {length} rows, which is neither the model's grid nor a square one")
 
 
+def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.Module:
+    """A model of timm's that can say how it is built (`model_args`), as a DynamicViT can.
+
+    `img_size` is passed on only to models that are made for one size. Raises ValueError if timm cannot build it.
+    """
+    config = get_pretrained_cfg(timm_name)
+    args = {"num_classes": num_classes, **kwargs}
+    if img_size is not None and config is not None and config.fixed_input_size:
+        args["img_size"] = tuple(img_size)
+    try:
+        model = create_model(timm_name, **args)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {timm_name} with {args}: {error}") from None
+    model.model_args = {"timm_name": timm_name, **args}
+    return model
+
+
 _ABSENT = object()
 
 
-def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None) -> DynamicViT:
+def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None) -> nn.Module:
     """The model that a checkpoint describes, with its weights, in eval mode.
 
-    A checkpoint of this project says everything about its model. The last three arguments are for a bare state dict
-    from elsewhere, of which the rest is read off the shapes (a square image is assumed): `num_heads` must be given,
-    tokens enter at block 0 unless their position is.
+    A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The last
+    three arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes (a square image
+    is assumed): `num_heads` must be given, tokens enter at block 0 unless their position is.
 
     Raises:
         ValueError: the weights do not fit, or an argument is missing or contradicts the checkpoint.
@@ -446,8 +526,9 @@ def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg
     if "model_args" in checkpoint:
         if given:
             raise ValueError(f"the checkpoint itself says how its model is built; leave out {', '.join(given)}")
+        model_args = checkpoint["model_args"]
         try:
-            model = DynamicViT(**checkpoint["model_args"])
+            model = timm_model(**model_args) if "timm_name" in model_args else DynamicViT(**model_args)
         except TypeError as error:
             raise ValueError(f"the checkpoint's model_args do not describe a model: {error}") from None
     elif num_heads is None:
@@ -478,6 +559,7 @@ def _args_from_shapes(checkpoint: dict) -> dict:
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         cls_pos=0 if "cls_token" in state else None,
+        dist_pos=0 if "dist_token" in state else None,
         init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
     )
 

@@ -32,7 +32,14 @@ class RunFailed(Exception):
 
 
 def run_script(main, *args):
-    """Call `main(*args)` and end the program as a script here does: one line and a status, no traceback."""
+    """Call `main(*args)` and end the program as a script here does: one line and a status, no traceback.
+
+    Under torchrun the error is also written where torchrun looks for the first cause of a job's end.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
     try:
         main(*args)
     except BadInput as error:
@@ -47,7 +54,8 @@ def run_script(main, *args):
 
 
 def _fail(message, status):
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"{Path(sys.argv[0]).name}{where}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -68,11 +76,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        spellings = {name.replace("-", "_"): name for name in self._option_string_actions}
         spelled = []
         for arg in args:
             name, equals, value = arg.partition("=")
-            known = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
-            spelled.append((known if known in self._option_string_actions else name) + equals + value)
+            known = spellings.get(name.replace("-", "_"), name) if name.startswith("--") else name
+            spelled.append(known + equals + value)
         return super().parse_known_args(spelled, namespace)
 
     def error(self, message):
@@ -175,6 +184,13 @@ def main_first():
         barrier()
 
 
+def broadcast_buffers(model):
+    """Give all processes the buffers of the first one: batch norm's statistics are otherwise each process's own."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -203,6 +219,28 @@ def amp_dtype(choice, device) -> torch.dtype | None:
 
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+@contextmanager
+def full_precision():
+    """Products and convolutions of float32 in float32, not in TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def peak_memory(device) -> float:
+    """MiB: the largest amount that tensors took on a GPU so far, elsewhere the largest size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # Random states ---------------------------------------------------------------------------------------------------
@@ -354,29 +392,45 @@ def read_json_lines(path) -> list[dict]:
     return records
 
 
+def tensorboard(folder):
+    """A writer of TensorBoard's event files. Raises BadInput where that package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(folder)
+
+
+PANELS = (  # of the training curves: title, label of the axis, lines
+    ("Loss", "loss", {"train_loss": "training (augmented)", "val_loss": "validation"}),
+    ("Validation accuracy", "top-1 (%)", {"val_top1": "validation", "raw_val_top1": "without EMA"}),
+    ("Learning rate", "at the end of the epoch", {"lr": "learning rate"}),
+    ("Gradient", "norm, mean over the epoch", {"grad_norm": "before clipping"}),
+    ("Speed", "images/s, all processes", {"images_per_s": "training"}),
+    ("Waiting for data", "share of the time (%)", {"data_wait": "waiting"}),
+)
+
+
 def plot_curves(epochs: list[dict], folder):
-    """Draw `training_curves.png` and `.pdf` from the epoch records of a log: losses, validation accuracy, rate."""
+    """Draw `training_curves.png` and `.pdf` from the epoch records of a log; see `PANELS`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = (
-        ("Loss", "loss", (("train_loss", "training (augmented)"), ("val_loss", "validation"))),
-        ("Validation accuracy", "top-1 (%)", (("val_top1", "validation"), ("raw_val_top1", "without EMA"))),
-        ("Learning rate", "at the end of the epoch", (("lr", "learning rate"),)),
-    )
+    figure = Figure(figsize=(12, 6.6), layout="constrained")
     numbers = [record["epoch"] for record in epochs]
-    for axes, (title, label, lines) in zip(figure.subplots(1, 3), panels):
-        for key, name in lines:
+    for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
+        for key, name in lines.items():
             if any(record.get(key) is not None for record in epochs):
                 values = [float("nan") if record.get(key) is None else record[key] for record in epochs]
                 axes.plot(numbers, values, marker=".", label=name)
         if axes.lines:
             axes.legend()
         else:
-            axes.text(0.5, 0.5, "no validation images", ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         axes.set(title=title, xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+        if title in ("Speed", "Waiting for data"):
+            axes.set_ylim(bottom=0)
     for suffix in ("png", "pdf"):
         write_atomically(
             Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)

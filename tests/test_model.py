@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 
 import models_dynamic
 from conftest import ROOT, noise, tiny
-from models_dynamic import DynamicViT, TokenLayout, load_weights, vit_register_dynamic_viz
+from models_dynamic import DynamicViT, TokenLayout, load_weights, set_fused_attention, vit_register_dynamic_viz
 
 POSITIONS = [(c, r, n) for c, r in itertools.product((0, 1, 3, None), (0, 2, 3)) for n in (0, 3) if n or not r]
 
@@ -149,7 +149,7 @@ def test_plain_attention_equals_fused():
     model = tiny(cls_pos=1, reg_pos=2)
     images = noise(model)
     fused = model(images)
-    model.set_fused_attention(False)
+    set_fused_attention(model, False)
     assert torch.allclose(model(images), fused, atol=1e-5)
 
 

@@ -294,19 +294,21 @@ def test_training_builds_one_model(tmp_path, monkeypatch, capsys):
     """Flags are checked on a description without weights, so a large model stands in memory once."""
     devices = []
 
-    def counted(**kwargs):
-        devices.append(torch.empty(0).device.type)
-        return DynamicViT(**kwargs)
+    build = DynamicViT.__init__
 
-    monkeypatch.setattr(cifar_main, "DynamicViT", counted)
+    def counted(model, *args, **kwargs):
+        devices.append(torch.empty(0).device.type)
+        build(model, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicViT, "__init__", counted)
     assert run(cifar_main.main, [*DIGITS, "--max_steps", "1", "--model_path", tmp_path / "m.pth"], capsys)[0] == 0
-    assert devices == ["meta", "cpu"]
+    assert devices == ["meta", "cpu", "cpu"]  # flags, training, and the test of what was saved
 
 
 def test_images_of_ones_own(photos, tmp_path, capsys):
     """A folder, sizes that are not square, every augmentation, upsampling."""
-    flags = "--input_size 16x24 --aug rand --epochs 1 --num_reg 0 --accum_steps 2 --clip_grad 1 --cls_pos none".split()
-    argv = [*TINY, *flags, "--data_path", photos, "--model_path", tmp_path / "m.pth"]
+    given = "--input_size 16x24 --aug rand --epochs 1 --num_reg 0 --accum_steps 2 --clip_grad 1 --cls_pos none".split()
+    argv = [*TINY, *given, "--data_path", photos, "--model_path", tmp_path / "m.pth"]
     status, out, err = run(cifar_main.main, argv, capsys)
     assert status == 0, err
     assert "on 6 images of FOLDER" in out

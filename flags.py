@@ -1,0 +1,143 @@
+"""Flags that the training scripts share, and what they describe: the model, the machine, the folder of a run."""
+
+from argparse import SUPPRESS
+from pathlib import Path
+
+import timm
+import torch
+
+import utils
+from models_dynamic import SIZES, DynamicViT, timm_model
+from utils import BadInput, number
+
+# Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
+MODEL_FLAGS = {
+    "num_reg": "num_register_tokens", "cls_pos": "cls_pos", "reg_pos": "reg_pos", "dist_pos": "dist_pos",
+    "embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "mlp_ratio": "mlp_ratio",
+    "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
+}  # fmt: skip
+OF_ANY_MODEL = ("input_size", "drop_path")
+
+
+def add_model_flags(parser):
+    """The flags in `MODEL_FLAGS`, but for `dist_pos`. Returns the group."""
+    group = parser.add_argument_group("model (default: that of --model)")
+    missing = dict(default=SUPPRESS)
+    group.add_argument("--num_reg", type=number(int, 0), help="register tokens (4)", **missing)
+    group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
+    group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
+    group.add_argument("--embed_dim", type=number(int, 1), help="width", **missing)
+    group.add_argument("--depth", type=number(int, 1), help="blocks", **missing)
+    group.add_argument("--num_heads", type=number(int, 1), help="heads", **missing)
+    group.add_argument("--mlp_ratio", type=number(float, above=0), help="hidden width of the MLP / width", **missing)
+    group.add_argument("--patch_size", type=utils.image_size, help="pixels, 4 or 4x8 (height x width)", **missing)
+    group.add_argument("--input_size", type=utils.image_size, help="pixels, 32 or 32x48 (height x width)", **missing)
+    group.add_argument(
+        "--init_values", type=number(float, above=0), help="initial LayerScale (no LayerScale)", **missing
+    )
+    group.add_argument(
+        "--drop_path", type=number(float, 0, 0.99), default=0.1, help="stochastic depth at the last block"
+    )
+    return group
+
+
+def add_training_flags(group):
+    """What the epoch loop reads, with the defaults that do not depend on the script."""
+    group.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
+    group.add_argument(
+        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0,
+        help="decay of averaged weights, 0: none",
+    )  # fmt: skip
+    group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
+    group.add_argument("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
+    group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
+    group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+
+
+def add_machine_flags(parser):
+    """Returns the group."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of training")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--num_threads", type=number(int, 1), help="CPU threads (default: torch's)")
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0)
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    return group
+
+
+def start(args) -> torch.device:
+    """Device, processes and threads as the flags say."""
+    device = utils.pick_device(args.device)
+    utils.init_distributed(device)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    if args.deterministic:
+        utils.make_deterministic()
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32; not in `evaluate`
+    utils.amp_dtype(args.amp, device)  # raises BadInput now rather than after the data are read
+    return device
+
+
+def given_model_args(args) -> dict:
+    """Those arguments of the model that the user gave."""
+    return {arg: getattr(args, flag) for flag, arg in MODEL_FLAGS.items() if hasattr(args, flag)}
+
+
+def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
+    """The model that the flags describe: one of `SIZES`, or of timm's models.
+
+    On the device 'meta' it is only a description, without weights.
+    """
+    given = given_model_args(args) | {"num_classes": num_classes}
+    try:
+        if args.model in SIZES:
+            with torch.device(device):
+                return DynamicViT(**(SIZES[args.model] | given))
+        if not timm.is_model(args.model):
+            raise BadInput(f"there is no model {args.model}; choose one of {', '.join(SIZES)}, or of timm's models")
+        foreign = [f"--{flag}" for flag in MODEL_FLAGS if hasattr(args, flag) and flag not in OF_ANY_MODEL]
+        if foreign:
+            raise BadInput(
+                f"{', '.join(foreign)}: timm's {args.model} has no such choice; use one of {', '.join(SIZES)}"
+            )
+        if not args.drop_path:
+            del given["drop_path_rate"]  # not every model has it
+        return timm_model(args.model, **given)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def describe(model) -> str:
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    if not isinstance(model, DynamicViT):
+        return f"{model.model_args['timm_name']} of timm, {size:.2f} M parameters"
+    cls = "no class token" if model.cls_pos is None else f"CLS enters at block {model.cls_pos}"
+    registers = (
+        f"{model.num_register_tokens} registers at block {model.reg_pos}"
+        if model.num_register_tokens
+        else "no registers"
+    )
+    dist = "" if model.dist_pos is None else f", distillation token at block {model.dist_pos}"
+    return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
+
+
+def check_folder(args):
+    """Refuse a folder that holds another run, and a checkpoint to resume from that is not there."""
+    unfinished = Path(args.output_dir) / "checkpoint.pth"
+    if not (args.overwrite or args.resume) and unfinished.exists():
+        raise BadInput(
+            f"{unfinished} is there, of another run: --resume goes on with it, --overwrite trains anew; "
+            "or give another --output_dir"
+        )
+    if args.resume and not Path(args.resume).is_file():
+        raise BadInput(f"--resume: there is no {args.resume}; leave out --resume to begin")
+    utils.writable_folder(args.output_dir)
+
+
+def say_what(model, data):
+    """The line that a run begins with."""
+    sizes = data.description()["images"]
+    utils.say(f"{describe(model)}; {data.name}: " + ", ".join(f"{n} {part}" for part, n in sizes.items()) + " images")

@@ -1,0 +1,423 @@
+"""Train on ImageNet or images like it, on one device or many, with DeiT's recipes and, if wanted, a teacher.
+
+    torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distributed --num_reg 4 --cls_pos 6 --reg_pos 3
+    python main_distillation.py --data-set DIGITS --model dynamic_vit_cifar --input-size 32 --epochs 10   # no download
+    python main_distillation.py --eval --resume models/imagenet/best_checkpoint.pth
+
+--data-path is a folder with train/<class>/ and val/<class>/. The best epoch is chosen on images held out of train/;
+val/ is looked at once, at the end. --model takes the sizes of this project and any of timm's models.
+"""
+
+import argparse
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import timm
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import flags
+import utils
+from cifar_test import load_model, score
+from cifar_train import make_mixup_and_loss, make_optimizer, run_epochs
+from datasets import DATA_SETS, PictureLoader, check_classes, load_pictures, picture_transform
+from engine import train_one_epoch
+from losses import DistillationLoss
+from models_dynamic import SIZES, DynamicViT, load_weights, set_fused_attention, timm_model
+from utils import BadInput, number, say
+
+# Defaults of the flags. Where a recipe was published for a number of images a step, `step_images` says so.
+RECIPES = {
+    # DeiT (arXiv 2012.12877, table 9). AdamW at 5e-4 for each 512 images a step.
+    "deit": dict(
+        epochs=300, batch_size=128, opt="adamw", lr=5e-4, unscale_lr=False, weight_decay=0.05, warmup_epochs=5,
+        min_lr=1e-5, smoothing=0.1, drop_path=0.1, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, reprob=0.25,
+        mixup=0.8, cutmix=1.0, mix_prob=1.0, repeated_aug=True, bce_loss=False, ThreeAugment=False, src=False,
+        clip_grad=0.0, eval_crop_ratio=0.875,
+    ),
+    # DeiT III (2204.07118), ViT-S on ImageNet-1k as in its README, with the paper's clipping. ViT-B there has --lr 3e-3
+    # --drop-path 0.2 --input-size 192.
+    "deit3": dict(
+        epochs=800, batch_size=256, opt="lamb", lr=4e-3, unscale_lr=True, step_images=2048, weight_decay=0.05,
+        warmup_epochs=5, min_lr=1e-5, smoothing=0.0, drop_path=0.05, aa="none", color_jitter=0.3, reprob=0.0,
+        mixup=0.8, cutmix=1.0, mix_prob=1.0, repeated_aug=True, bce_loss=True, ThreeAugment=True, src=False,
+        clip_grad=1.0, eval_crop_ratio=1.0, init_values=1e-4,
+    ),
+    # "Better plain ViT baselines for ImageNet-1k" (2205.01580): 90 epochs, 76.5 % there with ViT-S/16. Its decay of
+    # 1e-4 is multiplied by the schedule alone, torch's also by the rate, here 1e-3 for 1024 images a step.
+    "fast": dict(
+        epochs=90, batch_size=128, opt="adamw", lr=5e-4, unscale_lr=False, weight_decay=0.1, warmup_epochs=8,
+        min_lr=0.0, smoothing=0.0, drop_path=0.0, aa="rand-m10-n2", color_jitter=0.0, reprob=0.0, mixup=0.2, cutmix=0.0,
+        mix_prob=1.0, repeated_aug=False, bce_loss=False, ThreeAugment=False, src=False, clip_grad=1.0,
+        eval_crop_ratio=0.875,
+    ),
+}  # fmt: skip
+COMMAND = "torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distributed"
+
+
+def get_parser():
+    parser = utils.ArgumentParser(
+        description="Train a Vision Transformer whose tokens enter at chosen blocks, or one of timm's models.",
+        epilog="Flags without a default here have that of --recipe.",
+    )
+    switch = dict(action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
+    group.add_argument("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
+    group.add_argument("--overwrite", action="store_true", help="train anew though a run is there")
+    group.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE", help="go on from checkpoint.pth in --output_dir, or from FILE"
+    )
+    group.add_argument(
+        "--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir"
+    )
+    group.add_argument("--throughput", action="store_true", help="only measure images/s, on random images")
+    group.add_argument("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
+    group.add_argument(
+        "--data_path", help="folder with train/ and val/ (default: ./data/imagenet, ./data/CIFAR10, ./data/CIFAR100)"
+    )
+    group.add_argument(
+        "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
+        "or a number; 0: the last epoch is the result (default: 0.01 for IMNET, 5000 for CIFAR, else 0.1)",
+    )  # fmt: skip
+    group.add_argument("--aa", help="timm's augmentation policy, or none")
+    group.add_argument("--color_jitter", type=number(float, 0), help="strength; only without --aa")
+    group.add_argument("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
+    group.add_argument("--src", **switch, help="simple random crop in place of the random resized crop")
+    group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for DIGITS)")
+    group.add_argument("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
+    group.add_argument(
+        "--interpolation", "--train_interpolation", default="bicubic",
+        choices=("bicubic", "bilinear", "lanczos", "random"), help="of resizing; in evaluation, random is bicubic",
+    )  # fmt: skip
+    group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
+    group.add_argument("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
+    group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
+    group.add_argument("--cutmix", type=number(float, 0), help="CutMix's alpha, 0 for none")
+    group.add_argument("--mix_prob", "--mixup_prob", type=number(float, 0, 1), help="share of batches that are mixed")
+    group.add_argument("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
+                       help="share of CutMix, where both are on")  # fmt: skip
+    group.add_argument(
+        "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side that evaluation sees "
+        "(default: the recipe's; 1 for CIFAR and DIGITS)",
+    )  # fmt: skip
+    group.add_argument("--num_workers", type=number(int, 0), help="reading processes (default: CPU cores, at most 10)")
+
+    group = flags.add_model_flags(parser)
+    group.add_argument("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
+    group.add_argument(
+        "--dist_pos", type=utils.position, default=argparse.SUPPRESS,
+        help="block that DeiT's distillation token enters at (none)",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1))
+    group.add_argument("--batch_size", type=number(int, 1), help="images at a time, in each process")
+    group.add_argument("--opt", help="timm's name of an optimizer")
+    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
+    group.add_argument("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
+    group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
+    group.add_argument(
+        "--warmup_epochs", type=number(float, 0), help="linear warm-up (default: the recipe's, at most a tenth)"
+    )
+    group.add_argument("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
+    group.add_argument("--min_lr", type=number(float, 0), help="where the cosine ends")
+    group.add_argument("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
+    flags.add_training_flags(group)
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--teacher_model", metavar="NAME", help="one of timm's models")
+    group.add_argument(
+        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project, which says its model "
+        "(default: timm downloads them)",
+    )  # fmt: skip
+    group.add_argument("--distillation_type", choices=("none", "soft", "hard"), default="none")
+    group.add_argument("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
+    group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
+
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
+    group.add_argument(
+        "--attn_only", action="store_true", help='train attention, head and positions only ("Three things", 2203.09795)'
+    )
+
+    group = flags.add_machine_flags(parser)
+    group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more work")
+    return parser
+
+
+def parse(argv=None):
+    """The flags, with the defaults of the recipe that they name."""
+    parser = get_parser()
+    first = parser.parse_args(argv)
+    recipe = dict(RECIPES[first.recipe])
+    if first.model not in SIZES:
+        recipe.pop("init_values", None)  # timm's model has LayerScale if its name says so
+    step_images = recipe.pop("step_images", None)
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    resolve(args, first)
+    images = args.batch_size * args.accum_steps * int(os.environ.get("WORLD_SIZE", 1))
+    if not args.unscale_lr:
+        args.lr *= images / 512
+    elif first.lr is None and step_images not in (None, images) and os.environ.get("RANK", "0") == "0":
+        print(f"note: --lr {args.lr:g} was published for {step_images} images a step, here are {images}", flush=True)
+    return args
+
+
+def resolve(args, given):
+    """Fill in the defaults that depend on other flags. `given`: the flags without the recipe."""
+    if args.distributed and "RANK" not in os.environ:
+        raise BadInput(f"--distributed needs torchrun, which starts the processes; type: {COMMAND} ...")
+    small = args.data_set is not None and args.data_set not in ("IMNET", "FOLDER")
+    if given.eval_crop_ratio is None and small:
+        args.eval_crop_ratio = 1.0
+    if args.hflip is None:
+        args.hflip = 0.0 if args.data_set == "DIGITS" else 0.5
+    if given.warmup_epochs is None:
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    if args.warmup_epochs >= args.epochs:
+        raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if args.no_aug:
+        args.mixup = args.cutmix = args.reprob = 0.0
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise BadInput(f"--batch_size {args.batch_size} must be even for MixUp and CutMix, which pair images")
+    if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
+        raise BadInput("distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard")
+    learns = args.distillation_type != "none" or args.eval or args.throughput
+    if getattr(args, "dist_pos", None) is not None and not learns:
+        raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
+    if args.num_workers is None:
+        args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.resume == "":
+        args.resume = str(Path(args.output_dir) / "checkpoint.pth")
+
+
+def input_size(args) -> tuple[int, int]:
+    """Of the model that the flags describe; wrong flags show here, before any data are read."""
+    if args.model in SIZES or not timm.is_model(args.model):
+        return flags.build_model(args, 10, "meta").model_args["img_size"]
+    return getattr(args, "input_size", None) or timm.get_pretrained_cfg(args.model).input_size[1:]
+
+
+def read_data(args):
+    """The data set of the flags, of the size of their model."""
+    name = args.data_set or "IMNET"
+    path = args.data_path or {"IMNET": "./data/imagenet", "CIFAR10": None, "CIFAR100": None}.get(name)
+    args.data_set, args.data_path = name, path
+    crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
+    with utils.main_first() if name.startswith("CIFAR") else nullcontext():  # only that is downloaded
+        return load_pictures(name, path, input_size(args), args.val_size, **crop)
+
+
+def make_model(args, num_classes):
+    """The model of the flags, with the weights of --finetune, on the CPU."""
+    utils.seed_everything(args.seed)
+    model = flags.build_model(args, num_classes)
+    new = []
+    if args.finetune:
+        try:
+            report = load_weights(model, utils.load_checkpoint(args.finetune))
+        except ValueError as error:
+            raise BadInput(f"--finetune {args.finetune}: {error}") from None
+        new = report.new
+        for what, names in zip(("resampled", "left out", "new"), (report.resampled, report.left_out, new)):
+            say(f"--finetune: {what}: {', '.join(names) or 'nothing'}")
+        say(f"--finetune: loaded {len(report.loaded)} of the model's {len(model.state_dict())} tensors as they are")
+    if args.attn_only:
+        trained = ("head", "pos_embed", *new)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".attn." in name or name.startswith(trained)
+        if not any(".attn." in name for name, _ in model.named_parameters()):
+            raise BadInput(f"--attn_only: {args.model} has no attention")
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if hasattr(model, "set_distilled_training"):  # timm's distilled models give both heads' logits only if told
+        model.set_distilled_training(args.distillation_type != "none")
+    return on_channels_last(model)
+
+
+def on_channels_last(model):
+    """Convolutions are faster with the channels last; a DynamicViT has only one of them."""
+    return model if isinstance(model, DynamicViT) else model.to(memory_format=torch.channels_last)
+
+
+def make_teacher(args, data, device):
+    """Images -> the teacher's logits, or None. Raises BadInput for a teacher that does not fit the data."""
+    if args.distillation_type == "none":
+        return None
+    model, about = _teacher_model(args, data)
+    if tuple(about["input_size"]) != tuple(data.input_size) and about["fixed"]:
+        wanted, here = (" x ".join(map(str, size)) for size in (about["input_size"], data.input_size))
+        raise BadInput(f"the teacher sees images of {wanted} pixels, here they are {here}; give --input_size {wanted}")
+    model = on_channels_last(model).to(device).eval().requires_grad_(False)
+    if device.type == "cpu" and utils.amp_dtype(args.amp, device) is not None:
+        set_fused_attention(model, False)  # see `run_epochs`
+    here, there = (
+        torch.tensor([mean, std], device=device)[:, :, None, None]
+        for mean, std in ((data.mean, data.std), (about["mean"], about["std"]))
+    )
+    if torch.equal(here, there):
+        return model
+    # Images come as the student wants them normalised.
+    scale, shift = here[1] / there[1], (here[0] - there[0]) / there[1]
+    return lambda images: model(images * scale + shift)
+
+
+def _teacher_model(args, data):
+    """(model, mean, std, input_size and whether that is fixed)."""
+    name, path = args.teacher_model, args.teacher_path
+    checkpoint = utils.load_checkpoint(path) if path else {}
+    if "model_args" in checkpoint:
+        model, _ = load_model(path)
+        check_classes(checkpoint["data"]["classes"], data.classes, f"the teacher {path}", "the data")
+        its_name = model.model_args.get("timm_name", "a DynamicViT")
+        if name not in (None, its_name):
+            raise BadInput(f"--teacher_model {name}: {path} is {its_name}; leave that flag out")
+        fixed = isinstance(model, DynamicViT) or "img_size" in model.model_args
+        return model, checkpoint["data"] | {"fixed": fixed}
+    if name is None:
+        raise BadInput(f"{path} does not say its model; give --teacher_model NAME")
+    if not timm.is_model(name):
+        raise BadInput(f"--teacher_model: timm has no model {name}")
+    config, classes = timm.get_pretrained_cfg(name), len(data.classes)
+    about = {"mean": config.mean, "std": config.std, "input_size": config.input_size[1:], "fixed": False}
+    if path is None:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # many kinds: no network, no such weights
+            raise BadInput(f"cannot download the teacher {name} ({error}); give --teacher_path FILE") from None
+        if model.num_classes != classes:
+            raise BadInput(f"the teacher {name} knows {model.num_classes} classes, the data have {classes}")
+        return model, about | {"fixed": config.fixed_input_size}
+    try:
+        model = timm_model(name, classes, img_size=data.input_size)
+        report = load_weights(model, checkpoint)
+    except ValueError as error:
+        raise BadInput(f"the teacher {name} of {path}: {error}") from None
+    if report.left_out or report.new:
+        names = ", ".join(report.left_out or report.new)
+        raise BadInput(f"the teacher {name} of {path} is not for the {classes} classes of the data: see its {names}")
+    return model, about
+
+
+def train(args, device):
+    """Train, and leave the best weights in best_checkpoint.pth."""
+    flags.check_folder(args)
+    data = read_data(args)
+    teacher = make_teacher(args, data, device)
+    model = make_model(args, len(data.classes))
+    flags.say_what(model, data)
+    utils.seed_everything(args.seed + utils.rank())
+    model.to(device)
+
+    description, ranks = data.description(), dict(rank=utils.rank(), world_size=utils.world_size())
+    transform = picture_transform(
+        data.input_size, args.aa, args.color_jitter, args.hflip, args.interpolation, args.ThreeAugment, args.src,
+        args.no_aug,
+    )  # fmt: skip
+    share = dict(batch_size=args.batch_size, device=device, workers=args.num_workers, **ranks)
+    batches = PictureLoader(
+        data.train, description, transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
+        seed=args.seed, **share,
+    )  # fmt: skip
+    val_batches = PictureLoader(data.val, description, **share) if data.val else None
+    try:
+        optimizer, scheduler = make_optimizer(
+            model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
+        )
+    except (ValueError, AssertionError) as error:
+        raise BadInput(f"--opt {args.opt}: {error}") from None
+    mixup, criterion = make_mixup_and_loss(
+        args, batches.batch_size, len(data.classes), args.mix_switch_prob, args.bce_loss
+    )
+    if teacher is not None:
+        criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    run_epochs(
+        model, batches, val_batches, criterion, optimizer, scheduler, description, args, device,
+        best_path=Path(args.output_dir) / "best_checkpoint.pth", mixup=mixup, teacher=teacher,
+    )  # fmt: skip
+
+
+def test(path, args, device, data_path=None):
+    """Print the accuracy of a checkpoint on the test images; of its EMA weights too, if it is one to resume from."""
+    model, checkpoint = load_model(path)
+    if args.data_set not in (None, checkpoint["data"]["name"]):
+        raise BadInput(f"{path} is of {checkpoint['data']['name']}, not {args.data_set}; leave out --data_set")
+    _print_scores(model, checkpoint, args, device, data_path)
+
+
+def _print_scores(model, checkpoint, args, device, data_path):
+    for title, weights in (("Accuracy", None), ("EMA accuracy", checkpoint.get("ema"))):
+        if title == "EMA accuracy":
+            if weights is None:
+                return
+            model.load_state_dict(weights)
+        result, _ = score(model, checkpoint, data_path, device, args.batch_size, args.num_workers)
+        say(f"{title}: top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} on {result['images']} images")
+
+
+def evaluate_only(args, device):
+    if args.finetune and not args.resume:
+        data = read_data(args)
+        model = make_model(args, len(data.classes))
+        _print_scores(model, {"data": data.description()}, args, device, args.data_path)
+    else:
+        test(args.resume or Path(args.output_dir) / "best_checkpoint.pth", args, device, args.data_path)
+
+
+def throughput(args, device, rounds=5, steps=5):
+    """Print images/s of training steps and of inference, on random images that lie on the device: medians."""
+    size, amp_dtype = input_size(args), utils.amp_dtype(args.amp, device)
+    args.finetune = None
+    model = make_model(args, 1000).to(device)
+    if device.type == "cpu" and amp_dtype is not None:
+        set_fused_attention(model, False)  # see `run_epochs`
+    optimizer, scheduler = make_optimizer(model, args, steps, opt=args.opt, lr=1e-5, warmup_lr=0.0, min_lr=0.0)
+    wrapped = DistributedDataParallel(model) if utils.world_size() > 1 else model
+    wrapped = torch.compile(wrapped) if args.compile else wrapped
+    images = torch.randn(args.batch_size, 3, *size, device=device)
+    batches = [(images, torch.randint(1000, (args.batch_size,), device=device))] * steps
+    trained, inferred = [], []
+
+    def criterion(outputs, labels):
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(torch.nn.functional.cross_entropy(logits, labels) for logits in heads)
+
+    for _ in range(rounds + 1):  # the first one warms up
+        done = train_one_epoch(wrapped, batches, criterion, optimizer, scheduler, amp_dtype=amp_dtype)
+        trained.append(done["images"] / done["seconds"])
+        wrapped.eval()
+        with torch.no_grad(), utils.autocast(device, amp_dtype):
+            start = time.perf_counter()
+            for _ in range(steps):
+                logits = wrapped(images)
+            logits.sum().item()  # waits for the device
+        inferred.append(args.batch_size * steps * utils.world_size() / (time.perf_counter() - start))
+    say(flags.describe(model))
+    precision = "float32" if amp_dtype is None else str(amp_dtype).removeprefix("torch.")
+    setting = f"batch {args.batch_size}, {size[0]} x {size[1]} pixels, {precision}, {device}"
+    rates = f"training {median(trained[1:]):,.1f} images/s, inference {median(inferred[1:]):,.1f} images/s"
+    say(f"Throughput: {rates} ({setting}, {utils.world_size()} processes)")
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = flags.start(args)
+    if args.throughput:
+        throughput(args, device)
+    elif args.eval:
+        evaluate_only(args, device)
+    else:
+        train(args, device)
+        test(Path(args.output_dir) / "best_checkpoint.pth", args, device)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

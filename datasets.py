@@ -148,10 +148,15 @@ def find_split(name, path, train) -> tuple[Split, list[str]]:
 
 def _numbers(count, only) -> list[int]:
     """`only`, or all numbers of `count` images. Raises BadInput for one that is not there."""
-    absent = [i for i in only or () if not 0 <= i < count]
-    if absent:
-        raise BadInput(f"there is no image {absent[0]}: the images are 0..{count - 1}")
+    for i in only or ():
+        check_number(i, count)
     return list(range(count)) if only is None else list(only)
+
+
+def check_number(i, count):
+    """Raise BadInput unless there is an image `i`."""
+    if not 0 <= i < count:
+        raise BadInput(f"there is no image {i}: the images are 0..{count - 1}")
 
 
 def _read_cifar(name, path, train):
@@ -296,7 +301,7 @@ def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def picture(split: Split, i):
+def read_picture(split: Split, i):
     """Image `i` as a PIL image in RGB."""
     from PIL import Image
 
@@ -661,7 +666,7 @@ class _Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         number, seed = item
-        image, label = picture(self.split, number), int(self.split.labels[number])
+        image, label = read_picture(self.split, number), int(self.split.labels[number])
         if seed is None:
             return self.transform(image), label
         with _seeded(seed):

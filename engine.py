@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import RunFailed, autocast, full_precision, is_main, say, sum_over_ranks
+from utils import RunFailed, autocast, full_precision, is_main, say, sum_over_ranks, world_size
 
 
 def train_one_epoch(
@@ -128,7 +128,7 @@ class _Progress:
         self.images, self.done, self.step = self.images + images, self.done + 1, step
         self.bar.update()
         if time.monotonic() - self.shown >= self.interval:
-            loss, rate = self._loss(), self.images / (time.monotonic() - self.start)
+            loss, rate = self._loss(), world_size() * self.images / (time.monotonic() - self.start)
             lr = self.optimizer.param_groups[0]["lr"]
             line = f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
             self.bar.set_postfix_str(line)

@@ -16,7 +16,7 @@ MODEL_FLAGS = {
     "embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "mlp_ratio": "mlp_ratio",
     "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
 }  # fmt: skip
-OF_ANY_MODEL = ("input_size", "drop_path")
+OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
 
 
 def add_model_flags(parser):
@@ -108,6 +108,16 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
         return timm_model(args.model, **given)
     except ValueError as error:
         raise BadInput(str(error)) from None
+
+
+def check_timm_model(args):
+    """Raise BadInput unless the flags describe one of timm's models."""
+    sizes = ", ".join(SIZES)
+    if not timm.is_model(args.model):
+        raise BadInput(f"there is no model {args.model}; choose one of {sizes}, or of timm's models")
+    foreign = [f"--{flag}" for flag in MODEL_FLAGS if hasattr(args, flag) and flag not in OF_ANY_MODEL]
+    if foreign:
+        raise BadInput(f"{', '.join(foreign)}: timm's {args.model} has no such choice; use one of {sizes}")
 
 
 def describe(model) -> str:

@@ -201,8 +201,9 @@ def resolve(args, given):
 
 def input_size(args) -> tuple[int, int]:
     """Of the model that the flags describe; wrong flags show here, before any data are read."""
-    if args.model in SIZES or not timm.is_model(args.model):
+    if args.model in SIZES:
         return flags.build_model(args, 10, "meta").model_args["img_size"]
+    flags.check_timm_model(args)
     return getattr(args, "input_size", None) or timm.get_pretrained_cfg(args.model).input_size[1:]
 
 

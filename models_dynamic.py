@@ -509,17 +509,17 @@ def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.
 _ABSENT = object()
 
 
-def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None) -> nn.Module:
+def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None) -> nn.Module:
     """The model that a checkpoint describes, with its weights, in eval mode.
 
-    A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The last
-    three arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes (a square image
+    A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The
+    other arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes (a square image
     is assumed): `num_heads` must be given, tokens enter at block 0 unless their position is.
 
     Raises:
         ValueError: the weights do not fit, or an argument is missing or contradicts the checkpoint.
     """
-    given = dict(num_heads=num_heads, reg_pos=reg_pos)
+    given = dict(num_heads=num_heads, reg_pos=reg_pos, dist_pos=dist_pos)
     given = {name: value for name, value in given.items() if value is not None}
     if cls_pos is not _ABSENT:
         given["cls_pos"] = cls_pos

@@ -1,10 +1,11 @@
-"""Draw what the class token and each register token attend to at one block, as PDF (or PNG) pages.
+"""Draw what the class token, the distillation token and each register attend to at one block, as PDF (or PNG) pages.
 
     python visualize_attention.py --model_path ./models/best_model.pth --layer_num 5 --output_dir ./attention_maps
     python visualize_attention.py --image_path my_photo.jpg --layer_num 5 --tokens cls --overlay
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
-One file an image; its first page is the class token, then one page a register. The maps are the attention that the
+One file an image; its first page is the class token, the next one the distillation token if the model has it, then one
+page a register. The maps are the attention that the
 model used: softmaxed over all tokens, rows of the tokens, columns of the patches.
 """
 
@@ -17,11 +18,22 @@ import torch
 
 import utils
 from cifar_test import test_split
-from datasets import DATA_SETS, crop_box, eval_transform, fit_image, image_files, read_image, read_split
+from datasets import (
+    DATA_SETS,
+    check_number,
+    crop_box,
+    eval_transform,
+    find_split,
+    fit_image,
+    image_files,
+    read_image,
+    read_picture,
+    read_split,
+)  # fmt: skip
 from models_dynamic import DynamicViT, model_from_checkpoint
 from utils import BadInput, number
 
-FOREIGN = ("num_heads", "cls_pos", "reg_pos")  # flags that only a bare state dict needs
+FOREIGN = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
 PICTURE_SIDE = 512  # pixels of the longer side of the picture on a page
 
 
@@ -35,7 +47,7 @@ class Picture:
 
 @dataclass
 class Page:
-    key: str  # 'cls', 'reg0', ...
+    key: str  # 'cls', 'dist', 'reg0', ...
     title: str
     maps: torch.Tensor  # (H, gh, gw)
 
@@ -51,6 +63,9 @@ def load(args) -> tuple[DynamicViT, dict, dict]:
         model = model_from_checkpoint(checkpoint, **given)
     except ValueError as error:
         raise BadInput(f"{args.model_path}: {error}") from None
+    if not isinstance(model, DynamicViT):
+        name = model.model_args["timm_name"]
+        raise BadInput(f"{args.model_path} is timm's {name}; only the attention of this project's models is drawn")
     if "data" in checkpoint:
         if args.mean or args.std or args.data_set:
             raise BadInput(f"{args.model_path} says its own data; leave out --mean, --std and --data_set")
@@ -72,9 +87,14 @@ def pictures(args, data, checkpoint) -> list[Picture]:
             files += image_files(path) if path.is_dir() else [path]
         if not files:
             raise BadInput(f"there are no images in {', '.join(args.image_path)}")
-        return [_from_file(file, data) for file in files]
+        return [_as_seen(read_image(file), data, file.stem) for file in files]
     if data["name"] is None:
         raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
+    name = f"{data['name']}_test{args.img_num}"
+    if "crop_pct" in data:  # read and cropped one at a time, as the model saw it
+        split, _ = find_split(data["name"], args.data_path or checkpoint["args"]["data_path"], False)
+        check_number(args.img_num, len(split))
+        return [_as_seen(read_picture(split, args.img_num), data, name, int(split.labels[args.img_num]))]
     if "data" in checkpoint:
         split = test_split(checkpoint, args.data_path, [args.img_num])
         image, label = split.images[0], int(split.labels[0])
@@ -82,19 +102,20 @@ def pictures(args, data, checkpoint) -> list[Picture]:
         (image,), (label,), data["classes"] = read_split(
             data["name"], args.data_path, False, data["input_size"], [args.img_num]
         )
-    return [Picture(f"{data['name']}_test{args.img_num}", image, image, int(label))]
+    return [Picture(name, image, image, int(label))]
 
 
-def _from_file(path, data) -> Picture:
-    image = read_image(path)
-    box = crop_box(image.width, image.height, data["input_size"])
+def _as_seen(image, data, name, label=None) -> Picture:
+    """A PIL image: the part of it that the model sees, in more pixels for the page than for the model."""
+    crop = {key: data[key] for key in ("crop_pct", "interpolation") if key in data}
+    box = crop_box(image.width, image.height, data["input_size"], data.get("crop_pct", 1.0))
     scale = min(1, PICTURE_SIDE / max(box[2] - box[0], box[3] - box[1]))
-    shown = fit_image(image, (round((box[3] - box[1]) * scale), round((box[2] - box[0]) * scale)))
-    return Picture(Path(path).stem, shown, fit_image(image, data["input_size"]), None)
+    shown = fit_image(image, (round((box[3] - box[1]) * scale), round((box[2] - box[0]) * scale)), **crop)
+    return Picture(name, shown, fit_image(image, data["input_size"], **crop), label)
 
 
 def wanted_tokens(model, block, tokens) -> list[str]:
-    """Which of 'cls' and 'reg' to draw at `block`: those asked for, else all that are there.
+    """Which of 'cls', 'dist' and 'reg' to draw at `block`: those asked for, else all that are there.
 
     Raises BadInput for a block outside the model, and for a token that was asked for and is not there.
     """
@@ -102,9 +123,10 @@ def wanted_tokens(model, block, tokens) -> list[str]:
         layout = model.token_layout(block)
     except ValueError as error:
         raise BadInput(f"--layer_num: {error}") from None
-    enters = {"cls": model.cls_pos, "reg": model.reg_pos}
-    words = {"cls": "the class token", "reg": "the registers"}
-    there = [token for token, part in (("cls", layout.cls), ("reg", layout.registers)) if part is not None]
+    enters = {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos}
+    words = {"cls": "the class token", "dist": "the distillation token", "reg": "the registers"}
+    parts = {"cls": layout.cls, "dist": layout.dist, "reg": layout.registers}
+    there = [token for token, part in parts.items() if part is not None]
     for token in tokens or enters:
         if token in there:
             continue
@@ -112,7 +134,7 @@ def wanted_tokens(model, block, tokens) -> list[str]:
             problem = f"this model has no {words[token].removeprefix('the ')}"
             instead = f"--tokens {there[0]}" if there else "a model with tokens"
         else:
-            problem = f"{words[token]} only enter{'s' * (token == 'cls')} at block {enters[token]}"
+            problem = f"{words[token]} only enter{'s' * (token != 'reg')} at block {enters[token]}"
             instead = f"--layer_num {enters[token]} or later (to {model.depth - 1})"
             instead += f", or --tokens {there[0]}" if there else ""
         if tokens or not there:
@@ -127,6 +149,9 @@ def pages(model, maps, block, tokens) -> list[Page]:
     found = []
     if "cls" in tokens:
         found.append(Page("cls", f"Class token at block {block} (entered at block {model.cls_pos})", maps.cls[0].cpu()))
+    if "dist" in tokens:
+        title = f"Distillation token at block {block} (entered at block {model.dist_pos})"
+        found.append(Page("dist", title, maps.dist[0].cpu()))
     if "reg" in tokens:
         total = model.num_register_tokens
         for r, heads in enumerate(maps.registers[0]):
@@ -249,14 +274,14 @@ def visualize(args):
 def token_list(text):
     """An argparse type: 'cls,reg' -> ['cls', 'reg']."""
     tokens = [token.strip() for token in text.split(",")]
-    if not set(tokens) <= {"cls", "reg"}:
-        raise utils.argparse.ArgumentTypeError(f"{text!r} is not cls, reg or cls,reg")
+    if not set(tokens) <= {"cls", "dist", "reg"}:
+        raise utils.argparse.ArgumentTypeError(f"{text!r} is not cls, dist or reg, or several with commas: cls,reg")
     return tokens
 
 
 def main(argv=None):
     parser = utils.ArgumentParser(
-        description="Draw what the class token and each register token attend to at one block."
+        description="Draw what the class, distillation and register tokens attend to at one block."
     )
     parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
     parser.add_argument("--layer_num", type=number(int), default=2, help="block, counted from 0")
@@ -264,7 +289,9 @@ def main(argv=None):
     parser.add_argument("--image_path", nargs="+", metavar="FILE", help="images, or folders of them")
     parser.add_argument("--img_num", type=number(int, 0), default=0, help="else: image of the test set")
     parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
-    parser.add_argument("--tokens", type=token_list, help="cls, reg or cls,reg (default: all that are there)")
+    parser.add_argument(
+        "--tokens", type=token_list, help="of cls, dist and reg, as in cls,reg (default: all that are there)"
+    )
     parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
     parser.add_argument("--format", choices=("pdf", "png"), default="pdf")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -273,6 +300,9 @@ def main(argv=None):
     group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; needed", **missing)
     group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
     group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
+    group.add_argument(
+        "--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing
+    )
     group.add_argument("--data_set", choices=DATA_SETS, type=str.upper, help="take --img_num from this data set")
     group.add_argument("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
     group.add_argument("--std", type=number(float, above=0), nargs=3, help="of its normalisation")

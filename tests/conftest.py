@@ -20,6 +20,9 @@ torch.set_num_threads(1)
 # A model of a few thousand parameters, trained for seconds.
 TINY = "--embed_dim 24 --depth 3 --num_heads 3 --num_reg 2 --patch_size 8 --device cpu --num_threads 1".split()
 
+# The same for main_distillation.py, on data that need no download.
+STUDENT = [*"--data_set DIGITS --model dynamic_vit_cifar --input_size 32 --num_workers 0".split(), *TINY]
+
 
 def tiny(**kwargs) -> DynamicViT:
     """Grid 4 x 6 (height 16, width 24), 4 blocks, 3 heads; tokens as asked for."""

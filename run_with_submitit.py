@@ -1,0 +1,81 @@
+"""Run main_distillation.py on a SLURM cluster, one process for each GPU (pip install submitit).
+
+    python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --job_dir jobs/late --recipe deit3 --cls_pos 6
+
+Flags that are not listed in --help go to main_distillation.py, whose --output_dir is --job_dir. A job that SLURM stops
+at its time limit, or to make room, is submitted again and goes on from its last checkpoint.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import utils
+from utils import BadInput, number
+
+SCRIPT = Path(__file__).with_name("main_distillation.py")
+
+
+class Task:
+    """What every process of the job does; submitit calls `checkpoint` when the job is about to be stopped."""
+
+    def __init__(self, job_dir, argv):
+        self.job_dir, self.argv = job_dir, argv
+
+    def __call__(self):
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        resume = ["--resume"] if (self.job_dir / "checkpoint.pth").exists() else []
+        sys.path.insert(0, str(SCRIPT.parent))
+        sys.argv = [str(SCRIPT), "--distributed", *self.argv, "--output_dir", str(self.job_dir), *resume]
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"{SCRIPT.name} ended with status {end.code}; its message is above") from None
+
+    def checkpoint(self):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def main(argv=None):
+    parser = utils.ArgumentParser(description="Submit main_distillation.py to SLURM; other flags are passed on to it.")
+    parser.add_argument("--job_dir", required=True, help="a folder of its own, that all nodes see: checkpoints, logs")
+    parser.add_argument("--nodes", type=number(int, 1), default=1)
+    parser.add_argument("--ngpus", type=number(int, 1), default=8, help="GPUs, and so processes, on each node")
+    parser.add_argument("--cpus", type=number(int, 1), default=10, help="CPU cores for each process")
+    parser.add_argument("--timeout", type=number(int, 1), default=4320, help="minutes")
+    parser.add_argument("--partition", help="of the cluster")
+    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
+    parser.add_argument("--wait", action="store_true", help="wait for the end, and fail if the job did")
+    args, passed_on = parser.parse_known_args(argv)
+    try:
+        import submitit
+    except ImportError:
+        raise BadInput("this needs a package: pip install submitit") from None
+    job_dir = utils.writable_folder(args.job_dir).resolve()
+    try:
+        executor = submitit.AutoExecutor(folder=job_dir / "submitit", cluster=args.cluster)
+    except RuntimeError as error:  # no SLURM here
+        raise BadInput(f"--cluster {args.cluster}: {error}; try --cluster local") from None
+    # The local executor does not look whether there are GPUs; it only sets CUDA_VISIBLE_DEVICES.
+    gpus = {} if args.cluster == "local" else {"gpus_per_node": args.ngpus}
+    executor.update_parameters(
+        name="late-tokens", nodes=args.nodes, tasks_per_node=args.ngpus, cpus_per_task=args.cpus,
+        timeout_min=args.timeout, slurm_partition=args.partition, slurm_signal_delay_s=120, **gpus,
+    )  # fmt: skip
+    job = executor.submit(Task(job_dir, passed_on))
+    utils.say(f"job {job.job_id}; logs in {job_dir / 'submitit'}")
+    if args.wait:
+        try:
+            job.results()
+        except Exception:  # submitit's own kinds, around a traceback
+            logs = job_dir / "submitit" / f"{job.job_id}_*_log.err"
+            raise utils.RunFailed(f"job {job.job_id} failed; its messages are in {logs}") from None
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

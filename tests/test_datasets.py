@@ -9,6 +9,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
+import augment
 import datasets
 from conftest import tiny  # noqa: F401  (sets the number of threads)
 from datasets import Loader, Split, TrainTransform, load_data, read_image, read_split
@@ -51,16 +52,16 @@ def torchvisions(name, image, m):
     }[name]()
 
 
-@pytest.mark.parametrize("name", [name for name in datasets.TRIVIAL if name != "identity"])
+@pytest.mark.parametrize("name", [name for name in augment.TRIVIAL if name != "identity"])
 def test_operations_are_torchvisions_with_a_magnitude_for_each_image(name):
     images = some_images()
-    magnitudes = torch.linspace(0, datasets.TRIVIAL[name], len(images))
+    magnitudes = torch.linspace(0, augment.TRIVIAL[name], len(images))
     if name not in ("posterize", "solarize"):
         magnitudes = magnitudes * torch.tensor([1, -1]).repeat(len(images) // 2)
-    found = datasets.apply_operation(name, images, magnitudes[:, None, None, None])
+    found = augment.apply_operation(name, images, magnitudes[:, None, None, None])
     expected = torch.stack([torchvisions(name, image, m.item()) for image, m in zip(images, magnitudes)])
     difference = (found.int() - expected.int()).abs()
-    if name in datasets.WARPS:  # rounding may choose the neighbouring pixel
+    if name in augment.WARPS:  # rounding may choose the neighbouring pixel
         assert (difference > 0).float().mean() < 1e-3
     else:
         assert difference.max() <= 1
@@ -72,13 +73,13 @@ def test_each_image_has_a_draw_of_its_own():
     for aug in ("trivial", "rand", "none"):
         result = TrainTransform(DATA | {"input_size": (28, 36)}, aug)(images, seeded())
         assert len({tuple(image.flatten().tolist()) for image in result}) > 60
-    policy = datasets.random_operation(images, seeded(), datasets.TRIVIAL, None)
+    policy = augment.random_operation(images, seeded(), augment.TRIVIAL, None)
     assert 0 < (policy != images).flatten(1).any(1).sum() < 100
 
 
 def test_crop_and_flip_cut_windows_of_the_padded_image():
     images = some_images(64, 12, 16)
-    found = datasets.crop_and_flip(images, seeded(), pad=2, hflip=0.5)
+    found = augment.crop_and_flip(images, seeded(), pad=2, hflip=0.5)
     places = set()
     for image, result in zip(images, found):
         padded = torch.nn.functional.pad(image, (2,) * 4)
@@ -90,14 +91,14 @@ def test_crop_and_flip_cut_windows_of_the_padded_image():
         assert matches
         places |= matches
     assert len(places) > 25
-    unflipped = datasets.crop_and_flip(images, seeded(), pad=0, hflip=0)
+    unflipped = augment.crop_and_flip(images, seeded(), pad=0, hflip=0)
     assert torch.equal(unflipped, images)
-    assert torch.equal(datasets.crop_and_flip(images, seeded(), pad=0, hflip=1), images.flip(3))
+    assert torch.equal(augment.crop_and_flip(images, seeded(), pad=0, hflip=1), images.flip(3))
 
 
 def test_erasing_sets_one_rectangle_to_the_mean():
     images = torch.ones(400, 3, 32, 32)
-    erased = datasets.erase(images, seeded(), 0.25) == 0
+    erased = augment.erase(images, seeded(), 0.25) == 0
     assert torch.equal(erased[:, 0], erased[:, 2])
     areas = []
     for mask in erased[:, 0]:

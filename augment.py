@@ -1,0 +1,159 @@
+"""Operations of augmentation on a batch of images at once, with a draw of its own for each image.
+
+Images are uint8 tensors (B, 3, h, w) on any device; draws come from a CPU generator.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _draw(generator, like: Tensor, low=0.0, high=1.0) -> Tensor:
+    """(B,) uniform numbers on the device of the images `like`."""
+    numbers = torch.rand(len(like), generator=generator) * (high - low) + low
+    return numbers.to(like.device, non_blocking=True)
+
+
+def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels (rows[b, y, x], columns[b, y, x]) of each image b; the index is shared by the channels."""
+    B, C, h, w = images.shape
+    index = (rows * w + columns).view(B, 1, -1).expand(B, C, -1)
+    return images.reshape(B, C, -1).gather(2, index).view(B, C, *rows.shape[1:])
+
+
+def crop_and_flip(images: Tensor, generator, pad, hflip) -> Tensor:
+    """Pad with black, cut out a window of the old size, mirror some: each image at its own offset."""
+    B, _, h, w = images.shape
+    top = (_draw(generator, images) * (2 * pad + 1)).long()
+    left = (_draw(generator, images) * (2 * pad + 1)).long()
+    mirrored = _draw(generator, images) < hflip
+    columns = torch.arange(w, device=images.device).expand(B, w)
+    columns = torch.where(mirrored[:, None], w - 1 - columns, columns) + left[:, None]
+    rows = torch.arange(h, device=images.device) + top[:, None]
+    return _take(F.pad(images, (pad,) * 4), rows[:, :, None].expand(B, h, w), columns[:, None, :].expand(B, h, w))
+
+
+def erase(images: Tensor, generator, probability, area=(0.02, 0.4), aspect=(0.3, 1 / 0.3)) -> Tensor:
+    """Set a rectangle of some images to 0, the mean colour (Random Erasing, arXiv 1708.04896), in place."""
+    B, _, h, w = images.shape
+    chosen = _draw(generator, images) < probability
+    pixels = _draw(generator, images, *area) * (h * w)
+    ratio = _draw(generator, images, math.log(aspect[0]), math.log(aspect[1])).exp()
+    height, width = (pixels * ratio).sqrt().round().clamp(1, h), (pixels / ratio).sqrt().round().clamp(1, w)
+    top = (_draw(generator, images) * (h - height + 1)).floor()
+    left = (_draw(generator, images) * (w - width + 1)).floor()
+    y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
+    rows = (y >= top[:, None]) & (y < (top + height)[:, None]) & chosen[:, None]  # (B, h)
+    columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, w)
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+# Augmentation policies: the operations, and the magnitude of each at the highest level, 30. Images stay uint8, and the
+# arithmetic is torchvision's, but every image has a magnitude of its own.
+TRIVIAL = dict(
+    identity=0, shear_x=0.99, shear_y=0.99, translate_x=32, translate_y=32, rotate=135, brightness=0.99, color=0.99,
+    contrast=0.99, sharpness=0.99, posterize=6, solarize=255, autocontrast=0, equalize=0,
+)  # fmt: skip
+RAND = TRIVIAL | dict(
+    shear_x=0.3, shear_y=0.3, translate_x=14.5, translate_y=14.5, rotate=30, brightness=0.9, color=0.9, contrast=0.9,
+    sharpness=0.9, posterize=4,
+)  # fmt: skip
+WARPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def random_operation(images: Tensor, generator, policy: dict, level: int | None) -> Tensor:
+    """Apply one operation of the policy, drawn for each image, at `level` of 30 (None: drawn too, 0..30)."""
+    B = len(images)
+    drawn = torch.randint(len(policy), (B,), generator=generator)
+    levels = torch.randint(31, (B,), generator=generator) if level is None else torch.full((B,), level)
+    sign = torch.randint(2, (B,), generator=generator) * 2 - 1
+    images = images.clone()
+    for i, (name, largest) in enumerate(policy.items()):
+        chosen = (drawn == i).nonzero()[:, 0]
+        if name == "identity" or not len(chosen):
+            continue
+        magnitude = levels[chosen] * (largest / 30)
+        if name not in ("posterize", "solarize"):
+            magnitude = magnitude * sign[chosen]
+        magnitude = magnitude.to(images.device, non_blocking=True)[:, None, None, None]
+        chosen = chosen.to(images.device, non_blocking=True)
+        images[chosen] = apply_operation(name, images[chosen], magnitude)
+    return images
+
+
+def apply_operation(name: str, images: Tensor, magnitude: Tensor) -> Tensor:
+    """One operation on (B, 3, h, w) uint8 images with magnitudes (B, 1, 1, 1); see `TRIVIAL` for the names."""
+    if name in WARPS:
+        return _warp(images, name, magnitude)
+    if name == "brightness":
+        return _blend(images, 0, 1 + magnitude)
+    if name == "color":
+        return _blend(images, _grey(images), 1 + magnitude)
+    if name == "contrast":
+        return _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), 1 + magnitude)
+    if name == "sharpness":
+        return _blend(images, _blur(images), 1 + magnitude)
+    if name == "posterize":  # the number of bits that are cleared
+        kept = -(2 ** magnitude.round().int())
+        return images & kept.to(torch.uint8)
+    if name == "solarize":  # inverted from 255 - magnitude on
+        return torch.where(images >= 255 - magnitude, 255 - images, images)
+    return {"autocontrast": _autocontrast, "equalize": _equalize}[name](images)
+
+
+def _warp(images, name, magnitude):
+    """Move pixels, nearest neighbour, black from outside; shears keep the upper left corner."""
+    _, _, h, w = images.shape
+    m = magnitude[:, 0]  # (B, 1, 1)
+    y = torch.arange(h, device=images.device, dtype=torch.float32)[None, :, None]
+    x = torch.arange(w, device=images.device, dtype=torch.float32)[None, None, :]
+    if name == "rotate":
+        cos, sin = torch.cos(m * (math.pi / 180)), torch.sin(m * (math.pi / 180))
+        cy, cx = (h - 1) / 2, (w - 1) / 2
+        from_x = cos * (x - cx) - sin * (y - cy) + cx
+        from_y = sin * (x - cx) + cos * (y - cy) + cy
+    else:
+        from_x = x + m * (y + 0.5) if name == "shear_x" else x - m.trunc() if name == "translate_x" else x + 0 * m
+        from_y = y + m * (x + 0.5) if name == "shear_y" else y - m.trunc() if name == "translate_y" else y + 0 * m
+    from_y, from_x = torch.broadcast_tensors(from_y.round().long(), from_x.round().long())
+    inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)
+    return _take(images, from_y.clamp(0, h - 1), from_x.clamp(0, w - 1)) * inside[:, None]
+
+
+def _blend(images, other, ratio):
+    return (ratio * images + (1 - ratio) * other).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images):
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
+
+
+def _blur(images):
+    kernel = images.new_ones(3, 3, dtype=torch.float32)
+    kernel[1, 1] = 5
+    blurred = images.float()
+    inner = F.conv2d(blurred, (kernel / 13).expand(3, 1, 3, 3), groups=3).round()
+    blurred[:, :, 1:-1, 1:-1] = inner
+    return blurred
+
+
+def _autocontrast(images):
+    low = images.amin(dim=(2, 3), keepdim=True).float()
+    high = images.amax(dim=(2, 3), keepdim=True).float()
+    flat = low == high
+    scale = torch.where(flat, 1.0, 255 / (high - low))
+    return ((images - torch.where(flat, 0.0, low)) * scale).clamp_(0, 255).to(torch.uint8)
+
+
+def _equalize(images):
+    values = images.flatten(2).long()  # (B, 3, h * w)
+    histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
+    histogram.scatter_add_(2, values, torch.ones_like(values))
+    last = histogram.gather(2, values.amax(dim=2, keepdim=True))
+    step = (values.shape[2] - last) // 255  # (B, 3, 1)
+    table = (histogram.cumsum(2) - histogram + step // 2) // step.clamp_min(1)
+    equal = table.clamp_(0, 255).gather(2, values).to(torch.uint8).view_as(images)
+    return torch.where(step[..., None] == 0, images, equal)

@@ -30,7 +30,7 @@ lint: .venv/test
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-.venv/test: requirements.txt requirements-test.txt | .venv/bin/python
+.venv/test: requirements.txt requirements-extra.txt requirements-test.txt | .venv/bin/python
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	@touch $@ .venv/run
 

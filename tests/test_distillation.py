@@ -1,5 +1,6 @@
 """Losses, teachers, the distillation token, recipes and fine-tuning: main_distillation.py in one process."""
 
+import argparse
 import json
 import math
 import re
@@ -79,6 +80,27 @@ def test_soft_distillation_is_per_image():
     impossible = torch.full((4, 94), -1e4)
     wide = loss(torch.cat([logits, impossible], 1), LABELS.repeat(2), torch.cat([of_teacher, impossible], 1))
     assert torch.allclose(once, twice) and torch.allclose(once, wide)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_losses_on_the_labels(mixed):
+    """Smoothing is done once, by the loss or by Mixup; binary cross-entropy sees each class by itself."""
+    args = argparse.Namespace(mixup=0.8 * mixed, cutmix=0.0, mix_prob=1.0, smoothing=0.1)
+    for bce in (False, True):
+        mixup, criterion = cifar_train.make_mixup_and_loss(args, 2, 5, bce=bce)
+        assert (mixup is not None) == mixed
+        logits = torch.randn(2, 5)
+        images, labels = torch.randn(2, 3, 4, 4), LABELS
+        shares = F.one_hot(LABELS, 5) * 0.9 + 0.1 / 5
+        if mixed:
+            images, labels = mixup(images, labels)
+            shares = labels
+            assert labels.sum(1).allclose(torch.ones(2)) and labels.min().item() == pytest.approx(0.02)
+        if bce:
+            expected = -(shares * F.logsigmoid(logits) + (1 - shares) * F.logsigmoid(-logits)).mean()
+        else:
+            expected = -(shares * logits.log_softmax(1)).sum(1).mean()
+        assert criterion(logits, labels).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])

@@ -11,10 +11,14 @@ import run_with_submitit
 import utils
 from cifar_test import load_model, score
 from conftest import ROOT, STUDENT, run, shell
+from datasets import PictureLoader, load_pictures
+from engine import evaluate
 
 # Nothing is drawn, so that one process and several see the same images in a step.
 PLAIN = [*STUDENT, *"--no_aug --drop_path 0 --no-repeated-aug --amp off --val_size 0 --epochs 1".split()]
 GRADIENT = [*PLAIN, *"--max_steps 1 --opt sgd --lr 1 --unscale-lr --weight_decay 0 --warmup_epochs 0".split()]
+BATCH_NORM = "--data_set DIGITS --model resnet10t --input_size 32 --num_workers 0 --device cpu".split()
+BATCH_NORM += "--batch_size 16 --max_steps 4 --drop_path 0".split()
 STEPS = [*PLAIN, *"--max_steps 5 --lr 1e-3 --warmup_epochs 0.1".split()]
 
 of_together = pytest.mark.xdist_group("together")  # one test process makes that fixture
@@ -56,6 +60,7 @@ def together(tmp_path_factory, seven):
         {"argv": [*GRADIENT, "--batch_size", "16", "--output_dir", "gradient"]},
         {"argv": [*STEPS, "--batch_size", "16", "--output_dir", "steps"]},
         {"argv": [*imnet, "seven", "--batch_size", "2", "--val_size", "3"]},
+        {"argv": [*BATCH_NORM, "--output_dir", "batchnorm"]},
         {"score": "seven/best_checkpoint.pth", "to": "figures2.json"},
     )
     torchrun(2, ROOT / "tests" / "processes.py", todo, cwd=folder)
@@ -102,6 +107,16 @@ def test_every_image_is_counted_once(together):
     log = [json.loads(line) for line in (together / "seven" / "log.txt").read_text().splitlines()]
     assert log[0]["processes"] == 2
     assert log[0]["data"]["images"] == {"train": 9, "val": 3, "test": 7}
+
+
+@of_together
+def test_the_saved_model_is_the_one_that_was_scored(together):
+    """Also with batch norm, whose running statistics differ from process to process before they are shared."""
+    model, checkpoint = load_model(together / "batchnorm" / "best_checkpoint.pth")
+    val = load_pictures("DIGITS", None, (32, 32), None, 1.0).val
+    figures = evaluate(model, PictureLoader(val, checkpoint["data"], 64, torch.device("cpu")))
+    assert figures["loss"] == pytest.approx(checkpoint["metrics"]["val_loss"], rel=1e-5)
+    assert figures["top1"] == checkpoint["metrics"]["val_top1"]
 
 
 @pytest.mark.parametrize(("how", "cause"), [("raise", "planted in rank 1"), ("kill", "Signal 9 (SIGKILL)")])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -69,6 +70,35 @@ def test_accumulated_batches_are_one_large_batch(count):
         assert report["images"] == 2 * count
     for a, b in zip(*(model.parameters() for model in models)):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_evaluation_is_in_full_precision():
+    """Though training may round products to TF32, and says so to torch."""
+    seen, model = [], tiny()
+    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        evaluate(model, [(noise(model), torch.tensor([0, 1]))])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
+def test_waiting_for_data_and_gradient_norms_are_measured():
+    def slow():
+        for _ in range(3):
+            time.sleep(0.2)
+            yield noise(model), torch.tensor([0, 1])
+
+    model = tiny()
+    batches = type("Slow", (), {"__iter__": lambda self: slow(), "__len__": lambda self: 3})()
+    report = train_one_epoch(model, batches, torch.nn.CrossEntropyLoss(), *plain(model, lr=0.0), clip_grad=1e-3)
+    assert 0.6 / report["seconds"] * 0.9 < report["data_wait"] < 1
+    by_hand = tiny().train()
+    torch.nn.functional.cross_entropy(by_hand(noise(by_hand)), torch.tensor([0, 1])).backward()
+    norm = torch.cat([p.grad.flatten() for p in by_hand.parameters()]).norm()  # before clipping
+    assert report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_the_gradient_is_clipped():

@@ -16,7 +16,7 @@ demo: .venv/run
 	@echo "  demo/attention_DIGITS_test0_block5.pdf     what CLS and each register attend to in block 5"
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .

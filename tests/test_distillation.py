@@ -311,6 +311,23 @@ def test_single_flags_override_a_recipe():
     assert parse("--epochs 20".split()).warmup_epochs == 2
 
 
+def test_flags_of_the_data_reach_the_loader(tmp_path, capsys, monkeypatch):
+    made = []
+
+    def loader(*args, **kwargs):
+        made.append(kwargs)
+        return PictureLoader(*args, **kwargs)
+
+    monkeypatch.setattr(main_distillation, "PictureLoader", loader)
+    argv = "--max_steps 1 --batch_size 6 --reprob 0.75 --seed 7 --eval_crop_ratio 0.5 --interpolation random".split()
+    train(capsys, tmp_path / "repeated", *argv)
+    train(capsys, tmp_path / "once", *argv, "--no-repeated-aug")
+    assert [kwargs.get("repeats") for kwargs in made] == [3, None, 1, None]
+    assert made[0]["reprob"] == 0.75 and made[0]["seed"] == 7 and made[0]["batch_size"] == 6
+    data = utils.load_checkpoint(tmp_path / "once" / "checkpoint.pth")["data"]
+    assert (data["crop_pct"], data["interpolation"]) == (0.5, "bicubic")
+
+
 def test_a_model_of_timms_under_the_same_command(tmp_path, capsys):
     """Trained, tested, read back; only its maps are not drawn."""
     model = ["--model", "vit_tiny_patch16_224", "--input_size", "32"]

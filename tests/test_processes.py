@@ -18,10 +18,8 @@ from engine import evaluate
 PLAIN = [*STUDENT, *"--no_aug --drop_path 0 --no-repeated-aug --amp off --val_size 0 --epochs 1".split()]
 GRADIENT = [*PLAIN, *"--max_steps 1 --opt sgd --lr 1 --unscale-lr --weight_decay 0 --warmup_epochs 0".split()]
 BATCH_NORM = "--data_set DIGITS --model resnet10t --input_size 32 --num_workers 0 --device cpu".split()
-BATCH_NORM += "--batch_size 16 --max_steps 4 --drop_path 0".split()
+BATCH_NORM += "--batch_size 16 --max_steps 4 --drop_path 0 --lr 0.01 --unscale-lr --warmup_epochs 0".split()
 STEPS = [*PLAIN, *"--max_steps 5 --lr 1e-3 --warmup_epochs 0.1".split()]
-
-of_together = pytest.mark.xdist_group("together")  # one test process makes that fixture
 
 
 def torchrun(processes, script, *argv, cwd, **kwargs):
@@ -67,7 +65,6 @@ def together(tmp_path_factory, seven):
     return folder
 
 
-@of_together
 @pytest.mark.parametrize(("name", "argv"), [("gradient", GRADIENT), ("steps", STEPS)])
 def test_two_processes_train_as_one(together, tmp_path, capsys, name, argv):
     """After one step of SGD the weights tell the gradient; after five of AdamW they are the same to rounding."""
@@ -82,7 +79,6 @@ def test_two_processes_train_as_one(together, tmp_path, capsys, name, argv):
     assert one["metrics"]["grad_norm"] == pytest.approx(two["metrics"]["grad_norm"], rel=1e-3)
 
 
-@of_together
 def test_no_wrapper_in_the_checkpoints(together):
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
         keys = utils.load_checkpoint(together / "steps" / name)["model"]
@@ -90,7 +86,6 @@ def test_no_wrapper_in_the_checkpoints(together):
         assert not any(key.startswith(("module.", "_orig_mod.")) for key in keys)
 
 
-@of_together
 def test_every_image_is_counted_once(together):
     """One, two and three processes give the same figures on seven images."""
     torchrun(
@@ -109,7 +104,6 @@ def test_every_image_is_counted_once(together):
     assert log[0]["data"]["images"] == {"train": 9, "val": 3, "test": 7}
 
 
-@of_together
 def test_the_saved_model_is_the_one_that_was_scored(together):
     """Also with batch norm, whose running statistics differ from process to process before they are shared."""
     model, checkpoint = load_model(together / "batchnorm" / "best_checkpoint.pth")

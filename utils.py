@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 # Errors for the user ---------------------------------------------------------------------------------------------
 
@@ -36,10 +38,6 @@ def run_script(main, *args):
 
     Under torchrun the error is also written where torchrun looks for the first cause of a job's end.
     """
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        main = record(main)
     try:
         main(*args)
     except BadInput as error:
@@ -48,14 +46,23 @@ def run_script(main, *args):
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail("interrupted; what was saved is whole", 130)
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            if dist.is_initialized() and "onnection" in str(error):
+                time.sleep(10)  # the cause is another process's end; torchrun now ends this one
+            get_error_handler().record_exception(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _fail(message, status):
+    line = " ".join(str(message).split())
     where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"{Path(sys.argv[0]).name}{where}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}{where}: error: {line}", file=sys.stderr)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line, "timestamp": time.time()}))
     sys.exit(status)
 
 

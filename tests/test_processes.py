@@ -128,6 +128,8 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, how, cause):
 def test_an_error_of_the_user_is_told_once_for_each_process(tmp_path):
     done = torchrun(2, "main_distillation.py", "--distributed", "--data_path", "nowhere", cwd=tmp_path, status=1)
     assert "main_distillation.py (rank 0): error: there is no folder nowhere/train; give --data_path" in done.stderr
+    assert "BadInput" not in done.stderr  # no traceback of ours, also in torchrun's summary
+    assert done.stderr.index("Root Cause") < done.stderr.rindex("there is no folder nowhere/train; give --data_path")
 
 
 def test_submitit(tmp_path, capsys):

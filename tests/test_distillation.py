@@ -46,7 +46,7 @@ def train(capsys, folder, *argv, status=0):
 def teacher(tmp_path_factory):
     """A checkpoint of cifar_main.py, far better than chance on DIGITS."""
     path = tmp_path_factory.mktemp("teacher") / "model.pth"
-    flags = "--data_set DIGITS --epochs 6 --lr 4e-3 --mixup 0 --cutmix 0 --reprob 0 --patch_size 4 --batch_size 64"
+    flags = "--data_set DIGITS --epochs 10 --lr 4e-3 --mixup 0 --cutmix 0 --reprob 0 --drop_path 0 --batch_size 64"
     cifar_main.main([*TINY, *flags.split(), "--model_path", str(path)])
     return path
 
@@ -212,13 +212,14 @@ def test_a_student_learns_to_agree_with_a_weak_teacher(tmp_path, capsys, teacher
     for name in ("head.weight", "head.bias"):
         checkpoint["model"][name] = checkpoint["model"][name][order]
     utils.save_checkpoint(path, checkpoint)
-    plain = "--epochs 8 --no_aug --lr 2e-2 --smoothing 0 --patch_size 8 --embed_dim 48 --drop_path 0".split()
+    plain = "--epochs 8 --no_aug --lr 4e-3 --unscale-lr --smoothing 0 --embed_dim 48 --drop_path 0".split()
+    plain += "--no-repeated-aug --batch_size 64".split()
     distilled = ["--teacher_path", path, "--distillation_type", "soft", "--distillation_alpha", "0.9"]
     train(capsys, tmp_path / "alone", *plain)
     train(capsys, tmp_path / "taught", *plain, *distilled)
     of_teacher = predictions(path)
     agreement = {n: agree(predictions(tmp_path / n / "best_checkpoint.pth"), of_teacher) for n in ("alone", "taught")}
-    assert agreement["taught"] > agreement["alone"] + 0.1, agreement
+    assert agreement["taught"] > agreement["alone"] + 0.2, agreement
 
 
 def predictions(path):

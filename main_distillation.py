@@ -10,6 +10,7 @@ val/ is looked at once, at the end. --model takes the sizes of this project and 
 
 import argparse
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,7 +62,7 @@ COMMAND = "torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distrib
 def get_parser():
     parser = utils.ArgumentParser(
         description="Train a Vision Transformer whose tokens enter at chosen blocks, or one of timm's models.",
-        epilog="Flags without a default here have that of --recipe.",
+        epilog="Defaults are those of --recipe: see also --recipe deit3 --help.",
     )
     switch = dict(action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("what to do")
@@ -153,9 +154,9 @@ def get_parser():
 
 
 def parse(argv=None):
-    """The flags, with the defaults of the recipe that they name."""
-    parser = get_parser()
-    first = parser.parse_args(argv)
+    """The flags, with the defaults of the recipe that they name; so has --help."""
+    parser, argv = get_parser(), sys.argv[1:] if argv is None else argv
+    first = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     recipe = dict(RECIPES[first.recipe])
     if first.model not in SIZES:
         recipe.pop("init_values", None)  # timm's model has LayerScale if its name says so
@@ -210,7 +211,7 @@ def input_size(args) -> tuple[int, int]:
 def read_data(args):
     """The data set of the flags, of the size of their model."""
     name = args.data_set or "IMNET"
-    path = args.data_path or {"IMNET": "./data/imagenet", "CIFAR10": None, "CIFAR100": None}.get(name)
+    path = args.data_path or ("./data/imagenet" if name == "IMNET" else None)
     args.data_set, args.data_path = name, path
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
     with utils.main_first() if name.startswith("CIFAR") else nullcontext():  # only that is downloaded

@@ -13,7 +13,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -340,7 +340,13 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _channels(values, images):
-    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+    return _constant(tuple(values), images.device)
+
+
+@cache
+def _constant(values, device):
+    """(3, 1, 1); made once, since the way to a GPU waits for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def normalise(images: Tensor, mean, std) -> Tensor:
@@ -373,7 +379,7 @@ def eval_transform(images: Tensor, data) -> Tensor:
 class TrainTransform:
     """Random crop and flip, an augmentation policy, resize, normalise, random erasing; one draw for each image.
 
-    The draws come from a CPU generator, so that they are the same on every device and no device is waited for.
+    The draws come from a CPU generator, so that no device is waited for.
 
     Args:
         data: a description of the data (see `eval_transform`).
@@ -401,8 +407,8 @@ class TrainTransform:
 # Loader ----------------------------------------------------------------------------------------------------------
 
 # Images are transformed this many values at a time, several batches at once, since an operation on a few images costs
-# little more than on one; larger pieces leave the cache.
-CHUNK = 4_000_000
+# little more than on one. On a CPU larger pieces leave the cache; on a GPU small ones cost too many launches.
+CHUNK = {"cpu": 1_000_000, "cuda": 4_000_000, "mps": 4_000_000}
 
 
 class Loader:
@@ -435,11 +441,11 @@ class Loader:
         order, generator = self._order()
         _, _, h, w = self.split.images.shape
         larger = max(h * w, math.prod(self.data["input_size"]))
-        chunk = max(1, CHUNK // (3 * larger * self.batch_size)) * self.batch_size
         device = self.split.images.device
+        chunk = max(1, CHUNK[device.type] // (3 * larger * self.batch_size)) * self.batch_size
         for start in range(0, len(order), chunk):
             index = order[start : start + chunk].to(device, non_blocking=True)
-            images, labels = self.split.images[index], self.split.labels[index]
+            images, labels = self.split.images.index_select(0, index), self.split.labels[index]
             images = self.transform(images, generator) if self.transform else eval_transform(images, self.data)
             yield from zip(images.split(self.batch_size), labels.split(self.batch_size))
 

@@ -217,6 +217,23 @@ class DynamicViT(nn.Module):
         cls, dist, patches, registers = (slice(end - n, end) if n else None for n, end in zip(counts, ends))
         return TokenLayout(cls, patches, registers, ends[-1], dist)
 
+    def forward_flops(self) -> int:
+        """Multiplications and additions in the matrix products of `forward` for one image.
+
+        A block of N tokens takes 2 N D^2 (4 + 2 r) for its products with weights (r: the MLP's ratio) and 4 N^2 D for
+        its attention; the last one has queries, projection and MLP only for the tokens that are classified.
+        """
+        args, width, grid = self._model_args, self.embed_dim, self.patch_embed.num_patches
+        mlp = 2 * int(width * args["mlp_ratio"])
+        flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
+        for block in range(self.depth):
+            layout = self.token_layout(block)
+            tokens = rows = layout.length
+            if block == self.depth - 1:
+                rows = self._classified(layout).stop
+            flops += 2 * width * (tokens * 2 * width + rows * (2 * width + mlp)) + 4 * rows * tokens * width
+        return flops + 2 * width * self.num_classes * (1 + (self.dist_pos is not None))
+
     def _enter(self, x: Tensor, block: int) -> Tensor:
         """The sequence with the tokens added that enter at `block`."""
         tokens = [x]
@@ -249,6 +266,12 @@ class DynamicViT(nn.Module):
         """(B, 3, h, w) -> (B, N, D): every token after the last block, normalised, in its layout."""
         return self.norm(self.blocks[-1](self._input_of(images, self.depth - 1)))
 
+    @staticmethod
+    def _classified(layout: TokenLayout) -> slice:
+        """What the heads read: CLS and the distillation token, or everything up to the last patch without CLS."""
+        last = layout.patches if layout.cls is None else layout.dist or layout.cls
+        return slice(0, last.stop)
+
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 3, h, w) -> (B, K) logits.
 
@@ -257,8 +280,7 @@ class DynamicViT(nn.Module):
         """
         layout = self.token_layout(self.depth - 1)
         x = self._input_of(images, self.depth - 1)  # (B, N, D)
-        last = layout.patches if layout.cls is None else layout.dist or layout.cls
-        x = self.norm(_block_rows(self.blocks[-1], x, slice(0, last.stop)))
+        x = self.norm(_block_rows(self.blocks[-1], x, self._classified(layout)))
         logits = self.head(x[:, layout.cls or layout.patches].mean(dim=1))  # of one token if that is CLS
         if layout.dist is None:
             return logits

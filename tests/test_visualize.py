@@ -92,7 +92,7 @@ def test_what_is_drawn_is_the_models_attention(checkpoint, photo, tmp_path, caps
     attention = model.attention(images, 3)[0]  # (H, N, N): CLS, 24 patches, 2 registers
     for key, row in (("cls", 0), ("reg0", 25), ("reg1", 26)):
         figure, shown = drawn[key]
-        pictures = [axes.images[0] for axes in figure.axes if axes.images]
+        pictures = [axes.images[0] for axes in figure.axes if not axes.axison]
         picture, mean, *heads = (picture.get_array() for picture in pictures[:5])
         expected = 100 * attention[:, row, 1:25].unflatten(1, (4, 6))
         assert len(heads) == 3
@@ -105,6 +105,13 @@ def test_what_is_drawn_is_the_models_attention(checkpoint, photo, tmp_path, caps
         assert picture[2, 2].tolist() == [255, 0, 0]
         assert picture[46, 70].tolist() == [0, 128, 0]
         assert all(p.get_extent() == pictures[0].get_extent() for p in pictures[1:5])
+        # Each map's colours go from 0 to its largest value, and so does the scale beside it.
+        scales = [axes.images[0] for axes in figure.axes if axes.axison]
+        for drawn_map, scale in zip(pictures[1:5], scales, strict=True):
+            assert (drawn_map.norm.vmin, drawn_map.norm.vmax) == (0, drawn_map.get_array().max())
+            assert scale.get_extent()[2:] == (0, drawn_map.norm.vmax)
+            assert scale.cmap == drawn_map.cmap and scale.origin == "lower"
+            assert (scale.get_array().ravel() == range(256)).all()
 
 
 @pytest.mark.parametrize("heads", [1, 3, 16])
@@ -118,10 +125,10 @@ def test_any_number_of_heads_fits_without_overlap(heads, shape):
         False,
     )
     figure.draw_without_rendering()
-    titles = [axes._left_title for axes in figure.axes if axes.images]
+    titles = [axes._left_title for axes in figure.axes if not axes.axison]
     boxes = [text.get_window_extent() for text in (*titles, *figure.texts)]
     for axes in figure.axes:
-        is_map = bool(axes.images)
+        is_map = not axes.axison
         boxes.append(axes.get_window_extent() if is_map else axes.get_tightbbox())
     assert len(figure.axes) == 1 + 2 * (heads + 1)
     page = figure.bbox

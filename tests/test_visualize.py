@@ -109,7 +109,7 @@ def test_what_is_drawn_is_the_models_attention(checkpoint, photo, tmp_path, caps
         scales = [axes.images[0] for axes in figure.axes if axes.axison]
         for drawn_map, scale in zip(pictures[1:5], scales, strict=True):
             assert (drawn_map.norm.vmin, drawn_map.norm.vmax) == (0, drawn_map.get_array().max())
-            assert scale.get_extent()[2:] == (0, drawn_map.norm.vmax)
+            assert list(scale.get_extent()[2:]) == [0, drawn_map.norm.vmax]
             assert scale.cmap == drawn_map.cmap and scale.origin == "lower"
             assert (scale.get_array().ravel() == range(256)).all()
 

@@ -1,0 +1,133 @@
+"""What makes it fast, counted instead of timed; bench.py itself, on few rounds."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from conftest import noise, run, tiny
+from datasets import Loader, Split, TrainTransform
+from engine import train_one_epoch
+from models_dynamic import set_fused_attention
+
+DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+
+
+@pytest.mark.parametrize("cls_pos", [None, 0, 2, 3])
+@pytest.mark.parametrize("reg_pos", [0, 3])
+@pytest.mark.parametrize("dist_pos", [None, 1])
+def test_flops_are_those_of_the_formula(cls_pos, reg_pos, dist_pos):
+    """What torch counts in a forward pass of three images; the shortcut of the last block is in both."""
+    model = tiny(cls_pos=cls_pos, reg_pos=reg_pos, dist_pos=dist_pos, num_register_tokens=2, mlp_ratio=2.0)
+    set_fused_attention(model, False)  # torch does not count its fused attention on every device
+    with FlopCounterMode(display=False) as counter:
+        model(noise(model, 3))
+    assert counter.get_total_flops() == 3 * model.forward_flops()
+
+
+def test_flops_by_hand():
+    """One block of the smallest model, as docs/PERFORMANCE.md adds it up."""
+    model = tiny(depth=2, cls_pos=1, num_register_tokens=0)  # 24 patches of 4 x 4, width 24, MLP 96, 5 classes
+    first = 2 * 24 * 24 * (4 * 24 + 2 * 96) + 4 * 24 * 24 * 24
+    last = 2 * 25 * 24 * 2 * 24 + 2 * 24 * (2 * 24 + 2 * 96) + 4 * 25 * 24
+    assert model.forward_flops() == 2 * 24 * 48 * 24 + first + last + 2 * 24 * 5
+
+
+def test_late_tokens_are_cheaper():
+    flops = [tiny(cls_pos=pos, reg_pos=pos).forward_flops() for pos in range(4)]
+    assert flops == sorted(flops, reverse=True) and len(set(flops)) == 4
+
+
+def test_maps_store_no_attention_matrix():
+    """No softmax over rows of all tokens, and no tensor of N x N elements, at any block."""
+    model = tiny(cls_pos=1, reg_pos=2, dist_pos=0, num_register_tokens=2)
+    images = noise(model)
+    softmax, rows = torch.Tensor.softmax, []
+
+    def spy(tensor, *args, **kwargs):
+        rows.append(tensor.shape[-2:])
+        return softmax(tensor, *args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "softmax", spy):
+        model.attention_maps(images, range(4))
+    assert [tuple(shape) for shape in rows] == [(1, 25), (2, 26), (4, 28), (4, 28)]
+
+
+def test_the_loader_calls_python_for_pieces_not_for_images():
+    """Twenty times the images in one piece: as many calls."""
+    calls = []
+    for count in (10, 200):
+        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+        split = Split(images, torch.zeros(count, dtype=torch.long))
+        loader = Loader(split, DATA, count, TrainTransform(DATA, "rand", 0.5, 0.25))
+        with torch.profiler.profile() as profile:
+            for _ in loader:
+                pass
+        calls.append(sum(event.count for event in profile.key_averages()))
+    assert calls[1] < 2 * calls[0], calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_does_not_wait_for_the_gpu():
+    device = torch.device("cuda")
+    images = torch.randint(256, (1280, 3, 32, 32), dtype=torch.uint8, device=device)
+    split = Split(images, torch.zeros(1280, dtype=torch.long, device=device))
+    loader, model = Loader(split, DATA, 128, TrainTransform(DATA)), bench.ours(bench.CIFAR, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    step = bench.Still()
+    loss = torch.nn.CrossEntropyLoss()
+    train_one_epoch(model, loader, loss, optimizer, step, amp_dtype=torch.bfloat16)  # makes its constants
+    steps = iter(range(100))
+
+    def strict(taken):
+        if next(steps) == 8:
+            torch.cuda.set_sync_debug_mode("default")  # the figures at the end of an epoch are read
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_one_epoch(model, loader, loss, optimizer, step, amp_dtype=torch.bfloat16, on_step=strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bench(tmp_path, capsys, monkeypatch):
+    """A row of each kind on tiny shapes: ours, the peer's, the ratio, and whether the target is met."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 5}
+    monkeypatch.setattr(bench, "SIZES", {bench.SMALL: sizes, bench.CIFAR: sizes})
+    monkeypatch.setattr(bench, "sizes_here", lambda device: {bench.SMALL: 2})
+    monkeypatch.setattr(bench, "in_child", lambda name, device: 3.0)
+    argv = ["--rows", "train,memory", "--rounds", "1", "--device", "cpu", "--json", tmp_path / "b.json"]
+    status, out, err = run(bench.main, argv, capsys)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["name"] for row in rows if "fp32" in row["name"]][:1] == [
+        "training 224/16 width 384, fp32, against timm"
+    ]
+    for row in rows:
+        assert row["name"] in out
+        assert row["unit"] == "MiB" or row["ratio"] == pytest.approx(row["ours"] / row["peer"], rel=1e-6)
+    assert rows[-1]["ratio"] == 1 and bench.met(rows[-1]) == "met"
+    assert (
+        bench.met({"target": ">= 2", "ratio": 1.9}) == "MISSED" and bench.met({"target": "<= 2", "ratio": 1.9}) == "met"
+    )
+    assert "there is no nonsense" in run(bench.main, ["--rows", "nonsense"], capsys)[2]
+
+
+def test_the_peers_are_the_same_model():
+    """As many parameters, the same logits from the same weights: what is raced is the arithmetic alone."""
+    size, device = "dynamic_vit_cifar", torch.device("cpu")
+    mine, textbook, its = bench.ours(size, device), bench.textbook(size, device), bench.timms(size, device)
+    assert len({sum(p.numel() for p in model.parameters()) for model in (mine, textbook, its)}) == 1
+    names = {"patch_embed.proj": "patches", "pos_embed": "positions", "cls_token": "cls", "register_tokens": "registers",
+             "attn.": "", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}  # fmt: skip
+    state = {}
+    for name, weight in mine.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        state[name] = weight
+    textbook.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(textbook(images), mine.eval()(images), atol=1e-5)

@@ -413,6 +413,9 @@ ROWS = {
 }  # fmt: skip
 
 
+WIDTH = 68  # of a row's name
+
+
 def met(row) -> str:
     if not row["target"]:
         return ""
@@ -421,12 +424,10 @@ def met(row) -> str:
 
 
 def show(rows):
-    width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}}  {'ours':>10} {'peer':>10} {'unit':9}{'ratio':>7}  target")
     for row in rows:
         figures = (f"{row[key]:,.{3 if row[key] < 10 else 1}f}" for key in ("ours", "peer"))
-        line = f"{row['name']:{width}}  " + " ".join(f"{figure:>10}" for figure in figures)
-        print(f"{line} {row['unit']:9}{row['ratio']:7.3f}  {row['target']} {met(row)}".rstrip())
+        line = f"{row['name']:{WIDTH}}" + " ".join(f"{figure:>10}" for figure in figures)
+        print(f"{line} {row['unit']:9}{row['ratio']:7.3f}  {row['target']} {met(row)}".rstrip(), flush=True)
 
 
 def main(argv=None):
@@ -449,11 +450,12 @@ def main(argv=None):
     unknown = set(args.rows.split(",")) - set(ROWS)
     if unknown:
         raise utils.BadInput(f"--rows: there is no {', '.join(sorted(unknown))}; choose of {','.join(ROWS)}")
+    print(f"{'':{WIDTH}}{'ours':>10} {'peer':>10} {'unit':9}{'ratio':>7}  target")
     rows = []
     for name in args.rows.split(","):
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows += ROWS[name](args, device)
-    show(rows)
+        found = ROWS[name](args, device)
+        show(found)
+        rows += found
     if args.json:
         record = {"rows": rows, "rounds": args.rounds, "device": str(device), **utils.environment()}
         utils.write_atomically(args.json, lambda file: file.write(json.dumps(record, indent=1).encode()))

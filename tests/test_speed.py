@@ -121,8 +121,14 @@ def test_the_peers_are_the_same_model():
     size, device = "dynamic_vit_cifar", torch.device("cpu")
     mine, textbook, its = bench.ours(size, device), bench.textbook(size, device), bench.timms(size, device)
     assert len({sum(p.numel() for p in model.parameters()) for model in (mine, textbook, its)}) == 1
-    names = {"patch_embed.proj": "patches", "pos_embed": "positions", "cls_token": "cls", "register_tokens": "registers",
-             "attn.": "", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}  # fmt: skip
+    names = {
+        "patch_embed.proj": "patches",
+        "pos_embed": "positions",
+        "cls_token": "cls",
+        "attn.": "",
+        "mlp.fc1": "mlp.0",
+    }
+    names |= {"register_tokens": "registers", "mlp.fc2": "mlp.2"}
     state = {}
     for name, weight in mine.state_dict().items():
         for old, new in names.items():

@@ -149,11 +149,12 @@ def times(name, mine, peer, args, device, target="") -> dict:
     return dict(name=name, unit="s", ours=median(seconds[0]), peer=median(seconds[1]), ratio=ratio, target=target)
 
 
-def sizes_here(device) -> dict[str, int]:
+def sizes_here(args, device) -> dict[str, int]:
     """Models to race and their batches."""
+    sizes = {"dynamic_vit_tiny_patch16_224": 512, SMALL: 256, "dynamic_vit_base_patch16_224": 128, CIFAR: 1024}
     if device.type == "cpu":
-        return {SMALL: 8, CIFAR: 64}
-    return {"dynamic_vit_tiny_patch16_224": 512, SMALL: 256, "dynamic_vit_base_patch16_224": 128, CIFAR: 1024}
+        sizes = {SMALL: 8, CIFAR: 64}
+    return {size: args.batch or batch for size, batch in sizes.items()}
 
 
 def matmul(device, dtype):
@@ -166,7 +167,7 @@ def matmul(device, dtype):
 def train_rows(args, device):
     """Training steps: against timm's and the textbook's; late tokens; bfloat16; the share of the peak."""
     rows, low = [], utils.amp_dtype("auto", device)
-    for size, images in sizes_here(device).items():
+    for size, images in sizes_here(args, device).items():
         batch = random_batch(size, images, device)
 
         def add(name, mine, peer, target, size=size, work=(images, images), unit="images/s"):
@@ -193,7 +194,7 @@ def train_rows(args, device):
 def compile_rows(args, device):
     """Training steps with torch.compile, in the precision of training."""
     rows, low = [], utils.amp_dtype("auto", device)
-    for size, images in sizes_here(device).items():
+    for size, images in sizes_here(args, device).items():
         batch, work = random_batch(size, images, device), (images, images)
         name = f"training {LABEL[size]}, {'fp32' if low is None else str(low)[6:]}, compiled, against"
         compiled = training_step(ours(size, device), batch, device, low, compiled=True)
@@ -207,7 +208,7 @@ def compile_rows(args, device):
 def infer_rows(args, device):
     """Forward passes in fp32, and compiled."""
     rows = []
-    for size, batch in sizes_here(device).items():
+    for size, batch in sizes_here(args, device).items():
         images = random_batch(size, batch, device)[0]
 
         def add(name, mine, peer, target, size=size, work=(batch, batch)):
@@ -390,13 +391,14 @@ def photo_command(folder: Path) -> list[str]:
 
 
 def start_rows(args, device):
-    """--help of each script, and a page of one photograph, against importing torch, torchvision and timm."""
+    """--help of each script, and pages of one photograph, against importing torch, torchvision and timm."""
 
     def process(*command):
         return lambda: subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
 
     imports, cpu = process("-c", "import torch, torchvision, timm"), torch.device("cpu")
     scripts = ("cifar_main.py", "cifar_test.py", "main_distillation.py", "visualize_attention.py")
+    args = utils.argparse.Namespace(rounds=min(args.rounds, 5))  # each takes seconds
     rows = [
         times(f"{script} --help, against imports", process(HERE / script, "--help"), imports, args, cpu, "<= 1.15")
         for script in scripts
@@ -434,6 +436,9 @@ def main(argv=None):
     parser = utils.ArgumentParser(description="Race this project against timm, PIL and the textbook on this machine.")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
     parser.add_argument("--rounds", type=utils.number(int, 1), default=9)
+    parser.add_argument(
+        "--batch", type=utils.number(int, 1), help="images in training and inference (default: 8 to 1024)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--num_threads", type=utils.number(int, 1), help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")

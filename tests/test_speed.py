@@ -97,9 +97,8 @@ def test_bench(tmp_path, capsys, monkeypatch):
     """A row of each kind on tiny shapes: ours, the peer's, the ratio, and whether the target is met."""
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 5}
     monkeypatch.setattr(bench, "SIZES", {bench.SMALL: sizes, bench.CIFAR: sizes})
-    monkeypatch.setattr(bench, "sizes_here", lambda device: {bench.SMALL: 2})
     monkeypatch.setattr(bench, "in_child", lambda name, device: 3.0)
-    argv = ["--rows", "train,memory", "--rounds", "1", "--device", "cpu", "--json", tmp_path / "b.json"]
+    argv = ["--rows", "train,memory", "--rounds", "1", "--batch", "2", "--device", "cpu", "--json", tmp_path / "b.json"]
     status, out, err = run(bench.main, argv, capsys)
     assert status == 0, err
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]

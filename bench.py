@@ -415,7 +415,7 @@ ROWS = {
 }  # fmt: skip
 
 
-WIDTH = 68  # of a row's name
+WIDTH = 76  # of a row's name
 
 
 def met(row) -> str:

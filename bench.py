@@ -157,6 +157,10 @@ def sizes_here(args, device) -> dict[str, int]:
     return {size: args.batch or batch for size, batch in sizes.items()}
 
 
+def precision(dtype) -> str:
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 def matmul(device, dtype):
     """(function, operations): one large product, the physical limit of everything here."""
     n = 2048 if device.type == "cpu" else 8192
@@ -196,7 +200,7 @@ def compile_rows(args, device):
     rows, low = [], utils.amp_dtype("auto", device)
     for size, images in sizes_here(args, device).items():
         batch, work = random_batch(size, images, device), (images, images)
-        name = f"training {LABEL[size]}, {'fp32' if low is None else str(low)[6:]}, compiled, against"
+        name = f"training {LABEL[size]}, {precision(low)}, compiled, against"
         compiled = training_step(ours(size, device), batch, device, low, compiled=True)
         plain = training_step(ours(size, device), batch, device, low)
         its = training_step(timms(size, device), batch, device, low, compiled=True)
@@ -206,20 +210,19 @@ def compile_rows(args, device):
 
 
 def infer_rows(args, device):
-    """Forward passes in fp32, and compiled."""
-    rows = []
+    """Forward passes, and compiled: in fp32, on a GPU in its lower precision."""
+    rows, low = [], utils.amp_dtype("auto", device) if device.type == "cuda" else None
     for size, batch in sizes_here(args, device).items():
         images = random_batch(size, batch, device)[0]
 
         def add(name, mine, peer, target, size=size, work=(batch, batch)):
-            rows.append(
-                rates(f"inference {LABEL[size]}, fp32, {name}", "images/s", mine, peer, args, device, target, work)
-            )
+            name = f"inference {LABEL[size]}, {precision(low)}, {name}"
+            rows.append(rates(name, "images/s", mine, peer, args, device, target, work))
 
-        mine = inference(ours(size, device), images, device)
-        add("against timm", mine, inference(timms(size, device), images, device), ">= 1.05")
-        add("against textbook", mine, inference(textbook(size, device), images, device), ">= 1.12")
-        compiled = [inference(make(size, device), images, device, compiled=True) for make in (ours, timms)]
+        mine = inference(ours(size, device), images, device, low)
+        add("against timm", mine, inference(timms(size, device), images, device, low), ">= 1.05")
+        add("against textbook", mine, inference(textbook(size, device), images, device, low), ">= 1.12")
+        compiled = [inference(make(size, device), images, device, low, compiled=True) for make in (ours, timms)]
         add("compiled, against timm compiled", *compiled, "")
     return rows
 

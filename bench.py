@@ -95,14 +95,14 @@ def random_batch(size, batch, device):
     return torch.randn(batch, 3, pixels, pixels, device=device), torch.randint(classes, (batch,), device=device)
 
 
-def training_step(model, batch, device, dtype=None, compiled=False):
-    """A function that takes one training step: the engine's, with AdamW."""
+def training(model, batches, device, dtype=None, compiled=False):
+    """A function that takes a training step with each batch: the engine's, with AdamW."""
     if dtype is not None and device.type == "cpu":
         set_fused_attention(model, False)  # as in training: see `run_epochs`
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
     model = torch.compile(model) if compiled else model
     loss = nn.CrossEntropyLoss()
-    return lambda: train_one_epoch(model, [batch], loss, optimizer, Still(), amp_dtype=dtype)
+    return lambda: train_one_epoch(model, batches, loss, optimizer, Still(), amp_dtype=dtype)
 
 
 def inference(model, images, device, dtype=None, compiled=False):
@@ -172,26 +172,31 @@ def train_rows(args, device):
     """Training steps: against timm's and the textbook's; late tokens; bfloat16; the share of the peak."""
     rows, low = [], utils.amp_dtype("auto", device)
     for size, images in sizes_here(args, device).items():
-        batch = random_batch(size, images, device)
+        batch = [random_batch(size, images, device)]
 
         def add(name, mine, peer, target, size=size, work=(images, images), unit="images/s"):
             rows.append(rates(f"training {LABEL[size]}, {name}", unit, mine, peer, args, device, target, work))
 
-        mine = training_step(ours(size, device), batch, device)
-        add("fp32, against timm", mine, training_step(timms(size, device), batch, device), ">= 1.05")
-        add("fp32, against textbook", mine, training_step(textbook(size, device), batch, device), ">= 1.12")
-        late = training_step(ours(size, device, cls_pos=6, reg_pos=3), batch, device)
+        mine = training(ours(size, device), batch, device)
+        add("fp32, against timm", mine, training(timms(size, device), batch, device), ">= 1.05")
+        add("fp32, against textbook", mine, training(textbook(size, device), batch, device), ">= 1.12")
+        late = training(ours(size, device, cls_pos=6, reg_pos=3), batch, device)
         add("fp32, CLS at 6 and registers at 3, against 0/0", late, mine, ">= 1")
         product, operations = matmul(device, None)
         work = (3 * images * ours(size, "meta").forward_flops() / 1e9, operations / 1e9)
         add("fp32, against one large product", mine, product, "", work=work, unit="GFLOP/s")
         if low is not None:
-            in_low = training_step(ours(size, device), batch, device, low)
-            add("bf16, against our fp32", in_low, mine, ">= 1.6" if size == SMALL else ">= 1.3")
-            add("bf16, against timm in bf16", in_low, training_step(timms(size, device), batch, device, low), "")
+            in_low = training(ours(size, device), batch, device, low)
+            add(f"{precision(low)}, against our fp32", in_low, mine, ">= 1.6" if size == SMALL else ">= 1.3")
+            add(
+                f"{precision(low)}, against timm in {precision(low)}",
+                in_low,
+                training(timms(size, device), batch, device, low),
+                "",
+            )
             product, _ = matmul(device, low)
             target = ">= 0.55" if size == SMALL else ""
-            add("bf16, against one large product", in_low, product, target, work=work, unit="GFLOP/s")
+            add(f"{precision(low)}, against one large product", in_low, product, target, work=work, unit="GFLOP/s")
     return rows
 
 
@@ -199,11 +204,11 @@ def compile_rows(args, device):
     """Training steps with torch.compile, in the precision of training."""
     rows, low = [], utils.amp_dtype("auto", device)
     for size, images in sizes_here(args, device).items():
-        batch, work = random_batch(size, images, device), (images, images)
+        batch, work = [random_batch(size, images, device)], (images, images)
         name = f"training {LABEL[size]}, {precision(low)}, compiled, against"
-        compiled = training_step(ours(size, device), batch, device, low, compiled=True)
-        plain = training_step(ours(size, device), batch, device, low)
-        its = training_step(timms(size, device), batch, device, low, compiled=True)
+        compiled = training(ours(size, device), batch, device, low, compiled=True)
+        plain = training(ours(size, device), batch, device, low)
+        its = training(timms(size, device), batch, device, low, compiled=True)
         rows.append(rates(f"{name} not compiled", "images/s", compiled, plain, args, device, work=work))
         rows.append(rates(f"{name} timm compiled", "images/s", compiled, its, args, device, work=work))
     return rows
@@ -242,9 +247,8 @@ def maps_rows(args, device):
 
 
 def large(device):
-    return ours("dynamic_vit_base_patch16_224", device, img_size=1024).eval(), torch.randn(
-        1, 3, 1024, 1024, device=device
-    )
+    image = torch.randn(1, 3, 1024, 1024, device=device)
+    return ours("dynamic_vit_base_patch16_224", device, img_size=1024).eval(), image
 
 
 def maps_1024(device):
@@ -259,11 +263,11 @@ def forward_1024(device):
 
 
 def step_ours(device):
-    training_step(ours(SMALL, device), random_batch(SMALL, 8, device), device)()
+    training(ours(SMALL, device), [random_batch(SMALL, 8, device)], device)()
 
 
 def step_timm(device):
-    training_step(timms(SMALL, device), random_batch(SMALL, 8, device), device)()
+    training(timms(SMALL, device), [random_batch(SMALL, 8, device)], device)()
 
 
 CHILDREN = {f.__name__: f for f in (maps_1024, forward_1024, step_ours, step_timm)}
@@ -348,31 +352,20 @@ def load_rows(args, device):
 
 def recipe_epoch(device, count=1280):
     """A function that trains the default CIFAR model on `count` images through the loader."""
-    loader, dtype = train_loader(smooth_images(count).to(device)), utils.amp_dtype("auto", device)
-    model = ours(CIFAR, device, drop_path_rate=0.1)
-    if dtype is not None and device.type == "cpu":
-        set_fused_attention(model, False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return lambda: train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, Still(), amp_dtype=dtype)
+    loader = train_loader(smooth_images(count).to(device))
+    return training(ours(CIFAR, device, drop_path_rate=0.1), loader, device, utils.amp_dtype("auto", device))
 
 
 def epoch_rows(args, device):
     """Training through the loaders: the default recipe against upsampling to 224 pixels, width 384, patch 16."""
-    dtype, batch = utils.amp_dtype("auto", device), 32
     pictures = Pictures(smooth_images(96), pil_transform("trivial", 0.25, 224))
-    loader = torch.utils.data.DataLoader(pictures, batch, num_workers=2, persistent_workers=True)
-    model = ours(SMALL, device, num_classes=10)
-    if dtype is not None and device.type == "cpu":
-        set_fused_attention(model, False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    loader = torch.utils.data.DataLoader(pictures, 32, num_workers=2, persistent_workers=True)
     moved = type("Moved", (), {  # the batches on the device
         "__iter__": lambda self: ((images.to(device), labels.to(device)) for images, labels in loader),
         "__len__": lambda self: len(loader),
     })()  # fmt: skip
 
-    def reference():
-        train_one_epoch(model, moved, nn.CrossEntropyLoss(), optimizer, Still(), amp_dtype=dtype)
-
+    reference = training(ours(SMALL, device, num_classes=10), moved, device, utils.amp_dtype("auto", device))
     name = "training through the loader, against 224 px by PIL"
     return [rates(name, "images/s", recipe_epoch(device), reference, args, device, work=(1280, 96))]
 

@@ -32,8 +32,8 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 # register_model appends the registered sizes (and would make a list of them alone).
 __all__ = [
-    "SIZES", "AttentionMaps", "DynamicViT", "LoadReport", "TokenLayout", "load_weights", "model_from_checkpoint",
-    "set_fused_attention", "timm_model", "vit_register_dynamic_viz",
+    "SIZES", "AttentionMaps", "DynamicViT", "LoadReport", "TokenLayout", "at_size", "load_weights",
+    "model_from_checkpoint", "set_fused_attention", "timm_model", "vit_register_dynamic_viz",
 ]  # fmt: skip
 
 DEFAULT_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -64,15 +64,16 @@ class TokenLayout:
 
 @dataclass
 class AttentionMaps:
-    """Attention from CLS, the distillation token and each register to every patch, at one block.
+    """Attention from CLS, the distillation token, each register and chosen patches to every patch, at one block.
 
     Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to those tokens.
-    A token that has not entered yet is None.
+    A token that has not entered yet is None, and so are the patches if none were chosen.
     """
 
     cls: Tensor | None  # (B, H, gh, gw)
     registers: Tensor | None  # (B, R, H, gh, gw)
     dist: Tensor | None = None  # (B, H, gh, gw)
+    patches: Tensor | None = None  # (B, number of chosen patches, H, gh, gw)
 
 
 class DynamicViT(nn.Module):
@@ -280,7 +281,10 @@ class DynamicViT(nn.Module):
         """
         layout = self.token_layout(self.depth - 1)
         x = self._input_of(images, self.depth - 1)  # (B, N, D)
-        x = self.norm(_block_rows(self.blocks[-1], x, self._classified(layout)))
+        return self._classify(_block_rows(self.blocks[-1], x, self._classified(layout)), layout)
+
+    def _classify(self, x: Tensor, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(x)
         logits = self.head(x[:, layout.cls or layout.patches].mean(dim=1))  # of one token if that is CLS
         if layout.dist is None:
             return logits
@@ -299,34 +303,111 @@ class DynamicViT(nn.Module):
             return _attention_rows(self.blocks[block], x, [slice(None)])
 
     @torch.no_grad()
-    def attention_maps(self, images: Tensor, blocks) -> dict[int, AttentionMaps]:
+    def attention_maps(self, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
         """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
 
-        Raises ValueError for a block outside 0..depth-1.
+        Args:
+            patches: (x, y) of patches whose maps are wanted too, column and row in the grid, counted from 0.
+
+        Raises ValueError for a block outside 0..depth-1, and for a patch outside the grid.
         """
         wanted = {self._check_block(block) for block in blocks}
         maps = {}
 
         def visit(i, x):
             if i in wanted:
-                maps[i] = self._maps_at(i, x)
+                layout = self.token_layout(i)
+                maps[i] = self._cut_maps(
+                    layout, patches, lambda rows: _attention_rows(self.blocks[i], x, rows)[..., layout.patches]
+                )
 
         if wanted:
             with _eval_mode(self):
                 self._input_of(images, max(wanted), visit)
         return maps
 
-    def _maps_at(self, i: int, x: Tensor) -> AttentionMaps:
-        layout = self.token_layout(i)
+    def _cut_maps(self, layout: TokenLayout, patches, of_rows) -> AttentionMaps:
+        """`of_rows`: places of tokens in the sequence -> (B, H, number of those tokens, P)."""
         tokens = {"cls": layout.cls, "dist": layout.dist, "registers": layout.registers}
-        there = {name: token for name, token in tokens.items() if token is not None}
-        if not there:
+        rows = {name: [part] for name, part in tokens.items() if part is not None}
+        gh, gw = self.grid_size
+        for x, y in patches:
+            if not (0 <= x < gw and 0 <= y < gh):
+                raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
+            at = layout.patches.start + y * gw + x
+            rows.setdefault("patches", []).append(slice(at, at + 1))
+        if not rows:
             return AttentionMaps(None, None)
-        attn = _attention_rows(self.blocks[i], x, list(there.values()))[..., layout.patches]  # (B, H, rows, P)
+        attn = of_rows([part for parts in rows.values() for part in parts])
         attn = attn.unflatten(-1, self.grid_size).transpose(1, 2)  # (B, rows, H, gh, gw)
-        maps = dict(zip(there, attn.split([token.stop - token.start for token in there.values()], dim=1)))
+        counts = [sum(part.stop - part.start for part in parts) for parts in rows.values()]
+        maps = dict(zip(rows, attn.split(counts, dim=1)))
         one = {name: maps[name][:, 0] if name in maps else None for name in ("cls", "dist")}
-        return AttentionMaps(registers=maps.get("registers"), **one)
+        return AttentionMaps(registers=maps.get("registers"), patches=maps.get("patches"), **one)
+
+    @torch.no_grad()
+    def attention_rollout(self, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
+        """(B, 3, h, w) -> {block: AttentionMaps} of one "head": from which patches of the image a token's content has
+        come by the end of that block, as far as attention tells.
+
+        Attention rollout (Abnar & Zuidema, arXiv 2005.00928): in each block the mean over heads, averaged with the
+        identity for the residual connection; the product over the blocks. A token brings nothing of the patches
+        when it enters, so a map adds up to less than 1 by what is left of the tokens themselves.
+
+        Args and errors are those of `attention_maps`.
+        """
+        wanted = {self._check_block(block) for block in blocks}
+        if not wanted:
+            return {}
+        maps, shares = {}, None  # shares: (B, N, P)
+
+        def attention(i, attn):
+            nonlocal shares
+            layout = self.token_layout(i)
+            entered = attn.new_zeros(len(attn), layout.length, self.patch_embed.num_patches)
+            if i == 0:
+                entered[:, layout.patches] = torch.eye(self.patch_embed.num_patches, device=attn.device)
+            else:
+                before = self.token_layout(i - 1)
+                for part in ("cls", "dist", "patches", "registers"):
+                    if getattr(before, part) is not None:
+                        entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
+            shares = (attn.mean(dim=1) @ entered + entered) / 2
+            if i in wanted:
+                maps[i] = self._cut_maps(
+                    layout, patches, lambda rows: torch.cat([shares[:, None, part] for part in rows], dim=2)
+                )
+
+        self.trace(images, attention=attention, last=max(wanted))
+        return maps
+
+    @torch.no_grad()
+    def trace(self, images: Tensor, *, tokens=None, attention=None, output=None, last: int | None = None):
+        """The forward pass in evaluation mode with all of its attention laid open, to be watched or changed.
+
+        Args:
+            tokens: called with (i, x): the input of block i, (B, N, D).
+            attention: called with (i, attn): its attention, (B, H, N, N), rows attend to columns.
+            output: called with (i, x): its output, (B, N, D).
+            last: the block to stop behind; by default, all are run.
+                What a function returns is used in place of what it was given, unless that is None.
+
+        Returns:
+            (B, K) logits, or None if `last` is given.
+        """
+        last_block = self.depth - 1 if last is None else self._check_block(last)
+
+        def shown(function, i, value):
+            new = None if function is None else function(i, value)
+            return value if new is None else new
+
+        with _eval_mode(self):
+            x = self.patch_embed(images) + self.pos_embed  # (B, P, D)
+            for i in range(last_block + 1):
+                x = shown(tokens, i, self._enter(x, i))
+                x = _block_rows(self.blocks[i], x, slice(None), lambda attn, i=i: shown(attention, i, attn))
+                x = shown(output, i, x)
+            return self._classify(x, self.token_layout(last_block)) if last is None else None
 
 
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
@@ -360,12 +441,17 @@ def _softmax_attention(attn: nn.Module, queries: Tensor, keys: Tensor) -> Tensor
     return (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
 
 
-def _block_rows(block: Block, x: Tensor, rows: slice) -> Tensor:
-    """`block(x)[:, rows]` with the same logits and gradients, but queries, projection and MLP for those rows alone."""
+def _block_rows(block: Block, x: Tensor, rows: slice, change=None) -> Tensor:
+    """`block(x)[:, rows]` with the same logits and gradients, but queries, projection and MLP for those rows alone.
+
+    `change`: attention (B, H, rows, N) -> what is used in its place.
+    """
     attn, y = block.attn, block.norm1(x)
     query = _heads(attn, y[:, rows], 0, 1)[0]
     key, value = _heads(attn, y, 1, 2)
-    if attn.fused_attn:
+    if change is not None:
+        y = change(_softmax_attention(attn, query, key)) @ value
+    elif attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # (B, H, rows, d)
     else:
@@ -385,6 +471,18 @@ def _eval_mode(model: nn.Module):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def at_size(model: DynamicViT, img_size) -> DynamicViT:
+    """The same model for images of another size, in eval mode: the weights are shared, the positions resampled.
+
+    Raises ValueError for a size that the patches do not tile.
+    """
+    with torch.device("meta"):
+        other = DynamicViT(**(model.model_args | {"img_size": img_size}))
+    state, _ = _resampled(model.state_dict(), model.grid_size, other.grid_size)
+    other.load_state_dict(state, assign=True)
+    return other.requires_grad_(False).eval()
 
 
 # Weights from elsewhere ------------------------------------------------------------------------------------------

@@ -102,3 +102,97 @@ def test_a_block_outside_the_model_is_refused():
     for call in (lambda: model.attention(noise(model), 4), lambda: model.attention_maps(noise(model), [0, -1])):
         with pytest.raises(ValueError, match=r"0\.\.3"):
             call()
+
+
+def test_maps_of_chosen_patches():
+    model = tiny(cls_pos=2, reg_pos=1, num_register_tokens=2)
+    images = noise(model)
+    maps = model.attention_maps(images, range(4), patches=[(5, 0), (2, 3)])  # grid: 6 columns, 4 rows
+    for i in range(4):
+        layout = model.token_layout(i)
+        attention = model.attention(images, i)[..., layout.patches]
+        for n, place in enumerate((5, 3 * 6 + 2)):
+            expected = attention[:, :, layout.patches.start + place].unflatten(-1, (4, 6))
+            assert torch.allclose(maps[i].patches[:, n], expected, atol=1e-6)
+    assert model.attention_maps(images, [0])[0].patches is None
+    for call in (model.attention_maps, model.attention_rollout):
+        with pytest.raises(ValueError, match=r"patch 6,0 is outside the grid: x is 0\.\.5, y is 0\.\.3"):
+            call(images, [0], patches=[(6, 0)])
+
+
+def test_rollout_by_hand():
+    """A CLS that enters at block 1, one register that enters at block 2, a grid of 1 x 2."""
+    model = tiny(img_size=(4, 8), depth=3, cls_pos=1, reg_pos=2, num_register_tokens=1)
+    images = noise(model, batch=1)
+    a, b, c = (model.attention(images, i)[0].mean(dim=0).tolist() for i in range(3))  # 2, 3 and 4 tokens
+    patches = [[(1 + a[0][0]) / 2, a[0][1] / 2], [a[1][0] / 2, (1 + a[1][1]) / 2]]  # after block 0
+
+    def mixed(attention, row, shares):
+        return [(sum(w * s[k] for w, s in zip(attention[row], shares)) + shares[row][k]) / 2 for k in (0, 1)]
+
+    shares = [[0, 0], *patches]  # CLS has nothing of them yet
+    shares = [mixed(b, row, shares) for row in range(3)]
+    after_1 = shares[0]
+    shares = [*shares, [0, 0]]
+    shares = [mixed(c, row, shares) for row in range(4)]
+    maps = model.attention_rollout(images, [1, 2], patches=[(1, 0)])
+    assert list(maps) == [1, 2]
+    assert maps[1].cls.shape == (1, 1, 1, 2)
+    assert maps[1].registers is None
+    for found, expected in (
+        (maps[1].cls, after_1),
+        (maps[2].cls, shares[0]),
+        (maps[2].patches, shares[2]),
+        (maps[2].registers, shares[3]),
+    ):
+        assert found.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kwargs", [{}, {"cls_pos": None, "num_register_tokens": 0}, {"dist_pos": 1, "reg_pos": 3}])
+def test_a_trace_is_the_forward_pass(kwargs):
+    model = tiny(**({"cls_pos": 2, "reg_pos": 1, "drop_rate": 0.3} | kwargs))
+    images = noise(model)
+    inputs, outputs, attention = {}, {}, {}
+    logits = model.trace(images, tokens=inputs.__setitem__, output=outputs.__setitem__, attention=attention.__setitem__)
+    assert torch.allclose(logits, model(images), atol=1e-5)
+    for i, x in inputs_of_blocks(model, images).items():
+        assert torch.allclose(inputs[i], x, atol=1e-5)
+        assert torch.allclose(outputs[i], model.blocks[i](x), atol=1e-5)
+        assert torch.allclose(attention[i], model.attention(images, i), atol=1e-5)
+    run = []
+    assert model.trace(images, tokens=lambda i, x: run.append(i), last=1) is None
+    assert run == [0, 1]
+
+
+@torch.no_grad()
+def test_what_a_trace_changes_is_what_the_model_goes_on_with():
+    model = tiny(cls_pos=1, reg_pos=1, num_register_tokens=1)
+    images = noise(model)
+
+    def blind(i, attn):
+        if i == 3:  # CLS at nothing but itself
+            attn = torch.zeros_like(attn)
+            attn[:, :, 0, 0] = 1
+            return attn
+
+    logits = model.trace(images, attention=blind)
+    x = inputs_of_blocks(model, images)[3][:, :1]
+    assert torch.allclose(logits, model.head(model.norm(model.blocks[3](x))[:, 0]), atol=1e-5)
+    assert not torch.allclose(logits, model(images), atol=1e-2)
+    seen = {}
+    model.trace(images, tokens=lambda i, x: torch.zeros_like(x) if i == 2 else None, attention=seen.__setitem__)
+    assert torch.allclose(seen[2], torch.tensor(1 / 26))
+
+
+def test_the_same_weights_for_images_of_another_size():
+    model = tiny(reg_pos=1)
+    other = models_dynamic.at_size(model, (24, 16))
+    assert other.grid_size == (6, 4)
+    assert not other.training
+    assert other.blocks[0].mlp.fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
+    fresh = tiny(reg_pos=1, img_size=(24, 16))
+    models_dynamic.load_weights(fresh, {"model": model.state_dict(), "model_args": model.model_args})
+    assert torch.equal(fresh(noise(fresh)), other(noise(fresh)))
+    assert torch.equal(models_dynamic.at_size(model, (16, 24))(noise(model)), model(noise(model)))
+    assert all(p.requires_grad for p in model.parameters())

@@ -303,6 +303,17 @@ class DynamicViT(nn.Module):
             return _attention_rows(self.blocks[block], x, [slice(None)])
 
     @torch.no_grad()
+    def projections(self, images: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, h, w) -> queries, keys and values of `block`, each (B, H, N, d), in its token layout.
+
+        Raises ValueError outside 0..depth-1.
+        """
+        block = self._check_block(block)
+        with _eval_mode(self):
+            x = self._input_of(images, block)
+            return tuple(_heads(self.blocks[block].attn, self.blocks[block].norm1(x), 0, 3))
+
+    @torch.no_grad()
     def attention_maps(self, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
         """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
 

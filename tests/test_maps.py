@@ -149,6 +149,20 @@ def test_rollout_by_hand():
 
 
 @torch.no_grad()
+def test_projections_make_the_attention_and_the_output():
+    model = tiny(cls_pos=1, reg_pos=2)
+    images = noise(model)
+    for i, x in inputs_of_blocks(model, images).items():
+        queries, keys, values = model.projections(images, i)
+        assert queries.shape == (2, 3, x.shape[1], 8)
+        attention = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(-1)
+        assert torch.allclose(attention, model.attention(images, i), atol=1e-5)
+        attn = model.blocks[i].attn
+        mixed = (attention @ values).transpose(1, 2).flatten(2)
+        assert torch.allclose(attn.proj(mixed), attn(model.blocks[i].norm1(x)), atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kwargs", [{}, {"cls_pos": None, "num_register_tokens": 0}, {"dist_pos": 1, "reg_pos": 3}])
 def test_a_trace_is_the_forward_pass(kwargs):
     model = tiny(**({"cls_pos": 2, "reg_pos": 1, "drop_rate": 0.3} | kwargs))

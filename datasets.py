@@ -284,8 +284,8 @@ def crop_box(width, height, size, crop_pct=1.0) -> tuple[float, float, float, fl
     `crop_pct`."""
     scale = min(height / size[0], width / size[1]) * crop_pct
     box_h, box_w = size[0] * scale, size[1] * scale
-    left, upper = (width - box_w) / 2, (height - box_h) / 2
-    return left, upper, left + box_w, upper + box_h
+    left, upper = max((width - box_w) / 2, 0.0), max((height - box_h) / 2, 0.0)  # rounding may leave -1e-14
+    return left, upper, min(left + box_w, width), min(upper + box_h, height)
 
 
 def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:

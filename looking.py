@@ -94,10 +94,15 @@ def chosen_blocks(model, wanted) -> list[int]:
 # The model -------------------------------------------------------------------------------------------------------
 
 
-def load(path, args) -> tuple[DynamicViT, dict, dict]:
-    """(model in eval mode, description of its data, checkpoint) as the flags of `add_model_flags` say."""
+def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, dict]:
+    """(model in eval mode, description of its data, checkpoint) as the flags of `add_model_flags` say.
+
+    `foreign_flags_may_rest`: they are for other files of the same call if this one is a checkpoint of this project.
+    """
     checkpoint = utils.load_checkpoint(path)
     given = {flag: getattr(args, flag) for flag in FOREIGN if hasattr(args, flag)}
+    if foreign_flags_may_rest and "model_args" in checkpoint:
+        given = {}
     try:
         model = model_from_checkpoint(checkpoint, **given)
     except ValueError as error:
@@ -105,7 +110,7 @@ def load(path, args) -> tuple[DynamicViT, dict, dict]:
     if not isinstance(model, DynamicViT):
         name = model.model_args["timm_name"]
         raise BadInput(f"{path} is timm's {name}; only this project's models can be looked at")
-    data = _describe_data(path, checkpoint, model, args)
+    data = _describe_data(path, checkpoint, model, args, foreign_flags_may_rest)
     if args.input_size:
         try:
             model = at_size(model, args.input_size)
@@ -115,9 +120,9 @@ def load(path, args) -> tuple[DynamicViT, dict, dict]:
     return model, data, checkpoint
 
 
-def _describe_data(path, checkpoint, model, args) -> dict:
+def _describe_data(path, checkpoint, model, args, foreign_flags_may_rest) -> dict:
     if "data" in checkpoint:
-        if args.mean or args.std or args.data_set:
+        if (args.mean or args.std or args.data_set) and not foreign_flags_may_rest:
             raise BadInput(f"{path} says its own data; leave out --mean, --std and --data_set")
         return checkpoint["data"]
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

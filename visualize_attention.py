@@ -1,316 +1,363 @@
-"""Draw what the class token, the distillation token and each register attend to at one block, as PDF (or PNG) pages.
+"""Draw what the class token, the distillation token, each register and chosen patches attend to, as PDF or PNG pages,
+or as one HTML file to explore by hand.
 
     python visualize_attention.py --model_path ./models/best_model.pth --layer_num 5 --output_dir ./attention_maps
-    python visualize_attention.py --image_path my_photo.jpg --layer_num 5 --tokens cls --overlay
+    python visualize_attention.py --image_path my_photo.jpg --layer_num 0 5 11 --tokens cls --overlay
+    python visualize_attention.py --img_num 0 3 7 --pages blocks tokens rollout --layer_num all
+    python visualize_attention.py --compare early.pth late.pth --layer_num 8 --img_num 3
+    python visualize_attention.py --image_path my_photos --layer_num all --format html
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
-One file an image; its first page is the class token, the next one the distillation token if the model has it, then one
-page a register. The maps are the attention that the
-model used: softmaxed over all tokens, rows of the tokens, columns of the patches.
+One PDF an image. The maps are the attention that the model used: softmaxed over all tokens, rows of the tokens,
+columns of the patches.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
 
 import torch
+from torch import Tensor
 
+import looking
 import utils
-from cifar_test import test_split
-from datasets import (
-    DATA_SETS,
-    check_number,
-    crop_box,
-    eval_transform,
-    find_split,
-    fit_image,
-    image_files,
-    read_image,
-    read_picture,
-    read_split,
-)  # fmt: skip
-from models_dynamic import DynamicViT, model_from_checkpoint
+from attention_pages import Cell, Page, Row, draw_page, write_pages
+from models_dynamic import AttentionMaps
 from utils import BadInput, number
 
-FOREIGN = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
-PICTURE_SIDE = 512  # pixels of the longer side of the picture on a page
+KINDS = ("cls", "dist", "reg")
+WORDS = {"cls": "the class token", "dist": "the distillation token", "reg": "the registers"}
+ROLLOUT = "share of the token's content that came from each patch, in %, by attention rollout up to that block"
 
 
 @dataclass
-class Picture:
-    name: str  # for file names
-    shown: torch.Tensor  # (3, ., .) uint8, as a person sees it
-    model_input: torch.Tensor  # (3, h, w) uint8, before normalisation
-    label: int | None
+class Token:
+    """One row of attention to draw."""
+
+    key: str  # 'cls', 'dist', 'reg0', 'patch3-5'
+    name: str
+    enters: int | None  # the block; None: the model has no such token
+    mark: tuple[int, int] | None = None  # x, y of a patch
+
+    def of(self, maps: AttentionMaps, patches) -> Tensor | None:
+        """(H, gh, gw) of the first image, or None where the token has not entered."""
+        if self.mark is not None:
+            return maps.patches[0, patches.index(self.mark)].cpu()
+        if self.key.startswith("reg"):
+            return None if maps.registers is None else maps.registers[0, int(self.key[3:])].cpu()
+        found = getattr(maps, self.key)
+        return None if found is None else found[0].cpu()
 
 
 @dataclass
-class Page:
-    key: str  # 'cls', 'dist', 'reg0', ...
-    title: str
-    maps: torch.Tensor  # (H, gh, gw)
+class Looked:
+    """One image as one model sees it."""
+
+    shown: Tensor  # (3, ., .) uint8
+    caption: str
+    maps: dict[int, AttentionMaps]
+    rollout: dict[int, AttentionMaps]
 
 
-# From a checkpoint and images to pages ---------------------------------------------------------------------------
+# What to draw ----------------------------------------------------------------------------------------------------
 
 
-def load(args) -> tuple[DynamicViT, dict, dict]:
-    """(model, description of its data, checkpoint)."""
-    checkpoint = utils.load_checkpoint(args.model_path)
-    given = {flag: getattr(args, flag) for flag in FOREIGN if hasattr(args, flag)}
-    try:
-        model = model_from_checkpoint(checkpoint, **given)
-    except ValueError as error:
-        raise BadInput(f"{args.model_path}: {error}") from None
-    if not isinstance(model, DynamicViT):
-        name = model.model_args["timm_name"]
-        raise BadInput(f"{args.model_path} is timm's {name}; only the attention of this project's models is drawn")
-    if "data" in checkpoint:
-        if args.mean or args.std or args.data_set:
-            raise BadInput(f"{args.model_path} says its own data; leave out --mean, --std and --data_set")
-        return model, checkpoint["data"], checkpoint
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    data = {
-        "name": args.data_set, "classes": [], "input_size": model.model_args["img_size"],
-        "mean": args.mean or IMAGENET_DEFAULT_MEAN, "std": args.std or IMAGENET_DEFAULT_STD,
-    }  # fmt: skip
-    return model, data, checkpoint
+def entry_blocks(model) -> dict:
+    return {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos}
 
 
-def pictures(args, data, checkpoint) -> list[Picture]:
-    """The images that the flags ask for."""
-    if args.image_path:
-        files = []
-        for path in map(Path, args.image_path):
-            files += image_files(path) if path.is_dir() else [path]
-        if not files:
-            raise BadInput(f"there are no images in {', '.join(args.image_path)}")
-        return [_as_seen(read_image(file), data, file.stem) for file in files]
-    if data["name"] is None:
-        raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
-    name = f"{data['name']}_test{args.img_num}"
-    if "crop_pct" in data:  # read and cropped one at a time, as the model saw it
-        split, _ = find_split(data["name"], args.data_path or checkpoint["args"]["data_path"], False)
-        check_number(args.img_num, len(split))
-        return [_as_seen(read_picture(split, args.img_num), data, name, int(split.labels[args.img_num]))]
-    if "data" in checkpoint:
-        split = test_split(checkpoint, args.data_path, [args.img_num])
-        image, label = split.images[0], int(split.labels[0])
-    else:
-        (image,), (label,), data["classes"] = read_split(
-            data["name"], args.data_path, False, data["input_size"], [args.img_num]
-        )
-    return [Picture(name, image, image, int(label))]
+def wanted_kinds(model, blocks, asked) -> list[str]:
+    """Which of 'cls', 'dist' and 'reg' to draw: those asked for, else all that are there at one of `blocks`.
 
-
-def _as_seen(image, data, name, label=None) -> Picture:
-    """A PIL image: the part of it that the model sees, in more pixels for the page than for the model."""
-    crop = {key: data[key] for key in ("crop_pct", "interpolation") if key in data}
-    box = crop_box(image.width, image.height, data["input_size"], data.get("crop_pct", 1.0))
-    scale = min(1, PICTURE_SIDE / max(box[2] - box[0], box[3] - box[1]))
-    shown = fit_image(image, (round((box[3] - box[1]) * scale), round((box[2] - box[0]) * scale)), **crop)
-    return Picture(name, shown, fit_image(image, data["input_size"], **crop), label)
-
-
-def wanted_tokens(model, block, tokens) -> list[str]:
-    """Which of 'cls', 'dist' and 'reg' to draw at `block`: those asked for, else all that are there.
-
-    Raises BadInput for a block outside the model, and for a token that was asked for and is not there.
+    Raises BadInput for a token that was asked for and is at none of them, and if there is none at all.
     """
-    try:
-        layout = model.token_layout(block)
-    except ValueError as error:
-        raise BadInput(f"--layer_num: {error}") from None
-    enters = {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos}
-    words = {"cls": "the class token", "dist": "the distillation token", "reg": "the registers"}
-    parts = {"cls": layout.cls, "dist": layout.dist, "reg": layout.registers}
-    there = [token for token, part in parts.items() if part is not None]
-    for token in tokens or enters:
-        if token in there:
+    enters, last = entry_blocks(model), max(blocks)
+    there = [kind for kind in KINDS if enters[kind] is not None and enters[kind] <= last]
+    at = f"at block {last}" if len(blocks) == 1 else f"at blocks {', '.join(map(str, blocks))}"
+    for kind in asked or KINDS:
+        if kind in there:
             continue
-        if enters[token] is None:
-            problem = f"this model has no {words[token].removeprefix('the ')}"
-            instead = f"--tokens {there[0]}" if there else "a model with tokens"
+        if enters[kind] is None:
+            problem = f"this model has no {WORDS[kind].removeprefix('the ')}"
+            instead = f"--tokens {there[0]}" if there else "a model with tokens, or --patch x,y"
         else:
-            problem = f"{words[token]} only enter{'s' * (token != 'reg')} at block {enters[token]}"
-            instead = f"--layer_num {enters[token]} or later (to {model.depth - 1})"
+            problem = f"{WORDS[kind]} only enter{'s' * (kind != 'reg')} at block {enters[kind]}"
+            instead = f"--layer_num {enters[kind]} or later (to {model.depth - 1})"
             instead += f", or --tokens {there[0]}" if there else ""
-        if tokens or not there:
-            raise BadInput(f"nothing to draw for {token!r} at block {block}: {problem}; ask for {instead}")
-        if enters[token] is not None:
-            utils.say(f"note: {problem}; it is not drawn at block {block}")
-    return [token for token in there if token in (tokens or enters)]
+        if asked or not there:
+            raise BadInput(f"nothing to draw for {kind!r} {at}: {problem}; ask for {instead}")
+        if enters[kind] is not None:
+            utils.say(f"note: {problem}; it is not drawn {at}")
+    return [kind for kind in there if kind in (asked or KINDS)]
 
 
-def pages(model, maps, block, tokens) -> list[Page]:
-    """Titles and maps of one image (batch index 0), class token first."""
+def tokens_of(model, kinds, patches) -> list[Token]:
+    """The rows of attention to draw, class token first, chosen patches last."""
     found = []
-    if "cls" in tokens:
-        found.append(Page("cls", f"Class token at block {block} (entered at block {model.cls_pos})", maps.cls[0].cpu()))
-    if "dist" in tokens:
-        title = f"Distillation token at block {block} (entered at block {model.dist_pos})"
-        found.append(Page("dist", title, maps.dist[0].cpu()))
-    if "reg" in tokens:
+    if "cls" in kinds:
+        found.append(Token("cls", "Class token", model.cls_pos))
+    if "dist" in kinds:
+        found.append(Token("dist", "Distillation token", model.dist_pos))
+    if "reg" in kinds:
         total = model.num_register_tokens
-        for r, heads in enumerate(maps.registers[0]):
-            title = f"Register {r} (of {total}) at block {block} (entered at block {model.reg_pos})"
-            found.append(Page(f"reg{r}", title, heads.cpu()))
+        found += [Token(f"reg{r}", f"Register {r} (of {total})", model.reg_pos) for r in range(total)]
+    return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
+
+
+def look(model, data, picture, blocks, patches, rollout) -> Looked:
+    """Read an image and compute what is drawn of it."""
+    image, device = picture.read(), model.pos_embed.device
+    images = looking.model_input([image], [picture], data, device)
+    with torch.no_grad():
+        logits = model(images)[0].cpu() if model.num_classes else None
+    lines = [] if picture.label is None else [f"true: {looking.class_name(picture.label, data['classes'])}"]
+    lines += [] if logits is None else [looking.prediction(logits, data["classes"])]
+    return Looked(
+        looking.as_seen(image, picture, data), "\n".join(lines), model.attention_maps(images, blocks, patches),
+        model.attention_rollout(images, blocks, patches) if rollout else {},
+    )  # fmt: skip
+
+
+# Pages -----------------------------------------------------------------------------------------------------------
+
+
+def pages_of(kinds_of_pages, looked: Looked, tokens, blocks, patches):
+    """The pages of one image under one model."""
+
+    def row(token, block, label):
+        return Row(label, looked.shown, _cells(token, looked.maps[block], patches))
+
+    if "heads" in kinds_of_pages:
+        for block in blocks:
+            for token in tokens:
+                if token.enters <= block:
+                    rows = [row(token, block, "")]
+                    yield Page(f"block{block}_{token.key}", _title(token, block), rows, looked.caption)
+    if "blocks" in kinds_of_pages:
+        for token in tokens:
+            rows = [row(token, block, f"block {block}") for block in blocks]
+            yield Page(f"blocks_{token.key}", f"{_title(token)} through the blocks", rows, looked.caption)
+    if "tokens" in kinds_of_pages:
+        for block in blocks:
+            rows = [row(token, block, token.name) for token in tokens]
+            yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, looked.caption)
+    if "rollout" in kinds_of_pages:
+        rows = []
+        for token in tokens:
+            maps = {f"block {block}": token.of(looked.rollout[block], patches) for block in blocks}
+            cells = [Cell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
+            rows.append(Row(token.name, looked.shown, cells))
+        yield Page("rollout", "Attention rollout from the first block on", rows, looked.caption, ROLLOUT)
+
+
+def _title(token, block=None):
+    entered = "" if token.mark else f" (entered at block {token.enters})"
+    return token.name + ("" if block is None else f" at block {block}") + entered
+
+
+def _absent(token) -> str:
+    return "absent: not in this model" if token.enters is None else f"absent: enters at block {token.enters}"
+
+
+def _cells(token, maps, patches) -> list[Cell]:
+    """The mean over heads, and each head; one empty cell for a token that is absent."""
+    heads = token.of(maps, patches) if token.enters is not None else None
+    if heads is None:
+        return [Cell("", None, _absent(token))]
+    named = [("mean over heads", heads.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(heads))]
+    return [Cell(name, attention, mark=token.mark) for name, attention in named]
+
+
+def compared_pages(names, models, looks, asked, blocks, patches):
+    """The same image, block and token under several models, one a row."""
+    kinds = [k for k in KINDS if any(entry_blocks(model)[k] is not None for model in models) and k in (asked or KINDS)]
+    of_models = [{token.key: token for token in tokens_of(model, kinds, patches)} for model in models]
+    keys = {key: token.name for tokens in of_models for key, token in tokens.items()}  # in order, each once
+    for block in blocks:
+        for key, name in keys.items():
+            rows = []
+            for label, looked, tokens in zip(names, looks, of_models):
+                token = tokens.get(key) or Token(key, name, None)
+                predicted = looked.caption.split("\n")[-1]
+                rows.append(Row(f"{label}\n{predicted}", looked.shown, _cells(token, looked.maps[block], patches)))
+            title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
+            yield Page(f"block{block}_{key}", title, rows)
+
+
+# Wiring ----------------------------------------------------------------------------------------------------------
+
+
+def check(args):
+    """Refuse flags that contradict each other, and fill in the defaults that depend on others."""
+    if args.format == "html":
+        given = [f"--{f}" for f in ("pages", "tokens", "patch", "scale", "compare", "overlay") if getattr(args, f)]
+        if given:
+            raise BadInput(f"--format html shows every token and patch, to choose from; leave out {', '.join(given)}")
+    if args.compare and len(args.compare) < 2:
+        raise BadInput("--compare needs at least two checkpoints: --compare A.pth B.pth")
+    if args.compare and args.pages:
+        raise BadInput("--compare has pages of its own; leave out --pages")
+    args.pages = args.pages or ["heads"]
+    whole = args.format == "html" or not set(args.pages) & {"heads", "tokens"}
+    args.layer_num = args.layer_num or (["all"] if whole else [2])
+    args.scale = args.scale or ("page" if args.compare else "map")
+
+
+def load_all(args):
+    """[(name, model, data, checkpoint)] of --model_path or --compare, on the device."""
+    device = utils.pick_device(args.device)
+    paths = args.compare or [args.model_path]
+    found = [(path, *looking.load(path, args, foreign_flags_may_rest=len(paths) > 1)) for path in paths]
+    for _, model, _, _ in found:
+        model.to(device)
+        gh, gw = model.grid_size
+        for x, y in args.patch or ():
+            if not (x < gw and y < gh):
+                raise BadInput(f"--patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
     return found
 
 
-def caption(logits, label, classes) -> str:
-    """'true: cat' and 'predicted: dog (61.3%)', as far as they are known."""
+def page_maker(args, loaded, blocks):
+    """A function: picture -> its pages. Raises BadInput if there would be none."""
+    patches, rollout = args.patch or [], "rollout" in args.pages
+    models = [model for _, model, _, _ in loaded]
+    if args.compare:
+        names = _short_names(args.compare)
+        there = {kind for model in models for kind, at in entry_blocks(model).items() if at is not None}
+        if not (set(args.tokens or KINDS) & there or patches):
+            raise BadInput(f"none of these models has {' or '.join(WORDS[k] for k in args.tokens or KINDS)}")
 
-    def name(k):
-        return classes[k] if k < len(classes) else f"class {k}"
+        def compared(picture):
+            looks = [look(model, data, picture, blocks, patches, False) for _, model, data, _ in loaded]
+            return compared_pages(names, models, looks, args.tokens, blocks, patches)
 
-    lines = [] if label is None else [f"true: {name(label)}"]
-    if logits is not None:
-        confidence, k = logits.softmax(dim=-1).max(dim=-1)
-        lines.append(f"predicted: {name(int(k))} ({100 * float(confidence):.1f}%)")
-    return "\n".join(lines)
-
-
-# From pages to files ---------------------------------------------------------------------------------------------
-
-MAP_SIDE, SCALE_WIDTH, TITLE_HEIGHT = 1.9, 0.75, 0.58  # inches: longer side of a map, its colour scale, its title
-LEFT, RIGHT, TOP, BOTTOM = 0.35, 0.1, 0.65, 0.45  # inches: margins of a page
-
-
-def draw_page(page: Page, shown, text, overlay):
-    """A matplotlib figure: the picture, the mean over heads, each head; every map with its own colour scale."""
-    from matplotlib.figure import Figure
-
-    height, width = shown.shape[1:]
-    map_h, map_w = (side * MAP_SIDE / max(height, width) for side in (height, width))
-    cell_h, cell_w = map_h + TITLE_HEIGHT, max(map_w + SCALE_WIDTH, 1.5)
-    cells = [None, ("mean over heads", page.maps.mean(dim=0))]
-    cells += [(f"head {i}", attention) for i, attention in enumerate(page.maps)]
-    # The number of columns that makes the page about 1.5 times as wide as high.
-    columns = min(range(1, len(cells) + 1), key=lambda c: abs(c * cell_w / (math.ceil(len(cells) / c) * cell_h) - 1.5))
-    columns = max(columns, min(len(cells), math.ceil(6.5 / cell_w)))  # the title needs that width
-    rows = math.ceil(len(cells) / columns)
-    page_w, page_h = max(columns * cell_w + LEFT + RIGHT, 7.0), rows * cell_h + TOP + BOTTOM
-    figure = Figure(figsize=(page_w, page_h))
-    figure.text(LEFT / page_w, 1 - 0.3 / page_h, page.title, fontsize=13, weight="bold", va="center")
-    figure.text(
-        LEFT / page_w, 0.2 / page_h, fontsize=7.5, color="0.35", va="center",
-        s="Colour: share of the token's attention on each patch, in %, after softmax over all tokens. Each map has a "
-        "scale of its own.",
-    )  # fmt: skip
-    picture = shown.permute(1, 2, 0).numpy()
-    for i, cell in enumerate(cells):
-        left = LEFT + i % columns * cell_w
-        bottom = page_h - TOP - (i // columns + 1) * cell_h + 0.08
-        axes = figure.add_axes((left / page_w, bottom / page_h, map_w / page_w, map_h / page_h))
-        axes.set_axis_off()
-        if cell is None or overlay:
-            axes.imshow(picture, interpolation="nearest", extent=(0, width, height, 0))
-        if cell is None:
-            lines = [line for part in (text or "image").split("\n") for line in wrap(part, int(15 * cell_w))]
-            axes.set_title("\n".join(lines[:3]), fontsize=8, loc="left")
-            continue
-        name, attention = cell
-        drawn = axes.imshow(
-            100 * attention.numpy(), interpolation="nearest", extent=(0, width, height, 0), cmap="viridis",
-            alpha=0.6 if overlay else 1.0, vmin=0,
-        )  # fmt: skip
-        axes.set_title(f"{name}\n{100 * float(attention.sum()):.0f}% on patches", fontsize=8, loc="left")
-        scale = figure.add_axes(((left + map_w + 0.06) / page_w, bottom / page_h, 0.09 / page_w, map_h / page_h))
-        # One image; matplotlib's own colour bar is 256 small areas, which take longer to write than all of the page.
-        scale.imshow(
-            [[level] for level in range(256)], cmap="viridis", origin="lower", aspect="auto",
-            extent=(0, 1, 0, drawn.norm.vmax or 1),
-        )  # fmt: skip
-        scale.set_xticks([])
-        scale.yaxis.tick_right()
-        scale.yaxis.get_major_locator().set_params(nbins=4)
-        scale.tick_params(labelsize=6.5, length=2, pad=1.5)
-    return figure
+        return compared
+    _, model, data, _ = loaded[0]
+    kinds = [] if patches and not args.tokens else wanted_kinds(model, blocks, args.tokens)
+    tokens = tokens_of(model, kinds, patches)
+    return lambda picture: pages_of(
+        args.pages, look(model, data, picture, blocks, patches, rollout), tokens, blocks, patches
+    )
 
 
-def write_pages(figures: dict, stem: Path, kind: str) -> list[Path]:
-    """Write {key: figure} as one PDF, or as one PNG each; returns the files."""
-    if kind == "png":
-        files = [stem.with_name(f"{stem.name}_{key}.png") for key in figures]
-        for file, figure in zip(files, figures.values()):
-            utils.write_atomically(file, lambda out, f=figure: f.savefig(out, format="png", dpi=160))
-        return files
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_pdf import PdfPages
+def _short_names(paths) -> list[str]:
+    """What tells the paths apart: file names, or with as many of their folders as it takes."""
+    for parts in range(1, max(len(Path(path).parts) for path in paths) + 1):
+        names = [str(Path(*Path(path).parts[-parts:])) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
-    def write(out):
-        # fonttype 42 keeps the words searchable.
-        with rc_context({"pdf.fonttype": 42}), PdfPages(out) as pdf:
-            for figure in figures.values():
-                pdf.savefig(figure, dpi=200)
 
-    file = stem.with_name(f"{stem.name}.pdf")
-    utils.write_atomically(file, write)
-    return [file]
+def draw(args, found, blocks, pages):
+    """Write the pages of all pictures."""
+    folder = utils.writable_folder(args.output_dir)
+    shared = None
+    if args.scale == "shared":
+        shared = max(page.largest() for picture in found for page in pages(picture))
+    for picture in found:
+        keys = []
+
+        def figures(picture=picture, keys=keys):  # one at a time: a page takes megabytes
+            for page in pages(picture):
+                vmax = {"map": None, "page": page.largest(), "shared": shared}[args.scale]
+                keys.append(page.key)
+                yield page.key, draw_page(page, args.overlay, vmax, "all pages" if shared else "this page")
+
+        stem = f"{'compared' if args.compare else 'attention'}_{picture.name}"
+        if args.format == "pdf":
+            stem += f"_block{blocks[0]}" if len(blocks) == 1 else "_blocks" + "-".join(map(str, blocks))
+        for file in write_pages(figures(), folder / stem, args.format):
+            utils.say(f"wrote {file}" + (f": {', '.join(keys)}" if args.format == "pdf" else ""))
+
+
+def write_html(args, model, data, found, blocks):
+    """All attention of all pictures in one file."""
+    from attention_html import encode_picture, write_viewer
+
+    folder, device = utils.writable_folder(args.output_dir), model.pos_embed.device
+    layouts, encoded = {i: model.token_layout(i) for i in blocks}, []
+    for picture in found:
+        image, attention = picture.read(), {}
+
+        def keep(i, attn, attention=attention):
+            if i in layouts:
+                attention[i] = attn[0].cpu()
+
+        images = looking.model_input([image], [picture], data, device)
+        model.trace(images, attention=keep, last=max(blocks))
+        looked = look(model, data, picture, [], [], False)
+        encoded.append(encode_picture(picture.name, looked.caption, looked.shown, layouts, attention, model.grid_size))
+    about = {
+        "depth": model.depth, "heads": model.model_args["num_heads"], "cls_pos": model.cls_pos,
+        "dist_pos": model.dist_pos, "reg_pos": model.reg_pos, "registers": model.num_register_tokens,
+    }  # fmt: skip
+    name = found[0].name if len(found) == 1 else f"{len(found)}_images"
+    file = folder / f"attention_{name}.html"
+    size = write_viewer(file, f"Attention of {Path(args.model_path).name}", about, encoded)
+    utils.say(f"wrote {file} ({size / 1e6:.1f} MB): {len(found)} images, blocks {', '.join(map(str, blocks))}")
 
 
 def visualize(args):
-    model, data, checkpoint = load(args)
-    tokens = wanted_tokens(model, args.layer_num, args.tokens)
-    device = utils.pick_device(args.device)
-    folder = utils.writable_folder(args.output_dir)
-    model.to(device)
-    used = set()
-    for picture in pictures(args, data, checkpoint):
-        images = eval_transform(picture.model_input[None].to(device), data)
-        maps = model.attention_maps(images, [args.layer_num])[args.layer_num]
-        with torch.no_grad():
-            logits = model(images)[0].cpu() if model.num_classes else None
-        text = caption(logits, picture.label, data["classes"])
-        found = pages(model, maps, args.layer_num, tokens)
-        figures = {p.key: draw_page(p, picture.shown, text, args.overlay) for p in found}
-        name, n = picture.name, 1
-        while name in used:  # images of the same name from several folders
-            n += 1
-            name = f"{picture.name}_{n}"
-        used.add(name)
-        for file in write_pages(figures, folder / f"attention_{name}_block{args.layer_num}", args.format):
-            utils.say(f"wrote {file}: {', '.join(figures) if args.format == 'pdf' else file.stem.rsplit('_', 1)[1]}")
+    check(args)
+    loaded = load_all(args)
+    _, model, data, checkpoint = loaded[0]
+    if "all" in args.layer_num:
+        args.layer_num = list(range(min(model.depth for _, model, _, _ in loaded)))
+    for _, other, _, _ in loaded:
+        blocks = looking.chosen_blocks(other, args.layer_num)
+    pages = None if args.format == "html" else page_maker(args, loaded, blocks)
+    found = looking.pictures(args, data, checkpoint, args.img_num)
+    if args.format == "html":
+        write_html(args, model, data, found, blocks)
+    else:
+        draw(args, found, blocks, pages)
 
 
 def token_list(text):
     """An argparse type: 'cls,reg' -> ['cls', 'reg']."""
     tokens = [token.strip() for token in text.split(",")]
-    if not set(tokens) <= {"cls", "dist", "reg"}:
+    if not set(tokens) <= set(KINDS):
         raise utils.argparse.ArgumentTypeError(f"{text!r} is not cls, dist or reg, or several with commas: cls,reg")
     return tokens
 
 
 def main(argv=None):
     parser = utils.ArgumentParser(
-        description="Draw what the class, distillation and register tokens attend to at one block."
+        description="Draw what the class, distillation and register tokens and patches attend to."
     )
-    parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
-    parser.add_argument("--layer_num", type=number(int), default=2, help="block, counted from 0")
     parser.add_argument("--output_dir", default=".", help="folder for the pages")
-    parser.add_argument("--image_path", nargs="+", metavar="FILE", help="images, or folders of them")
-    parser.add_argument("--img_num", type=number(int, 0), default=0, help="else: image of the test set")
-    parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    looking.add_image_flags(parser)
+    parser.add_argument(
+        "--img_num", type=number(int, 0), nargs="+", default=[0], help="without --image_path: images of the test set"
+    )
+    parser.add_argument(
+        "--layer_num", type=looking.block, nargs="+", metavar="BLOCK", help="blocks, counted from 0, or all "
+        "(default: 2; all for --format html and for --pages blocks and rollout)",
+    )  # fmt: skip
     parser.add_argument(
         "--tokens", type=token_list, help="of cls, dist and reg, as in cls,reg (default: all that are there)"
     )
-    parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
-    parser.add_argument("--format", choices=("pdf", "png"), default="pdf")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    group = parser.add_argument_group("only for a bare state dict from elsewhere (its shapes tell the rest)")
-    missing = dict(default=utils.argparse.SUPPRESS)
-    group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; needed", **missing)
-    group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
-    group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
-    group.add_argument(
-        "--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing
+    parser.add_argument(
+        "--patch", type=looking.patch, nargs="+", metavar="X,Y", help="what these patches attend to, too (without "
+        "--tokens: only that); column and row in the grid of patches, counted from 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout"), help="heads: a page for each token and "
+        "block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention rollout "
+        "(default: heads)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", choices=("map", "page", "shared"), help="a colour scale for each map, for each page, or one for all "
+        "pages of this call (default: map; page with --compare)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, in place of --model_path"
     )
-    group.add_argument("--data_set", choices=DATA_SETS, type=str.upper, help="take --img_num from this data set")
-    group.add_argument("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
-    group.add_argument("--std", type=number(float, above=0), nargs=3, help="of its normalisation")
+    parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
+    parser.add_argument(
+        "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
+    )
+    looking.add_model_flags(parser)
     visualize(parser.parse_args(argv))
 
 

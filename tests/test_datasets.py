@@ -12,7 +12,7 @@ from PIL import Image
 import augment
 import datasets
 from conftest import tiny  # noqa: F401  (sets the number of threads)
-from datasets import Loader, Split, TrainTransform, load_data, read_image, read_split
+from datasets import Loader, Split, TrainTransform, crop_box, load_data, read_image, read_split
 from utils import BadInput
 
 DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
@@ -302,3 +302,12 @@ def test_pictures_of_every_kind_look_right(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:60])
     with pytest.raises(BadInput, match=r"cut\.png"):
         read_image(tmp_path / "cut.png")
+
+
+def test_the_crop_stays_inside_the_image_whatever_the_rounding():
+    for width in range(1, 80):
+        for size in ((224, 224), (7, 13), (97, 31)):
+            left, upper, right, lower = crop_box(width, 61, size)
+            assert 0 <= left < right <= width
+            assert 0 <= upper < lower <= 61
+            assert (right - left) / (lower - upper) == pytest.approx(size[1] / size[0])

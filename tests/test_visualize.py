@@ -7,10 +7,11 @@ from pypdf import PdfReader
 
 import utils
 import visualize_attention
+from attention_pages import Cell, Page, Row, draw_page
 from conftest import noise, run, tiny
 from datasets import eval_transform, fit_image, read_image
 from models_dynamic import model_from_checkpoint
-from visualize_attention import Page, draw_page, main
+from visualize_attention import main
 
 MEAN = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
@@ -68,9 +69,9 @@ def test_pages_of_a_trained_model(trained, tmp_path, capsys):
 def test_what_is_drawn_is_the_models_attention(checkpoint, photo, tmp_path, capsys, monkeypatch):
     drawn = {}
 
-    def kept(page, shown, text, overlay):
-        figure = draw_page(page, shown, text, overlay)
-        drawn[page.key] = (figure, shown)
+    def kept(page, *args):
+        figure = draw_page(page, *args)
+        drawn[page.key.removeprefix("block3_")] = (figure, page.rows[0].shown)
         return figure
 
     monkeypatch.setattr(visualize_attention, "draw_page", kept)
@@ -116,21 +117,30 @@ def test_what_is_drawn_is_the_models_attention(checkpoint, photo, tmp_path, caps
 
 @pytest.mark.parametrize("heads", [1, 3, 16])
 @pytest.mark.parametrize("shape", [(32, 32), (20, 60), (60, 20)])
-def test_any_number_of_heads_fits_without_overlap(heads, shape):
+@pytest.mark.parametrize(("rows", "vmax"), [(1, None), (1, 0.2), (3, None), (3, 0.2)])
+def test_any_number_of_heads_and_rows_fits_without_overlap(heads, shape, rows, vmax):
     shown = torch.zeros(3, *shape, dtype=torch.uint8)
-    figure = draw_page(
-        Page("cls", "A title " * 6, torch.rand(heads, 4, 4)),
-        shown,
-        "true: cat\npredicted: a dog of many words (99.9%)",
-        False,
-    )
+    cells = [Cell(f"head {i}", torch.rand(4, 4)) for i in range(heads)]
+    cells.insert(0, Cell("mean over heads", torch.rand(4, 4)))
+    caption = "true: cat\npredicted: a dog of many words (99.9%)"
+    rows = [Row(f"block {i}" * (rows > 1), shown, cells) for i in range(rows)]
+    if len(rows) > 1:
+        rows[1].cells = [Cell("", None, "absent: enters at block 6")]
+    figure = draw_page(Page("cls", "A title " * 6, rows, caption), vmax=vmax)
     figure.draw_without_rendering()
+    check_no_overlap(figure)
+    maps = sum(cell.map is not None for row in rows for cell in row.cells)
+    absent = sum(cell.map is None for row in rows for cell in row.cells)
+    scales = maps if len(rows) == 1 and vmax is None else int(vmax is not None)
+    assert len(figure.axes) == len(rows) + maps + absent + scales
+
+
+def check_no_overlap(figure):
     titles = [axes._left_title for axes in figure.axes if not axes.axison]
     boxes = [text.get_window_extent() for text in (*titles, *figure.texts)]
     for axes in figure.axes:
         is_map = not axes.axison
         boxes.append(axes.get_window_extent() if is_map else axes.get_tightbbox())
-    assert len(figure.axes) == 1 + 2 * (heads + 1)
     page = figure.bbox
     for i, box in enumerate(boxes):
         assert page.x0 - 1 <= box.x0 < box.x1 <= page.x1 + 1
@@ -219,3 +229,160 @@ def test_weights_without_a_head(photo, tmp_path, capsys):
     assert run(main, [*argv, "--device", "cpu"], capsys)[0] == 0
     (page,) = words(tmp_path / "attention_photo_block2.pdf")
     assert "predicted" not in page
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pages as they are drawn: {key: (page, vmax)}, of the last image."""
+    pages = {}
+
+    def kept(page, overlay, vmax, scope):
+        pages[page.key] = (page, vmax)
+        return draw_page(page, overlay, vmax, scope)
+
+    monkeypatch.setattr(visualize_attention, "draw_page", kept)
+    return pages
+
+
+def expected_rows(checkpoint, photo, block):
+    """(H, N, gh, gw): what the model attends to at a block, of all its tokens."""
+    model = model_from_checkpoint(utils.load_checkpoint(checkpoint))
+    images = eval_transform(fit_image(read_image(photo), (16, 24))[None], {"input_size": (16, 24), **MEAN})
+    layout = model.token_layout(block)
+    return model.attention(images, block)[0][..., layout.patches].unflatten(-1, (4, 6)), layout
+
+
+def test_summary_pages(checkpoint, photo, tmp_path, capsys, drawn):
+    argv = ["--model_path", checkpoint, "--image_path", photo, "--output_dir", tmp_path, "--device", "cpu"]
+    pages = ["--pages", "blocks", "tokens", "rollout", "--layer_num", "all", "--tokens", "cls,reg", "--patch", "5,2"]
+    status, out, err = run(main, [*argv, *pages], capsys)
+    assert status == 0, err
+    text = words(tmp_path / "attention_photo_blocks0-1-2-3.pdf")
+    keys = ["blocks_cls", "blocks_reg0", "blocks_reg1", "blocks_patch5-2"]
+    keys += [f"block{i}_tokens" for i in range(4)] + ["rollout"]
+    assert list(drawn) == keys
+    assert len(text) == len(keys)
+    assert "Class token (entered at block 2) through the blocks" in text[0]
+    page = drawn["blocks_cls"][0]
+    assert [row.label for row in page.rows] == [f"block {i}" for i in range(4)]
+    for block in (0, 1):  # shown as absent, not as zeros
+        (cell,) = page.rows[block].cells
+        assert cell.map is None
+        assert cell.absent == "absent: enters at block 2"
+    assert text[0].count("absent: enters at block 2") == 2
+    for block in range(4):
+        attention, layout = expected_rows(checkpoint, photo, block)
+        where = {"Patch 5,2 (column, row)": layout.patches.start + 2 * 6 + 5}
+        if block >= 2:
+            where["Class token"] = 0
+        if block >= 1:
+            where |= {f"Register {r} (of 2)": layout.registers.start + r for r in (0, 1)}
+        rows = {row.label: row.cells for row in drawn[f"block{block}_tokens"][0].rows}
+        assert len(rows) == 4
+        for label, cells in rows.items():
+            if label not in where:
+                assert cells[0].map is None
+                continue
+            assert [cell.name for cell in cells] == ["mean over heads", "head 0", "head 1", "head 2"]
+            heads = attention[:, where[label]]
+            assert torch.allclose(cells[0].map, heads.mean(0), atol=1e-6)
+            assert torch.allclose(torch.stack([cell.map for cell in cells[1:]]), heads, atol=1e-6)
+    rollout = {row.label: row.cells for row in drawn["rollout"][0].rows}
+    model = model_from_checkpoint(utils.load_checkpoint(checkpoint))
+    images = eval_transform(fit_image(read_image(photo), (16, 24))[None], {"input_size": (16, 24), **MEAN})
+    expected = model.attention_rollout(images, range(4))
+    assert [cell.map is None for cell in rollout["Class token"]] == [True, True, False, False]
+    assert torch.equal(rollout["Class token"][3].map, expected[3].cls[0, 0])
+    assert torch.equal(rollout["Register 1 (of 2)"][1].map, expected[1].registers[0, 1, 0])
+
+
+def test_several_images_and_blocks(trained, tmp_path, capsys):
+    argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--device", "cpu"]
+    chosen = ["--img_num", "0", "5", "--layer_num", "2", "1"]
+    assert run(main, [*argv, *chosen], capsys)[0] == 0
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {f"attention_DIGITS_test{i}_blocks1-2.pdf" for i in (0, 5)}
+    pages = words(tmp_path / "attention_DIGITS_test5_blocks1-2.pdf")
+    expected = [f"Register {r} (of 2) at block 1" for r in (0, 1)] + ["Class token at block 2"]
+    expected += [f"Register {r} (of 2) at block 2" for r in (0, 1)]
+    assert len(pages) == 5
+    assert all(title in page for title, page in zip(expected, pages))
+    assert run(main, [*argv, *chosen, "--format", "png"], capsys)[0] == 0
+    assert (tmp_path / "attention_DIGITS_test5_block1_reg1.png").exists()
+    assert not (tmp_path / "attention_DIGITS_test5_block1_cls.png").exists()
+
+
+def test_scales(checkpoint, photo, tmp_path, capsys, drawn):
+    Image.effect_noise((50, 40), 90).convert("RGB").save(tmp_path / "noise.png")
+    argv = ["--model_path", checkpoint, "--image_path", photo, "--layer_num", "2", "3", "--device", "cpu"]
+    argv += ["--output_dir", tmp_path]
+    assert run(main, argv, capsys)[0] == 0
+    assert all(vmax is None for _, vmax in drawn.values())
+    assert run(main, [*argv, "--scale", "page"], capsys)[0] == 0
+    largest = {key: max(float(c.map.max()) for c in page.rows[0].cells) for key, (page, _) in drawn.items()}
+    assert len(set(largest.values())) > 1
+    assert {key: vmax for key, (_, vmax) in drawn.items()} == largest
+    both = [*argv, "--image_path", photo, tmp_path / "noise.png", "--scale", "shared"]
+    assert run(main, both, capsys)[0] == 0
+    of_noise = max(page.largest() for page, _ in drawn.values())
+    assert {vmax for _, vmax in drawn.values()} == {max(of_noise, *largest.values())}
+    assert "One scale for all pages" in words(tmp_path / "attention_photo_blocks2-3.pdf")[0]
+
+
+def test_models_side_by_side(checkpoint, photo, tmp_path, capsys, drawn):
+    other = tiny(num_heads=2, cls_pos=3, num_register_tokens=0)
+    torch.save(other.state_dict(), tmp_path / "bare.pth")
+    late = tiny(img_size=(24, 24), cls_pos=0, num_register_tokens=1)
+    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (24, 24), **MEAN}
+    saved = {"model": late.state_dict(), "model_args": late.model_args, "data": data}
+    utils.save_checkpoint(tmp_path / "late.pth", saved)
+    argv = ["--image_path", photo, "--layer_num", "2", "--output_dir", tmp_path / "new", "--device", "cpu"]
+    status, _, err = run(main, ["--compare", checkpoint, tmp_path / "late.pth", *argv], capsys)
+    assert status == 0, err
+    assert list(drawn) == ["block2_cls", "block2_reg0", "block2_reg1"]
+    page, vmax = drawn["block2_cls"]
+    assert vmax == page.largest()
+    assert [row.label.split("\n")[0] for row in page.rows] == ["m.pth", "late.pth"]
+    attention, _ = expected_rows(checkpoint, photo, 2)
+    assert torch.allclose(page.rows[0].cells[1].map, attention[0, 0], atol=1e-6)
+    assert page.rows[1].cells[1].map.shape == (6, 6)
+    assert drawn["block2_reg1"][0].rows[1].cells[0].absent == "absent: not in this model"
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.name == "compared_photo_block2.pdf"
+    assert "Class token at block 2 under 2 models" in words(file)[0]
+    square = ["--compare", checkpoint, tmp_path / "bare.pth", "--num_heads", "2", "--cls_pos", "3", *argv]
+    status, _, err = run(main, square, capsys)
+    assert status == 2  # 24 patches of a bare state dict are no square
+    assert "bare.pth" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--patch 6,0", "outside the grid: x is 0..5, y is 0..3"),
+        ("--patch 6", "give its column and row, as in 3,5"),
+        ("--layer_num 1 9", "0..3"),
+        ("--layer_num some", "'some' is not a whole number"),
+        ("--compare A.pth", "at least two"),
+        ("--compare A.pth B.pth --pages blocks", "leave out --pages"),
+        ("--format html --scale page", "leave out --scale"),
+        ("--input_size 17", "not divisible into patches"),
+        ("--layer_num 0 1 --tokens cls", "ask for --layer_num 2 or later"),
+        ("--tokens dist", "this model has no distillation token"),
+    ],
+)
+def test_what_does_not_go_together(checkpoint, photo, tmp_path, capsys, flags, words):
+    argv = ["--model_path", checkpoint, "--image_path", photo, "--output_dir", tmp_path / "new", "--device", "cpu"]
+    status, _, err = run(main, [*argv, *flags.split()], capsys)
+    assert status == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_input_size(checkpoint, photo, tmp_path, capsys, drawn):
+    argv = ["--model_path", checkpoint, "--image_path", photo, "--output_dir", tmp_path, "--device", "cpu"]
+    assert run(main, [*argv, "--input_size", "20x32"], capsys)[0] == 0
+    page = drawn["block2_cls"][0]
+    assert page.rows[0].cells[0].map.shape == (5, 8)
+    assert page.rows[0].shown.shape == (3, 45, 72)  # the part of the photo that has that shape

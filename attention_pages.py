@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import utils
@@ -50,7 +47,7 @@ class Page:
         )
 
 
-def draw_page(page: Page, overlay=False, vmax=None, scope="page") -> Figure:
+def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
     """A matplotlib figure.
 
     Args:
@@ -58,6 +55,8 @@ def draw_page(page: Page, overlay=False, vmax=None, scope="page") -> Figure:
         vmax: the share that the brightest colour stands for; None: each map's own largest.
         scope: what `vmax` is the largest of, for the reader: 'page' or 'all pages'.
     """
+    from matplotlib.figure import Figure
+
     one_row = len(page.rows) == 1
     bars, side = one_row and vmax is None, 1.9 if one_row else 1.25
     title_h = 0.58 if one_row else 0.42
@@ -130,6 +129,8 @@ def _draw_picture(axes, shown, label, letters, size):
 
 
 def _draw_map(axes, cell, shown, overlay, vmax, one_row):
+    from matplotlib.patches import Rectangle
+
     height, width = shown.shape[1:]
     extent, size = (0, width, height, 0), 8 if one_row else 6.5
     if cell.map is None:
@@ -151,6 +152,8 @@ def _draw_map(axes, cell, shown, overlay, vmax, one_row):
 
 
 def _frame_patch(axes, cell, shown):
+    from matplotlib.patches import Rectangle
+
     if cell.mark is not None and cell.map is not None:
         (x, y), (gh, gw), (_, height, width) = cell.mark, cell.map.shape, shown.shape
         box = Rectangle((x * width / gw, y * height / gh), width / gw, height / gh, fill=False, edgecolor="red")
@@ -192,6 +195,7 @@ def write_pages(figures, stem: Path, kind: str) -> list[Path]:
 
 def write_pdf(figures, file):
     """Figures, made one at a time, as the pages of one PDF with searchable words."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
     def write(out):

@@ -1,0 +1,114 @@
+"""What a model loses when something of its registers is replaced, at test time.
+
+`registers`: the registers at the input of every block from their entry on. `cls_attention_to_registers`: the shares of
+its attention that the class token gives to each register, in every block that has both; the rest of its row is scaled
+so that it adds up to 1 again. Replaced by zero, by the mean over all images, or by what another image has there.
+
+Zero is a value that the model has never seen, so what it costs is more than the token's information: the mean keeps
+what all images have in common, and another image's keeps everything but what belongs to this image.
+"""
+
+import torch
+from tqdm import tqdm
+
+from models_dynamic import DynamicViT
+from utils import BadInput
+
+KINDS = ("registers", "cls_attention_to_registers")
+REPLACEMENTS = ("zero", "mean", "another image's")
+
+
+def check(model: DynamicViT, kinds):
+    """Raise BadInput unless the model has what is to be replaced."""
+    if not model.num_classes:
+        raise BadInput("--ablate compares accuracies, and this model has no head")
+    if model.reg_pos is None:
+        raise BadInput("--ablate: this model has no registers")
+    if "cls_attention_to_registers" in kinds and model.cls_pos is None:
+        raise BadInput("--ablate cls_attention_to_registers: this model has no class token; try --ablate registers")
+
+
+def ablate(model: DynamicViT, batches, kinds) -> dict:
+    """Accuracies with everything as it is, and under each replacement, on the same images.
+
+    Args:
+        batches: a function that gives batches of (images (B, 3, h, w) normalised, labels (B,)), each time the same, at
+            least two images in all. "Another image" is the one before, the last one for the first: their order should
+            be random.
+
+    Returns:
+        {"clean": accuracy, kind: {replacement: {"accuracy": , "changed": }}} in per cent; "changed" is the share of
+        images that are predicted to be of another class than without the replacement.
+    """
+    sums, last, count = {}, {}, 0
+    for images, _ in tqdm(batches(), "ablation: means", leave=False, disable=None):
+        _, seen = _watch(model, images, kinds)
+        for key, values in seen.items():
+            sums[key] = sums.get(key, 0) + values.sum(dim=0)
+            last[key] = values[-1:]
+        count += len(images)
+    means = {key: total / count for key, total in sums.items()}
+    hits, changed = {"clean": 0}, {}
+    for images, labels in tqdm(batches(), "ablation", leave=False, disable=None):
+        logits, seen = _watch(model, images, kinds)
+        clean = logits.argmax(dim=1)
+        hits["clean"] += int((clean == labels).sum())
+        others = {key: torch.cat([last[key], values[:-1]]) for key, values in seen.items()}
+        last = {key: values[-1:] for key, values in seen.items()}
+        zeros = {key: torch.zeros_like(values) for key, values in means.items()}
+        for kind in kinds:
+            for name, new in zip(REPLACEMENTS, (zeros, means, others)):
+                predicted = _replaced(model, images, kind, new).argmax(dim=1)
+                hits[kind, name] = hits.get((kind, name), 0) + int((predicted == labels).sum())
+                changed[kind, name] = changed.get((kind, name), 0) + int((predicted != clean).sum())
+
+    def share(number):
+        return 100 * number / count
+
+    return {"images": count, "clean": share(hits["clean"])} | {
+        kind: {
+            name: {"accuracy": share(hits[kind, name]), "changed": share(changed[kind, name])} for name in REPLACEMENTS
+        }
+        for kind in kinds
+    }
+
+
+def _watch(model, images, kinds) -> tuple:
+    """(logits, {(kind, block): (B, R, D) registers at the block's input, or (B, H, R) attention of CLS to them})."""
+    seen = {}
+
+    def tokens(i, x):
+        layout = model.token_layout(i)
+        if layout.registers is not None:
+            seen["registers", i] = x[:, layout.registers].clone()
+
+    def attention(i, attn):
+        layout = model.token_layout(i)
+        if layout.registers is not None and layout.cls is not None:
+            seen["cls_attention_to_registers", i] = attn[:, :, 0, layout.registers].clone()
+
+    logits = model.trace(images, tokens=tokens, attention=attention)
+    return logits, {key: values for key, values in seen.items() if key[0] in kinds}
+
+
+def _replaced(model, images, kind, new):
+    """Logits with the values of `new` in place of the model's own, see `_watch`."""
+
+    def tokens(i, x):
+        if ("registers", i) in new:
+            x = x.clone()
+            x[:, model.token_layout(i).registers] = new["registers", i]
+            return x
+
+    def attention(i, attn):
+        if ("cls_attention_to_registers", i) in new:
+            registers, row = model.token_layout(i).registers, attn[:, :, 0]  # (B, H, N)
+            given = new["cls_attention_to_registers", i]
+            rest = (1 - row[..., registers].sum(dim=-1, keepdim=True)).clamp_min(1e-12)
+            attn = attn.clone()
+            attn[:, :, 0] = row * (1 - given.sum(dim=-1, keepdim=True)) / rest
+            attn[:, :, 0, registers] = given
+            return attn
+
+    changes = {"tokens": tokens} if kind == "registers" else {"attention": attention}
+    return model.trace(images, **changes)

@@ -1,0 +1,266 @@
+"""Figures about the tokens of a model, collected a few images at a time: memory does not grow with their number.
+
+    statistics = TokenStatistics(model)
+    for images, labels in batches:
+        logits = statistics.add(images, labels)
+    figures = statistics.result()  # plain lists and numbers, one entry a block
+
+Everything about block i is measured with its own attention and at its output, in the layout `token_layout(i)`; what
+is absent there is None.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from models_dynamic import DynamicViT, TokenLayout
+
+# Norms are counted in bins of equal width in their logarithm, each 2.3 % wide.
+PER_DECADE, LOWEST, DECADES = 100, -4, 9
+BINS = PER_DECADE * DECADES
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+DEVIATIONS, TIMES = 5, 2  # of the threshold for artefacts, see `artefact_bin`
+BEGIN = 0.001  # share of artefact patches from which a block is said to have them
+RULE = (
+    f"a patch is an artefact if the logarithm of its norm is more than {DEVIATIONS} robust standard deviations (1.4826 "
+    f"times the median absolute deviation) above the block's median, and its norm at least {TIMES} times the median"
+)
+FOLDS, NEIGHBOURS = 5, 5
+
+
+class TokenStatistics:
+    """See the module. `readout_images`: of how many images at most the tokens are kept for `readouts`."""
+
+    def __init__(self, model: DynamicViT, readout_images=1000):
+        self.model, self.readout_images = model, readout_images
+        self.layouts = [model.token_layout(i) for i in range(model.depth)]
+        self.images = 0
+        self.norms, self.moments = {}, defaultdict(_Moments)
+        self.features, self.labels = defaultdict(list), []
+        self.distances = _patch_distances(model)
+
+    def add(self, images: Tensor, labels=None) -> Tensor:
+        """Count (B, 3, h, w) normalised images in; returns their logits (B, K). `labels`: (B,), for `readouts`."""
+        self.keep = 0 if labels is None else max(0, self.readout_images - self.images)
+        self.labels += [] if labels is None else labels[: self.keep].tolist()
+        logits = self.model.trace(images, attention=self._see_attention, output=self._see_output)
+        self.images += len(images)
+        return logits
+
+    def _see_attention(self, i, attn):
+        layout = self.layouts[i]
+        entropy = torch.special.entr(attn).sum(dim=-1)  # (B, H, N)
+        for kind, part in parts_of(layout).items():
+            self.moments["entropy", kind, i].add(entropy[..., part].mean(dim=-1))
+            if layout.cls is not None:
+                self.moments["cls_share", kind, i].add(attn[:, :, 0, part].sum(dim=-1))
+        inner = attn[..., layout.patches, layout.patches]  # (B, H, P, P)
+        mean = (inner * self.distances).sum(dim=-1) / inner.sum(dim=-1).clamp_min(1e-12)
+        self.moments["distance", i].add(mean.mean(dim=-1))
+
+    def _see_output(self, i, x):
+        norms = x.norm(dim=-1)
+        for kind, part in parts_of(self.layouts[i]).items():
+            if (kind, i) not in self.norms:
+                self.norms[kind, i] = _Norms(part.stop - part.start)
+            self.norms[kind, i].add(norms[:, part])
+            tokens = x[:, part]
+            if kind == "registers":
+                unit = torch.nn.functional.normalize(tokens, dim=-1)
+                self.moments["similarity", i].add(unit @ unit.transpose(1, 2))
+            if self.keep:
+                tokens = tokens.mean(dim=1, keepdim=True) if kind == "patches" else tokens
+                for n, values in enumerate(tokens[: self.keep].cpu().unbind(dim=1)):
+                    self.features[f"register {n}" if kind == "registers" else NAMES[kind], i].append(values)
+
+    def result(self) -> dict:
+        """Plain values; lists have an entry a block. Lengths are in pixels of the model's input, entropies in nats."""
+        blocks = range(self.model.depth)
+        kinds = [kind for kind in NAMES if any((kind, i) in self.norms for i in blocks)]
+        artefacts = [self._artefacts(i) for i in blocks]
+        begins = next((i for i, found in enumerate(artefacts) if found["share"] >= BEGIN), None)
+
+        def means(*key):
+            return [self.moments[(*key, i)].mean() if (*key, i) in self.moments else None for i in blocks]
+
+        def deviations(*key):
+            return [self.moments[(*key, i)].deviation() if (*key, i) in self.moments else None for i in blocks]
+
+        return {
+            "images": self.images,
+            "tokens": [layout.length for layout in self.layouts],
+            "norms": {
+                kind: [self.norms[kind, i].describe() if (kind, i) in self.norms else None for i in blocks]
+                for kind in kinds
+            },
+            "artefacts": {"rule": RULE, "begins_at_block": begins, "blocks": artefacts},
+            "entropy": {kind: means("entropy", kind) for kind in kinds},
+            "entropy_deviation": {kind: deviations("entropy", kind) for kind in kinds},
+            "distance": means("distance"),
+            "distance_deviation": deviations("distance"),
+            "cls_attention": {kind: means("cls_share", kind) for kind in kinds},
+            "cls_attention_deviation": {kind: deviations("cls_share", kind) for kind in kinds},
+            "register_similarity": means("similarity"),
+        }
+
+    def _artefacts(self, i) -> dict:
+        counts = self.norms["patches", i].counts  # (P, BINS)
+        first, median = artefact_bin(counts.sum(dim=0))
+        above = counts[:, first:].sum(dim=1)
+        return {
+            "threshold": bin_edge(first), "median": median, "share": int(above.sum()) / int(counts.sum()),
+            "where": (above / self.images).unflatten(0, self.model.grid_size).tolist(),
+        }  # fmt: skip
+
+
+NAMES = {"cls": "class token", "dist": "distillation token", "registers": "registers", "patches": "mean patch"}
+
+
+def parts_of(layout: TokenLayout) -> dict[str, slice]:
+    """The kinds of tokens that are there, in the order of `NAMES`."""
+    return {kind: getattr(layout, kind) for kind in NAMES if getattr(layout, kind) is not None}
+
+
+def _patch_distances(model) -> Tensor:
+    """(P, P): pixels between the centres of patches."""
+    (gh, gw), (ph, pw) = model.grid_size, model.model_args["patch_size"]
+    device = model.pos_embed.device
+    y, x = torch.meshgrid(torch.arange(gh, device=device) * ph, torch.arange(gw, device=device) * pw, indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
+    return torch.cdist(places, places)
+
+
+class _Moments:
+    """Mean and standard deviation over images, from two sums in double precision."""
+
+    def __init__(self):
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: Tensor):  # (B, ...)
+        values = values.cpu().double()
+        self.count += len(values)
+        self.sum, self.squares = self.sum + values.sum(dim=0), self.squares + values.square().sum(dim=0)
+
+    def mean(self) -> list:
+        return (self.sum / self.count).tolist()
+
+    def deviation(self) -> list:
+        return (self.squares / self.count - (self.sum / self.count).square()).clamp_min(0).sqrt().tolist()
+
+
+# Norms -----------------------------------------------------------------------------------------------------------
+
+
+class _Norms:
+    """The distribution of norms at each of some places in the sequence, as counts."""
+
+    def __init__(self, places):
+        self.counts = torch.zeros(places, BINS, dtype=torch.int32)
+        self.moments, self.smallest, self.largest = _Moments(), math.inf, 0.0
+
+    def add(self, norms: Tensor):  # (B, places)
+        norms = norms.cpu()
+        bins = ((norms.double().log10() - LOWEST) * PER_DECADE).clamp(0, BINS - 1).long()  # -inf becomes 0
+        place = torch.arange(len(self.counts)) * BINS
+        ones = torch.ones((), dtype=torch.int32).expand(bins.numel())
+        self.counts.view(-1).scatter_add_(0, (place + bins).flatten(), ones)
+        self.moments.add(norms)
+        self.smallest = min(self.smallest, float(norms.min()))
+        self.largest = max(self.largest, float(norms.max()))
+
+    def describe(self) -> dict:
+        counts = self.counts.sum(dim=0)
+        return {
+            "mean": float(torch.tensor(self.moments.mean()).mean()), "smallest": self.smallest, "largest": self.largest,
+            "quantiles": {str(q): quantile(counts, q) for q in QUANTILES},
+            "histogram": _filled(counts), "mean_of_each": self.moments.mean(),
+        }  # fmt: skip
+
+
+def bin_edge(k) -> float:
+    """The lower edge of bin k, a norm."""
+    return 10 ** (LOWEST + k / PER_DECADE)
+
+
+def _filled(counts) -> dict:
+    """The bins between the first and the last that is not empty."""
+    filled = counts.nonzero()
+    first, last = int(filled[0]), int(filled[-1])
+    return {"first_edge": bin_edge(first), "bins_per_decade": PER_DECADE, "counts": counts[first : last + 1].tolist()}
+
+
+def quantile(counts: Tensor, q) -> float:
+    """Of the norms counted in (BINS,); exact to the width of a bin."""
+    total = counts.cumsum(dim=0).double()
+    wanted = q * float(total[-1])
+    k = int((total < wanted).sum())
+    before = float(total[k - 1]) if k else 0.0
+    return bin_edge(k + (wanted - before) / max(float(counts[k]), 1))
+
+
+def artefact_bin(counts: Tensor) -> tuple[int, float]:
+    """(first bin of artefacts, median norm), fitted to the norms of a block's patches, counted in (BINS,); see `RULE`.
+
+    A threshold that is fixed (150 in "Vision Transformers Need Registers", arXiv 2309.16588) holds for one model only.
+    Median and median absolute deviation do not move as long as few patches are artefacts; the factor keeps a block
+    whose patches hardly differ from having some.
+    """
+    median = quantile(counts, 0.5)
+    centres = (torch.arange(BINS) + 0.5) / PER_DECADE + LOWEST
+    away = (centres - math.log10(median)).abs()
+    order = away.argsort()
+    cumulated = counts[order].cumsum(dim=0)
+    deviation = 1.4826 * float(away[order][int((cumulated < cumulated[-1] / 2).sum())])
+    threshold = math.log10(median) + max(DEVIATIONS * deviation, math.log10(TIMES))
+    return min(BINS - 1, math.ceil((threshold - LOWEST) * PER_DECADE)), median
+
+
+# Read-outs -------------------------------------------------------------------------------------------------------
+
+
+def readouts(features: dict, labels: list[int], depth) -> dict | None:
+    """How much of the class can be read off each token at each block, by cross-validation over the images.
+
+    A linear read-out (linear discriminants, with the covariance shrunk as Ledoit and Wolf estimate: nothing to tune)
+    and the 5 nearest neighbours by cosine, of standardised tokens (scikit-learn); 5 folds, stratified, the same for
+    all; classes with fewer than 5 images are left out.
+
+    Args:
+        features: {(token, block): list of (n, D)}.
+
+    Returns:
+        Accuracies in per cent, an entry a block, None where the token is absent; None if fewer than two classes remain.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from tqdm import tqdm
+
+    labels = torch.tensor(labels, dtype=torch.long)
+    counts = labels.bincount()
+    kept = counts[labels] >= FOLDS
+    classes = int((counts >= FOLDS).sum())
+    if classes < 2:
+        return None
+    target = labels[kept].numpy()
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    kinds = {
+        "linear": LinearDiscriminantAnalysis("lsqr", shrinkage="auto"),
+        "neighbours": KNeighborsClassifier(NEIGHBOURS, metric="cosine"),
+    }
+    result = {
+        "images": len(target), "classes": classes, "folds": FOLDS,
+        "chance": 100 * float(counts.max()) / len(target), "linear": {}, "neighbours": {}, "deviation_over_folds": {},
+    }  # fmt: skip
+    for (token, block), parts in tqdm(features.items(), "reading out", leave=False, disable=None):
+        values = torch.cat(parts)[kept].numpy()
+        for kind, classifier in kinds.items():
+            scores = 100 * cross_val_score(make_pipeline(StandardScaler(), classifier), values, target, cv=folds)
+            result[kind].setdefault(token, [None] * depth)[block] = float(scores.mean())
+            spread = result["deviation_over_folds"].setdefault(f"{kind}, {token}", [None] * depth)
+            spread[block] = float(scores.std())
+    return result

@@ -11,6 +11,7 @@ tests. On several GPUs: torchrun --nproc_per_node=4 cifar_main.py ...
 from pathlib import Path
 
 import flags
+import training_maps
 import utils
 from cifar_test import load_model, test_model
 from cifar_train import train_model
@@ -135,15 +136,16 @@ def main(argv=None):
     data_path, data_given = args.data_path, bool(args.data_path or args.data_set)
     resolve(args)
     device = flags.start(args)
-    there = Path(args.model_path).is_file()
-    if args.eval:
-        check_same_model(args, data_given, everything=False)
-    elif there and not (args.overwrite or args.resume):
-        check_same_model(args, data_given, everything=True)
-        say("It is only tested now: --overwrite trains anew, --resume goes on with its training.")
-    else:
+    trains = not args.eval and (args.overwrite or args.resume or not Path(args.model_path).is_file())
+    if trains:
         train(args, device)
+    else:
+        check_same_model(args, data_given, everything=not args.eval)
+        if not args.eval:
+            say("It is only tested now: --overwrite trains anew, --resume goes on with its training.")
     test_model(args.model_path, data_path, device, args.batch_size)
+    if trains:
+        training_maps.write_film(args)
 
 
 if __name__ == "__main__":

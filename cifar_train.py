@@ -14,6 +14,7 @@ import utils
 from datasets import ImageData, Loader, TrainTransform
 from engine import evaluate, train_one_epoch
 from models_dynamic import DynamicViT, set_fused_attention
+from training_maps import TrainingMaps
 from utils import BadInput, RunFailed, say
 
 
@@ -52,7 +53,8 @@ def run_epochs(
     """Train on `batches`, validate after each epoch, and write:
 
     `best_path` (the weights with the best validation accuracy; without validation images the last ones), and in
-    `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines) and `training_curves.png/.pdf`.
+    `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines), `training_curves.png/.pdf` and,
+    with --viz_every, the pages of `training_maps`.
 
     Args:
         model: on `device`, not wrapped; with `model_args`, from which it can be built again.
@@ -69,6 +71,8 @@ def run_epochs(
         set_fused_attention(model, False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
     scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
+    shown = ema.module if ema else model
+    maps = TrainingMaps(args, model, val_batches, description)
     state = {"epoch": 0, "step": 0, "best": None}
     if args.resume:
         state |= _resume(args.resume, model, description, args, optimizer, scaler, ema)
@@ -85,6 +89,7 @@ def run_epochs(
         })  # fmt: skip
     board = utils.tensorboard(folder) if args.tensorboard and utils.is_main() else None
     best, step = state["best"], state["step"]
+    maps.begin(shown, state["epoch"], step)
     for epoch in range(state["epoch"], args.epochs):
         if step == args.max_steps:
             break
@@ -111,7 +116,7 @@ def run_epochs(
                 "metrics": metrics,
             }  # fmt: skip
             if better:
-                utils.save_checkpoint(best_path, {"model": (ema.module if ema else model).state_dict(), **about})
+                utils.save_checkpoint(best_path, {"model": shown.state_dict(), **about})
             training = {"step": step, "best": best, **_training_state(optimizer, scaler, ema)}
             utils.save_checkpoint(folder / "checkpoint.pth", {"model": model.state_dict(), **about, **training})
             utils.append_json(log, metrics)
@@ -120,6 +125,7 @@ def run_epochs(
                 for name, value in metrics.items():
                     board.add_scalar(name, value, epoch + 1)
                 board.flush()
+            maps.after(epoch + 1, step)
     utils.barrier()  # nobody goes on to test before the result is written
     return best
 

@@ -577,7 +577,7 @@ class PictureLoader:
         from timm.data.loader import PrefetchLoader, fast_collate
         from torch.utils.data import DataLoader, DistributedSampler
 
-        share = dict(num_replicas=world_size, rank=rank)
+        self.split, share = split, dict(num_replicas=world_size, rank=rank)
         if transform is None:
             crop = {key: data[key] for key in ("crop_pct", "interpolation")}
             transform = partial(fit_image, size=data["input_size"], **crop)

@@ -21,6 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import flags
+import training_maps
 import utils
 from cifar_test import load_model, score
 from cifar_train import make_mixup_and_loss, make_optimizer, run_epochs
@@ -419,6 +420,7 @@ def main(argv=None):
     else:
         train(args, device)
         test(Path(args.output_dir) / "best_checkpoint.pth", args, device)
+        training_maps.write_film(args)
 
 
 if __name__ == "__main__":

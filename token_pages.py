@@ -76,6 +76,8 @@ def norms_page(figures):
             thresholds = [found["threshold"] for found in figures["artefacts"]["blocks"]]
             axes.plot(thresholds, "--", color="tab:red", linewidth=1)
         axes.set(yscale="log", ylim=(low, high), title=WORDS[kind])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else "")
         _blocks(axes, figures)
     plots[0].set_ylabel("norm")
     figure.colorbar(drawn, ax=plots, label="tokens, relative to the fullest bin", pad=0.01)
@@ -119,6 +121,8 @@ def artefacts_page(figures):
     axes, shares = figure.add_subplot(grid[0, :]), [100 * found["share"] for found in blocks]
     axes.bar(range(len(blocks)), shares, color=HUES["patches"])
     axes.set(ylabel="% of patches", ylim=(0, max(*shares, 0.1) * 1.15))
+    if not with_some:
+        axes.text(0.5, 0.5, "no patch is above its block's threshold", ha="center", transform=axes.transAxes)
     _blocks(axes, figures)
     top = max((max(map(max, found["where"])) for found in with_some.values()), default=1)
     plots = []
@@ -207,7 +211,7 @@ def attention_page(figures):
         axes.bar(present, values, bottom=base, color=HUES[kind], label=f"to {names[kind]}")
         base = [b + v for b, v in zip(base, values)]
     axes.set(ylabel="% of its attention", ylim=(0, 100))
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), frameon=False)
     _blocks(axes, figures)
     for column, kind in enumerate(kinds):
         axes = figure.add_subplot(grid[1, column])
@@ -238,6 +242,7 @@ def similarity_page(figures):
         axes.set_yticks([])
         if cosines is None:
             axes.set_facecolor(ABSENT)
+            axes.set_box_aspect(1)
             axes.set_title(f"block {i}: absent", fontsize=8)
             continue
         drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap="viridis")
@@ -289,7 +294,7 @@ def ablation_page(figures):
         figures, "Accuracy when something of the registers is replaced",
         "Replaced in every block from the entry on, at test time: by zero (a value that the model never met, "
         "so this overstates what is lost), by the mean over all images, by what another image has there. The "
-        "line is the accuracy as it is. Above the bars: the accuracy, and how many of the predictions changed.",
+        "line is the accuracy as it is. In the bars: the accuracy, and how many of the predictions changed.",
         (11, 4.8),
     )  # fmt: skip
     for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
@@ -298,8 +303,9 @@ def ablation_page(figures):
         axes.bar(names, values, color=HUES["registers"], width=0.6)
         for x, name in enumerate(names):
             words = f"{values[x]:.1f}%\n{found[kind][name]['changed']:.1f}% changed"
-            axes.text(x, values[x] + 1, words, ha="center", fontsize=8)
+            axes.text(x, 4, words, ha="center", fontsize=9)
         axes.axhline(found["clean"], color="black", linewidth=1, label=f"as it is: {found['clean']:.1f}%")
-        axes.set(title=kind.replace("_", " "), ylabel="accuracy (%)", ylim=(0, 118))
-        axes.legend(loc="upper right", fontsize=8)
+        axes.set(ylabel="accuracy (%)", ylim=(0, 102))
+        axes.set_title(kind.replace("_", " "), loc="left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     return figure

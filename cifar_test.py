@@ -26,18 +26,6 @@ def load_model(path):
         raise BadInput(f"{path}: {error}") from None
 
 
-def test_split(checkpoint, data_path=None, only=None) -> Split:
-    """The test images of a checkpoint's data set, from `data_path` or where they were when it was trained.
-
-    `only`: the numbers of some of them.
-    """
-    data = checkpoint["data"]
-    path = data_path or checkpoint.get("args", {}).get("data_path")
-    images, labels, classes = read_split(data["name"], path, False, data["input_size"], only)
-    check_classes(classes, data["classes"], "the test images", "the model")
-    return Split(images, labels)
-
-
 def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False):
     """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
 
@@ -48,11 +36,12 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
     share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
     if "crop_pct" in data:
         split, classes = find_split(data["name"], path, False)
-        check_classes(classes, data["classes"], "the test images", "the model")
         batches = PictureLoader(split, data, device=device, workers=workers, **share)
     else:
-        split = test_split(checkpoint, path)
+        images, labels, classes = read_split(data["name"], path, False, data["input_size"])
+        split = Split(images, labels)
         batches = Loader(split.to(device), data, **share)
+    check_classes(classes, data["classes"], "the test images", "the model")
     return evaluate(model.to(device), batches, keep_predictions), split.labels
 
 

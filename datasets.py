@@ -129,14 +129,11 @@ def check_classes(these, those, these_are, those_are):
     raise BadInput(f"{these_are} and {those_are} differ in their classes: {'; '.join(only) or 'another order'}")
 
 
-def read_split(name, path, train, input_size, only=None) -> tuple[Tensor, Tensor, list[str]]:
-    """One split of a data set: images (M, 3, h, w) uint8, labels (M,), class names. `only`: numbers of some images."""
+def read_split(name, path, train, input_size) -> tuple[Tensor, Tensor, list[str]]:
+    """One split of a data set: images (M, 3, h, w) uint8, labels (M,), class names."""
     split, classes = find_split(name, path, train)
-    numbers = _numbers(len(split), only)
-    images = split.images[numbers]
-    if name in FOLDERS:
-        images = _read_files(images, input_size, f"reading {path}")
-    return images, split.labels[numbers], classes
+    images = _read_files(split.images, input_size, f"reading {path}") if name in FOLDERS else split.images
+    return images, split.labels, classes
 
 
 def find_split(name, path, train) -> tuple[Split, list[str]]:
@@ -145,13 +142,6 @@ def find_split(name, path, train) -> tuple[Split, list[str]]:
         return _find_folder(name, path, train)
     images, labels, classes = _read_digits(train) if name == "DIGITS" else _read_cifar(name, path, train)
     return Split(images, labels), classes
-
-
-def _numbers(count, only) -> list[int]:
-    """`only`, or all numbers of `count` images. Raises BadInput for one that is not there."""
-    for i in only or ():
-        check_number(i, count)
-    return list(range(count)) if only is None else list(only)
 
 
 def check_number(i, count):

@@ -267,7 +267,9 @@ def draw(args, found, blocks, pages):
         if args.format == "pdf":
             stem += f"_block{blocks[0]}" if len(blocks) == 1 else "_blocks" + "-".join(map(str, blocks))
         for file in write_pages(figures(), folder / stem, args.format):
-            utils.say(f"wrote {file}" + (f": {', '.join(keys)}" if args.format == "pdf" else ""))
+            drawn = [key.removeprefix(f"block{blocks[0]}_") if len(blocks) == 1 else key for key in keys]
+            drawn = ", ".join(drawn) if len(drawn) <= 8 else f"{len(drawn)} pages"
+            utils.say(f"wrote {file}" + (f": {drawn}" if args.format == "pdf" else ""))
 
 
 def write_html(args, model, data, found, blocks):

@@ -223,6 +223,19 @@ def test_tokens_of_no_more_images_than_asked_for_are_kept():
     assert statistics.labels == [0, 1, 0, 1, 0, 1]
     assert {sum(map(len, parts)) for parts in statistics.features.values()} == {6}
     assert statistics.images == 9
+    outputs = {}
+    model.trace(noise(model, 9), output=outputs.__setitem__)
+    for (token, block), parts in statistics.features.items():
+        layout = model.token_layout(block)
+        registers = outputs[block][:6, layout.registers] if layout.registers else None
+        expected = {
+            "class token": lambda x: x[:, 0],
+            "mean patch": lambda x, layout=layout: x[:, layout.patches].mean(dim=1),
+            "register 0": lambda x, registers=registers: registers[:, 0],
+            "register 1": lambda x, registers=registers: registers[:, 1],
+        }[token](outputs[block][:6])
+        assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
+    assert len(statistics.features) == 3 + 4 + 2 * 2
     assert not measured(model, noise(model, 4)).features
 
 

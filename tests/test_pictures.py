@@ -19,7 +19,7 @@ from datasets import (
     read_picture,
     read_split,
 )  # fmt: skip
-from visualize_attention import _as_seen
+from looking import Picture, as_seen, model_input
 from visualize_attention import main as visualize
 
 DATA = {
@@ -204,9 +204,12 @@ def test_imnet_is_a_folder_with_train_and_val(photos, tmp_path):
 
 def test_a_page_shows_the_part_that_is_cropped():
     data, picture = DATA | {"crop_pct": 0.5}, photograph(120, 80)
-    seen = _as_seen(picture, data, "name")
-    assert torch.equal(seen.model_input, fit_image(picture, (8, 12), 0.5))
-    assert torch.equal(seen.shown, torch.from_numpy(np.array(picture.crop((30, 20, 90, 60)))).permute(2, 0, 1))
+    asked = Picture("name", lambda: picture)
+    expected = normalise(fit_image(picture, (8, 12), 0.5)[None], data["mean"], data["std"])
+    assert torch.equal(model_input([picture], [asked], data), expected)
+    assert torch.equal(
+        as_seen(picture, asked, data), torch.from_numpy(np.array(picture.crop((30, 20, 90, 60)))).permute(2, 0, 1)
+    )
 
 
 def test_the_page_shows_what_the_model_saw(tmp_path, capsys, photos):

@@ -393,6 +393,18 @@ def test_the_script(trained, tmp_path):
     assert other["ablation"] is None
 
 
+def test_which_images_are_looked_at(trained, tmp_path, capsys):
+    chosen = []
+    for seed, number in ((0, 9), (0, 4), (1, 4)):
+        argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--readout_images", "0"]
+        argv += ["--num_images", number, "--seed", seed, "--device", "cpu"]
+        assert run(main, argv, capsys)[0] == 0
+        found = json.loads((tmp_path / "analysis.json").read_text())
+        assert found["readout"] is None
+        chosen.append(found["data"]["chosen"])
+    assert chosen[0][:4] == chosen[1] != chosen[2]
+
+
 def save(model, path, **data):
     about = {"name": "FOLDER", "classes": list("abcde"), "input_size": model.model_args["img_size"]}
     about |= {"mean": [0.5] * 3, "std": [0.25] * 3} | data

@@ -8,23 +8,17 @@ import sys
 import pytest
 import torch
 
+import analyze_tokens
 import cifar_main
 import cifar_test
+import discover_objects
+import main_distillation
 import utils
 import visualize_attention
 from conftest import ROOT, TINY, run, shell
 
 DIGITS = [*TINY, "--data_set", "DIGITS", "--max_steps", "1"]
-MODULES = (
-    "utils",
-    "datasets",
-    "models_dynamic",
-    "engine",
-    "cifar_train",
-    "cifar_test",
-    "cifar_main",
-    "visualize_attention",
-)
+MODULES = sorted(file.stem for file in ROOT.glob("*.py"))
 
 
 def refused(main, argv, capsys, *words, cwd=None):
@@ -263,10 +257,13 @@ assert not slow, slow
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("main", [cifar_main.main, cifar_test.main, visualize_attention.main])
+SCRIPTS = (cifar_main, cifar_test, main_distillation, visualize_attention, analyze_tokens, discover_objects)
+
+
+@pytest.mark.parametrize("main", [script.main for script in SCRIPTS])
 def test_help(main, capsys):
     status, out, _ = run(main, ["--help"], capsys)
     assert status == 0
-    assert "--model_path" in out
+    assert "--device" in out
     assert "==SUPPRESS==" not in out
     assert "None" not in out

@@ -1,0 +1,88 @@
+"""Boxes of objects that people drew: COCO- and VOC-style annotation files."""
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import BadInput
+
+COCO = "a COCO-style .json file: images with id and file_name, annotations with image_id and bbox"
+VOC = "a folder of VOC-style .xml files: annotation with object/bndbox of xmin, ymin, xmax and ymax"
+
+
+@dataclass
+class Annotated:
+    """An image as the annotations have it."""
+
+    names: set[str]  # that its file may have
+    size: tuple[int, int] | None  # width, height
+    boxes: list[list[float]]  # left, upper, right, lower
+
+
+def read_annotations(path: Path) -> list[Annotated]:
+    """Raises BadInput, naming the file, for one that is missing, damaged or of another kind."""
+    files = sorted(path.glob("*.xml")) if path.is_dir() else [path] if path.exists() else []
+    if not files:
+        raise BadInput(f"there are no annotations in {path}; give {COCO}, or {VOC}")
+    return [entry for file in files for entry in _read(file, *((_voc, VOC) if path.is_dir() else (_coco, COCO)))]
+
+
+def _read(file, parse, kind):
+    try:
+        return parse(file.read_text(encoding="utf-8-sig"), file.stem)
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}; give {kind}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ET.ParseError) as error:
+        problem = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise BadInput(f"cannot use {file} ({problem}); give {kind}") from None
+
+
+def _coco(text, _) -> list[Annotated]:
+    content, images = json.loads(text), {}
+    for image in content["images"]:
+        if image["id"] in images:
+            raise ValueError(f"two images have the id {image['id']}")
+        images[image["id"]] = Annotated(_names(image["file_name"]), _size(image.get("width"), image.get("height")), [])
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images:
+            raise ValueError(f"it has a box of image {annotation['image_id']}, but no such image")
+        if not annotation.get("iscrowd"):
+            x, y, width, height = map(float, annotation["bbox"])
+            images[annotation["image_id"]].boxes += _boxes(x, y, x + width, y + height)
+    return list(images.values())
+
+
+def _voc(text, stem) -> list[Annotated]:
+    if "<!DOCTYPE" in text:  # the place where a file may define entities that grow without bounds
+        raise ValueError("a DOCTYPE is not accepted")
+    root = ET.fromstring(text)
+    if root.tag != "annotation":
+        raise ValueError(f"it begins with {root.tag}")
+    boxes = []
+    for corners in (each.find("bndbox") for each in root.findall("object")):
+        if corners is None:
+            raise KeyError("bndbox")
+        left, upper, right, lower = (float(corners.findtext(n, "nothing")) for n in ("xmin", "ymin", "xmax", "ymax"))
+        boxes += _boxes(left - 1, upper - 1, right, lower)  # pixels count from 1, the last one is inside
+    size = _size(root.findtext("size/width"), root.findtext("size/height"))
+    return [Annotated(_names(root.findtext("filename") or stem) | {stem}, size, boxes)]
+
+
+def _names(name) -> set[str]:
+    name = name.strip().replace("\\", "/")
+    return {name, name.rpartition("/")[2]}
+
+
+def _size(width, height) -> tuple[int, int] | None:
+    """None where it is not told; some tools write 0."""
+    size = round(float(width or 0)), round(float(height or 0))
+    return size if min(size) > 0 else None
+
+
+def _boxes(*box) -> list[list[float]]:
+    """One box, or none if it is empty; COCO has such ones."""
+    if not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
+        raise ValueError(f"{box} (left, upper, right, lower) is no box")
+    return [list(box)] if box[2] > box[0] and box[3] > box[1] else []

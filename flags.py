@@ -53,11 +53,11 @@ def add_training_flags(group):
     group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
     group.add_argument(
-        "--viz_every", type=number(int, 1), metavar="N", help="draw what the tokens attend to in held-out images before "
-        "the first epoch, each N epochs and after the last one, and make a PDF and animated GIFs of it",
+        "--viz_every", type=number(int, 1), metavar="N", help="draw what tokens attend to in held-out images, each N "
+        "epochs, before the first and after the last one; in the end also as a PDF and animated GIFs",
     )  # fmt: skip
     group.add_argument(
-        "--viz_images", type=number(int, 0), nargs="+", metavar="I", help="which of the held-out images (default: 0 1 2 3)"
+        "--viz_images", type=number(int, 0), nargs="+", metavar="I", help="numbers of these images (default: 0 1 2 3)"
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import looking
 import utils
+from attention_html import encode_picture, write_viewer
 from attention_pages import Cell, Page, Row, draw_page, write_pages
 from models_dynamic import AttentionMaps
 from utils import BadInput, number
@@ -274,8 +275,6 @@ def draw(args, found, blocks, pages):
 
 def write_html(args, model, data, found, blocks):
     """All attention of all pictures in one file."""
-    from attention_html import encode_picture, write_viewer
-
     folder, device = utils.writable_folder(args.output_dir), model.pos_embed.device
     layouts, encoded = {i: model.token_layout(i) for i in blocks}, []
     for picture in found:

@@ -271,7 +271,8 @@ def test_on_a_phone(browser, explored):
         for kind, points in (("touchStart", [point]), ("touchEnd", [])):
             browser.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         browser.ask(
-            "for (let i = 0; i < 200 && viewer.state.token !== 'patch3-2'; i++) await new Promise((r) => setTimeout(r, 5))"
+            "for (let i = 0; i < 200 && viewer.state.token !== 'patch3-2'; i++)"
+            " await new Promise((r) => setTimeout(r, 5))"
         )
         browser.settled()
         assert browser.ask("return viewer.state.token") == "patch3-2"

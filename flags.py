@@ -103,13 +103,7 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
         if args.model in SIZES:
             with torch.device(device):
                 return DynamicViT(**(SIZES[args.model] | given))
-        if not timm.is_model(args.model):
-            raise BadInput(f"there is no model {args.model}; choose one of {', '.join(SIZES)}, or of timm's models")
-        foreign = [f"--{flag}" for flag in MODEL_FLAGS if hasattr(args, flag) and flag not in OF_ANY_MODEL]
-        if foreign:
-            raise BadInput(
-                f"{', '.join(foreign)}: timm's {args.model} has no such choice; use one of {', '.join(SIZES)}"
-            )
+        check_timm_model(args)
         if not args.drop_path:
             del given["drop_path_rate"]  # not every model has it
         return timm_model(args.model, **given)

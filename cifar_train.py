@@ -10,12 +10,30 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+import flags
 import utils
-from datasets import ImageData, Loader, TrainTransform
+from datasets import ImageData, Loader, TrainTransform, load_data
 from engine import evaluate, train_one_epoch
 from models_dynamic import DynamicViT, set_fused_attention
 from training_maps import TrainingMaps
 from utils import BadInput, RunFailed, say
+
+
+def train_from_flags(args, device, data: ImageData | None = None) -> dict:
+    """`train_model` on the model, and the data if they are not given, that the flags of `cifar_main.py` describe."""
+    flags.check_folder(args)
+    input_size = flags.build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
+    utils.writable_folder(Path(args.model_path).parent)
+    if data is None:
+        with utils.main_first():
+            data = load_data(args.data_set, args.data_path, input_size, args.val_size)
+    utils.seed_everything(args.seed)
+    model = flags.build_model(args, len(data.classes))
+    if args.finetune:
+        flags.load_finetune(model, args.finetune)
+    flags.say_what(model, data)
+    utils.seed_everything(args.seed + utils.rank())
+    return train_model(model, data, args, device)
 
 
 def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:

@@ -410,14 +410,15 @@ class Loader:
 
     Args:
         data: a description of the data (see `eval_transform`).
-        passes: how often an epoch goes through the images.
+        passes: how often an epoch goes through the images; the last time, through a part of them if it is a fraction.
     """
 
     def __init__(self, split: Split, data, batch_size, transform=None, passes=1, seed=0, rank=0, world_size=1):
         self.split, self.data, self.transform = split, data, transform
         self.passes, self.seed, self.rank, self.world_size = passes, seed, rank, world_size
         self.epoch = 0
-        self.count = passes * len(split) // world_size if transform else len(range(rank, len(split), world_size))
+        self.drawn = max(world_size, int(passes * len(split)))  # in an epoch of training, by all processes
+        self.count = self.drawn // world_size if transform else len(range(rank, len(split), world_size))
         # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
         self.batch_size = min(batch_size, max(self.count - self.count % 2, 1)) if transform else batch_size
 
@@ -444,7 +445,8 @@ class Loader:
             return torch.arange(self.rank, len(self.split), self.world_size), None
         seed = (self.seed * 1_000_003 + self.epoch) * 1_009
         shuffle = torch.Generator().manual_seed(seed)  # the same in every process
-        order = torch.cat([torch.randperm(len(self.split), generator=shuffle) for _ in range(self.passes)])
+        order = torch.cat([torch.randperm(len(self.split), generator=shuffle) for _ in range(math.ceil(self.passes))])
+        order = order[: self.drawn]
         order = order[self.rank :: self.world_size][: len(self) * self.batch_size]
         return order, torch.Generator().manual_seed(seed + 1 + self.rank)
 

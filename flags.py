@@ -7,7 +7,8 @@ import timm
 import torch
 
 import utils
-from models_dynamic import SIZES, DynamicViT, timm_model
+from datasets import DATA_SETS, detect_data_set
+from models_dynamic import SIZES, DynamicViT, load_weights, timm_model
 from utils import BadInput, number
 
 # Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
@@ -17,6 +18,7 @@ MODEL_FLAGS = {
     "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
 }  # fmt: skip
 OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
+FINETUNE = "begin with these weights, wherever the tokens enter"
 
 
 def add_model_flags(parser):
@@ -59,6 +61,71 @@ def add_training_flags(group):
     group.add_argument(
         "--viz_images", type=number(int, 0), nargs="+", metavar="I", help="numbers of these images (default: 0 1 2 3)"
     )
+
+
+def add_small_image_flags(parser):
+    """Data, model, recipe and machine for images in memory: flags of `cifar_main.py` and of a sweep's cells."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_set", choices=DATA_SETS, type=str.upper, help="default: what --data_path holds, or its name, or CIFAR10"
+    )
+    group.add_argument("--data_path", help="default: ./data/CIFAR10 or ./data/CIFAR100; downloaded there if absent")
+    group.add_argument(
+        "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
+        "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, else 0.1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--aug",
+        choices=("trivial", "rand", "none"),
+        help="TrivialAugment or RandAugment (default: trivial; none for DIGITS)",
+    )
+    group.add_argument(
+        "--hflip", type=number(float, 0, 1), help="probability of a mirror image (default: 0.5; 0 for DIGITS)"
+    )
+    group.add_argument("--reprob", type=number(float, 0, 1), default=0.25, help="probability of random erasing")
+    group.add_argument("--mixup", type=number(float, 0), default=1.0, help="MixUp's alpha, 0 for none")
+    group.add_argument("--cutmix", type=number(float, 0), default=1.0, help="CutMix's alpha, 0 for none")
+    group.add_argument(
+        "--mix_prob", type=number(float, 0, 1), default=0.5, help="share of batches that are mixed at all"
+    )
+    group.add_argument(
+        "--repeats",
+        type=number(float, above=0),
+        default=3,
+        help="times that an epoch goes through the images, each augmented anew",
+    )
+
+    group = add_model_flags(parser)
+    group.add_argument("--model", choices=sorted(SIZES), default="dynamic_vit_cifar", help="size")
+    group.add_argument("--finetune", metavar="FILE", help=FINETUNE)
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), default=100)
+    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images at a time, in each process")
+    group.add_argument(
+        "--lr", type=number(float, above=0), default=1e-3, help="peak learning rate of AdamW; not scaled"
+    )
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.05, help="not of biases, norms, tokens")
+    group.add_argument("--warmup_epochs", type=number(float, 0), help="linear warm-up (default: a tenth of --epochs)")
+    add_training_flags(group)
+    add_machine_flags(parser)
+
+
+def resolve(args):
+    """Fill in the defaults of `add_small_image_flags` that depend on other flags."""
+    args.data_set = args.data_set or detect_data_set(args.data_path)
+    if args.data_path is None and args.data_set.startswith("CIFAR"):
+        args.data_path = f"./data/{args.data_set}"
+    digits = args.data_set == "DIGITS"
+    args.aug = args.aug or ("none" if digits else "trivial")
+    args.hflip = (0.0 if digits else 0.5) if args.hflip is None else args.hflip
+    args.warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs
+    if args.warmup_epochs >= args.epochs:
+        raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise BadInput(
+            f"--batch_size {args.batch_size} must be even for MixUp and CutMix, which pair the images of a batch"
+        )
 
 
 def add_machine_flags(parser):
@@ -109,6 +176,18 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
         return timm_model(args.model, **given)
     except ValueError as error:
         raise BadInput(str(error)) from None
+
+
+def load_finetune(model, path) -> list[str]:
+    """Put the weights in the file `path` into `model`, say what went where, and return the names of the new ones."""
+    try:
+        report = load_weights(model, utils.load_checkpoint(path))
+    except ValueError as error:
+        raise BadInput(f"--finetune {path}: {error}") from None
+    for what, names in zip(("resampled", "left out", "new"), (report.resampled, report.left_out, report.new)):
+        utils.say(f"--finetune: {what}: {', '.join(names) or 'nothing'}")
+    utils.say(f"--finetune: loaded {len(report.loaded)} of the model's {len(model.state_dict())} tensors as they are")
+    return report.new
 
 
 def check_timm_model(args):

@@ -144,7 +144,7 @@ def get_parser():
     group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
 
     group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
+    group.add_argument("--finetune", metavar="FILE", help=flags.FINETUNE)
     group.add_argument(
         "--attn_only", action="store_true", help='train attention, head and positions only ("Three things", 2203.09795)'
     )
@@ -223,16 +223,7 @@ def make_model(args, num_classes):
     """The model of the flags, with the weights of --finetune, on the CPU."""
     utils.seed_everything(args.seed)
     model = flags.build_model(args, num_classes)
-    new = []
-    if args.finetune:
-        try:
-            report = load_weights(model, utils.load_checkpoint(args.finetune))
-        except ValueError as error:
-            raise BadInput(f"--finetune {args.finetune}: {error}") from None
-        new = report.new
-        for what, names in zip(("resampled", "left out", "new"), (report.resampled, report.left_out, new)):
-            say(f"--finetune: {what}: {', '.join(names) or 'nothing'}")
-        say(f"--finetune: loaded {len(report.loaded)} of the model's {len(model.state_dict())} tensors as they are")
+    new = flags.load_finetune(model, args.finetune) if args.finetune else []
     if args.attn_only:
         trained = ("head", "pos_embed", *new)
         for name, parameter in model.named_parameters():

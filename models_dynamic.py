@@ -500,7 +500,7 @@ def at_size(model: DynamicViT, img_size) -> DynamicViT:
 
 
 class LoadReport(NamedTuple):
-    """Names of parameters: taken over, taken over at another resolution, not taken over, left as initialised."""
+    """Names of parameters: taken over, the same at another resolution or number, not taken over, as initialised."""
 
     loaded: list[str]
     resampled: list[str]
@@ -517,8 +517,8 @@ def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
 
     A class-position embedding is folded into the class token (the two are only ever used as a sum), `reg_token`
     becomes `register_tokens`, and the patch positions are resampled to the model's grid (timm's bicubic). A head
-    for another number of classes is left as initialised, as are tokens that the file does not have. Into one of
-    timm's models goes a file of the same model; timm resamples its positions.
+    for another number of classes is left as initialised, as are tokens that the file does not have; of registers in
+    another number the first ones are taken over. Into one of timm's models goes a file of the same model; timm resamples its positions.
 
     Raises:
         ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.
@@ -526,6 +526,11 @@ def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
     own = model.state_dict()
     if isinstance(model, DynamicViT):
         state, resampled = _resampled(*_translate(state_dict, model.grid_size), model.grid_size)
+        if "register_tokens" in state and "register_tokens" in own:
+            theirs, mine = state["register_tokens"], own["register_tokens"]
+            if theirs.shape[1] != mine.shape[1] and theirs.shape[2] == mine.shape[2]:
+                state["register_tokens"] = torch.cat([theirs, mine[:, theirs.shape[1] :]], dim=1)[:, : mine.shape[1]]
+                resampled = [*resampled, "register_tokens"]
         heads, optional = HEADS, _OPTIONAL
     else:
         state, resampled, heads = _timm_state(state_dict, model)

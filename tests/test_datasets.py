@@ -181,6 +181,15 @@ def test_fewer_images_than_a_batch_still_train(count):
     assert len(order(count=count, batch_size=128)) == max(count - count % 2, 1)
 
 
+def test_a_fraction_of_a_pass():
+    """All images twice, then a quarter of them; a part too small for a batch is still an image for each process."""
+    for world_size in (1, 2):
+        drawn = [order(count=40, batch_size=5, passes=2.25, world_size=world_size, rank=r) for r in range(world_size)]
+        assert len({len(part) for part in drawn}) == 1
+        assert sorted(np.bincount(np.concatenate(drawn), minlength=40)) == [2] * 30 + [3] * 10
+    assert len(order(count=40, passes=1e-3, world_size=2, rank=1)) == 1
+
+
 def test_augmentation_depends_on_seed_and_epoch_only():
     split = Split(some_images(20, 8, 8), torch.arange(20))
 

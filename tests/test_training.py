@@ -357,3 +357,17 @@ def test_two_processes(tmp_path):
     alone = shell("cifar_test.py", "--model_path", "m.pth", "--device", "cpu", cwd=tmp_path)
     assert together.stdout.splitlines()[-1] == alone.stdout.splitlines()[-1]
     assert together.stdout.count("Test accuracy") == 1
+
+
+def test_a_run_that_begins_with_the_weights_of_another(tmp_path, trained, capsys):
+    """The class token enters elsewhere; one step at a rate of almost 0 keeps the first model's weights."""
+    path = tmp_path / "model.pth"
+    argv = [*DIGITS, "--cls_pos", "0", "--num_reg", "1", "--max_steps", "1", "--lr", "1e-9", "--warmup_epochs", "0"]
+    status, out, err = run(cifar_main.main, [*argv, "--finetune", trained / "model.pth", "--model_path", path], capsys)
+    assert status == 0, err
+    assert "--finetune: loaded" in out and "CLS enters at block 0" in out
+    old, new = (utils.load_checkpoint(file)["model"] for file in (trained / "model.pth", path))
+    torch.testing.assert_close(new["cls_token"], old["cls_token"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(new["register_tokens"], old["register_tokens"][:, :1], atol=1e-6, rtol=0)
+    status, _, err = run(cifar_main.main, [*argv, "--finetune", tmp_path / "no.pth", "--overwrite"], capsys)
+    assert status == 2 and "there is no checkpoint" in err

@@ -141,3 +141,16 @@ def test_a_bare_state_dict_needs_the_number_of_heads():
     again = model_from_checkpoint(model.state_dict(), num_heads=3, cls_pos=3, reg_pos=1)
     assert again.model_args == model.model_args
     assert torch.equal(again(noise(model)), model(noise(model)))
+
+
+@pytest.mark.parametrize(("there", "here"), [(4, 2), (2, 4)])
+def test_another_number_of_registers(there, here):
+    """The first ones are taken over, the others stay as they were."""
+    source, model = tiny(num_register_tokens=there), tiny(num_register_tokens=here, reg_pos=2)
+    with torch.no_grad():
+        source.register_tokens.fill_(7)
+    before = model.register_tokens.clone()
+    report = load_weights(model, source.state_dict())
+    assert report.resampled == ["register_tokens"] and not report.new and not report.left_out
+    assert (model.register_tokens[:, :2] == 7).all()
+    assert torch.equal(model.register_tokens[:, there:], before[:, there:])

@@ -518,7 +518,8 @@ def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
     A class-position embedding is folded into the class token (the two are only ever used as a sum), `reg_token`
     becomes `register_tokens`, and the patch positions are resampled to the model's grid (timm's bicubic). A head
     for another number of classes is left as initialised, as are tokens that the file does not have; of registers in
-    another number the first ones are taken over. Into one of timm's models goes a file of the same model; timm resamples its positions.
+    another number the first ones are taken over. Into one of timm's models goes a file of the same model; timm
+    resamples its positions.
 
     Raises:
         ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.

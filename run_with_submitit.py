@@ -10,8 +10,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import slurm
 import utils
-from utils import BadInput, number
+from utils import number
 
 SCRIPT = Path(__file__).with_name("main_distillation.py")
 
@@ -52,29 +53,16 @@ def main(argv=None):
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
     parser.add_argument("--wait", action="store_true", help="wait for the end, and fail if the job did")
     args, passed_on = parser.parse_known_args(argv)
-    try:
-        import submitit
-    except ImportError:
-        raise BadInput("this needs a package: pip install submitit") from None
     job_dir = utils.writable_folder(args.job_dir).resolve()
-    try:
-        executor = submitit.AutoExecutor(folder=job_dir / "submitit", cluster=args.cluster)
-    except RuntimeError as error:  # no SLURM here
-        raise BadInput(f"--cluster {args.cluster}: {error}; try --cluster local") from None
-    # The local executor does not look whether there are GPUs; it only sets CUDA_VISIBLE_DEVICES.
-    gpus = {} if args.cluster == "local" else {"gpus_per_node": args.ngpus}
-    executor.update_parameters(
-        name="late-tokens", nodes=args.nodes, tasks_per_node=args.ngpus, cpus_per_task=args.cpus,
-        timeout_min=args.timeout, slurm_partition=args.partition, slurm_signal_delay_s=120, **gpus,
+    logs = job_dir / "submitit"
+    executor = slurm.executor(
+        logs, args.cluster, name="late-tokens", nodes=args.nodes, tasks_per_node=args.ngpus, cpus_per_task=args.cpus,
+        gpus_per_node=args.ngpus, timeout_min=args.timeout, slurm_partition=args.partition,
     )  # fmt: skip
-    job = executor.submit(Task(job_dir, passed_on))
-    utils.say(f"job {job.job_id}; logs in {job_dir / 'submitit'}")
+    jobs = [executor.submit(Task(job_dir, passed_on))]
+    slurm.say_where(jobs, logs)
     if args.wait:
-        try:
-            job.results()
-        except Exception:  # submitit's own kinds, around a traceback
-            logs = job_dir / "submitit" / f"{job.job_id}_*_log.err"
-            raise utils.RunFailed(f"job {job.job_id} failed; its messages are in {logs}") from None
+        slurm.wait(jobs, logs)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,262 @@
+"""Where should the tokens enter? Train and test the whole grid of positions, and say what it tells.
+
+    python position_sweep.py                                    # a small grid on digits, some minutes on two cores
+    python position_sweep.py --data_set CIFAR10 --cls_pos 0 2 4 6 8 none --reg_pos 0 4 8 --num_reg 0 1 4 \\
+        --seeds 0 1 2 --epochs 30 --output_dir sweeps/cifar10
+    python position_sweep.py --from models/best_model.pth --epochs 3 --output_dir sweeps/scan    # surgery: a first scan
+
+The same command again goes on where it was stopped, in the middle of a cell too. Several processes may work in one
+folder. Flags of model and recipe are those of cifar_main.py.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import flags
+import slurm
+import sweep_pages
+import sweep_results
+import utils
+from datasets import load_data
+from sweep_cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
+from utils import BadInput, RunFailed, number, say
+
+# Without --data_set and --data_path: the model and recipe of `make demo`, shorter.
+DIGITS = dict(
+    data_set="DIGITS", embed_dim=96, depth=6, num_heads=3, epochs=10, repeats=2, batch_size=64, lr=2e-3, mixup=0.0,
+    cutmix=0.0, reprob=0.0, output_dir="sweeps/digits",
+)  # fmt: skip
+
+
+def shard(text):
+    """An argparse type: '0/4' -> (0, 4)."""
+    part, _, count = text.partition("/")
+    count = number(int, 1)(count)
+    return number(int, 0, count - 1)(part), count
+
+
+def get_parser():
+    parser = utils.ArgumentParser(
+        description="Train and test every position of the class token and of the registers, and compare.",
+        epilog="The same command again goes on where it was stopped.",
+        conflict_handler="resolve",  # positions and seeds are lists here
+    )
+    group = parser.add_argument_group("grid")
+    flags.add_small_image_flags(parser)
+    group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK", help="or none")
+    group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
+    group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
+    group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1], dest="seeds")
+    group.add_argument(
+        "--equal_flops",
+        action="store_true",
+        help="cells with cheaper blocks go through more images, to the FLOPs of 0/0",
+    )
+    group.add_argument(
+        "--from",
+        "--finetune",
+        dest="finetune",
+        metavar="FILE",
+        help="begin each cell with these weights, their tokens moved",
+    )
+    group.add_argument("--output_dir", default="sweeps/grid", help="a folder for this grid")
+    group.add_argument("--mix", action="store_true", help="allow cells of other settings in one table")
+    group.add_argument("--dry_run", action="store_true", help="only list the cells, and estimate the time left")
+    group = parser.add_argument_group("several processes (they may also just be started in the same folder)")
+    group.add_argument(
+        "--shard", type=shard, metavar="I/N", help="only each N-th cell, beginning with the I-th, from 0"
+    )
+    group.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
+    group.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array")
+    group.add_argument("--jobs", type=number(int, 1), default=1, help="shards to submit")
+    group.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
+    group.add_argument("--partition", help="of the cluster")
+    group.add_argument("--timeout", type=number(int, 1), default=4320, help="minutes for a job")
+    return parser
+
+
+def parse(argv=None):
+    """The flags; without a data set, those of a small grid on digits are the defaults."""
+    parser = get_parser()
+    named = parser.parse_known_args(argv)[0]
+    if named.data_set is None and named.data_path is None:
+        parser.set_defaults(**DIGITS)
+    args = parser.parse_args(argv)
+    flags.resolve(args)
+    for name in ("cls_pos", "reg_pos", "num_reg", "seeds"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if args.val_size == 0:
+        raise BadInput("--val_size 0 holds nothing out, and the best cell is chosen on held-out images; leave it out")
+    if utils.world_size() > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("a cell is trained by one process; start without torchrun, with --gpus N for N GPUs")
+    if args.shard and (args.gpus or args.launcher):
+        raise BadInput("--shard is one part of the work; leave out --gpus and --launcher, which divide it themselves")
+    if args.gpus and not args.launcher and args.gpus > torch.cuda.device_count():
+        raise BadInput(f"--gpus {args.gpus}: there are {torch.cuda.device_count()} GPUs here")
+    return args
+
+
+# What a user sees ------------------------------------------------------------------------------------------------
+
+
+def duration(seconds) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"
+
+
+def about(args, data) -> str:
+    sizes = data.description()["images"]
+    epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
+    start = " from one trained model" if args.finetune else ""
+    return (
+        f"{args.model}, {epochs} of {args.repeats:g} passes{start}; {data.name}: "
+        f"{sizes['train']} train, {sizes['val']} held-out, {sizes['test']} test images"
+    )
+
+
+def list_cells(cells, args, data, device):
+    for cell in cells:
+        say(f"{'finished' if finished(cell, args) else 'to do':9} {flops(cell, args) / 1e6:8.2f} MFLOPs  {cell}")
+    left = sum(not finished(cell, args) for cell in cells)
+    seconds = seconds_left(cells, args, data, device)
+    say(f"{len(cells)} cells, {left} to do: about {duration(seconds)} of training by one process")
+
+
+def write_results(args, data):
+    sweep_pages.draw_sweep(args.output_dir, data, about(args, data))
+    summary = sweep_results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
+    folder = Path(args.output_dir)
+    if summary["groups"]:
+        say(f"\n{sweep_results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png in {folder}")
+
+
+# Who does the work ------------------------------------------------------------------------------------------------
+
+
+def work(args, data, here, cells, device):
+    """Do what is to do of `cells` in this process."""
+    mine = cells[args.shard[0] :: args.shard[1]] if args.shard else cells
+    with tqdm(total=len(mine), initial=sum(finished(c, args) for c in mine), unit="cell", disable=None) as bar:
+
+        def after(cell):
+            bar.update()
+            sweep_results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
+            left = sum(not finished(c, args) for c in mine)
+            if left:
+                seconds = seconds_left(mine, args, data, device)
+                say(f"finished {cell}; {left} of {len(mine)} cells left, about {duration(seconds)}\n")
+
+        busy, failed = run_cells(mine, args, data, here, device, after)
+    write_results(args, data)
+    if busy:
+        say(f"{len(busy)} cells are being trained by other processes: {', '.join(c.name for c in busy)}")
+    if failed:
+        raise RunFailed(f"{len(failed)} cells failed, see above: {', '.join(c.name for c in failed)}")
+
+
+def command(argv, without) -> list[str]:
+    """This command line without some flags that take a value."""
+    kept, skip = [], False
+    for arg in argv:
+        name = arg.split("=")[0].replace("-", "_").lstrip("_")
+        if skip:
+            skip = False
+        elif arg.startswith("--") and name in without:
+            skip = "=" not in arg
+        else:
+            kept.append(arg)
+    return [sys.executable, str(Path(__file__).resolve()), *kept]
+
+
+def on_gpus(args, argv, data, cells):
+    """A process for each GPU; each takes the next cell that nobody is at."""
+    logs = utils.writable_folder(Path(args.output_dir) / "workers")
+    workers = []
+    try:
+        for gpu in range(args.gpus):
+            log = logs / f"gpu{gpu}.log"
+            with open(log, "w") as file:
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                begun = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
+            workers.append((begun, log))
+        say(f"{args.gpus} processes; what they print goes to {logs}")
+        with tqdm(total=len(cells), unit="cell", disable=None) as bar:
+            while any(worker.poll() is None for worker, _ in workers):
+                bar.n = sum(finished(cell, args) for cell in cells)
+                bar.refresh()
+                time.sleep(1)
+    finally:
+        for worker, _ in workers:
+            if worker.poll() is None:
+                worker.terminate()
+    write_results(args, data)
+    bad = [str(log) for worker, log in workers if worker.returncode]
+    if bad:
+        raise RunFailed(
+            f"{len(bad)} processes failed; the last lines of {', '.join(bad)} say why. The same command goes on"
+        )
+
+
+class Shard:
+    """What a job of the array does; submitit calls `checkpoint` when the job is about to be stopped."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __call__(self, part):
+        subprocess.run([*self.command, "--shard", part], check=True)
+
+    def checkpoint(self, part):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, part)
+
+
+def submit(args, argv):
+    logs = Path(args.output_dir).resolve() / "submitit"
+    gpus = args.gpus or int(torch.cuda.is_available())
+    executor = slurm.executor(
+        logs, args.cluster, name="position-sweep", cpus_per_task=args.num_threads or 4, gpus_per_node=gpus,
+        timeout_min=args.timeout, slurm_partition=args.partition,
+    )  # fmt: skip
+    task = Shard(command(argv, {"launcher", "jobs", "cluster", "partition", "timeout"}))
+    jobs = executor.map_array(task, [f"{part}/{args.jobs}" for part in range(args.jobs)])
+    slurm.say_where(jobs, logs)
+    if args.cluster == "local":
+        slurm.wait(jobs, logs)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    cells = grid(args)
+    size = {
+        model_of(cell, args).model_args["img_size"] for cell in cells
+    }.pop()  # wrong flags show before data are read
+    device = flags.start(args)
+    utils.writable_folder(args.output_dir)
+    if args.finetune:
+        utils.load_checkpoint(args.finetune)  # a wrong file shows before data are read
+    data = load_data(args.data_set, args.data_path, size, args.val_size)
+    here = settings(args, data)
+    check_settings(args, here)
+    if args.dry_run:
+        list_cells(cells, args, data, device)
+    elif args.launcher:
+        submit(args, argv)
+        if args.cluster == "local":
+            write_results(args, data)
+    elif args.gpus:
+        on_gpus(args, argv, data, cells)
+    else:
+        work(args, data, here, cells, device)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

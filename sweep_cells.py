@@ -1,0 +1,265 @@
+"""The cells of a sweep: which there are, one folder for each, trained once, by whoever comes first.
+
+<output_dir>/cells/cls6_reg3_x4_seed0/   the run that cifar_main.py would make; lock, settings.json
+<output_dir>/cells/cls6_reg3_x4_seed0/result.json   there once the cell is finished, and never half written
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+import flags
+import utils
+from cifar_test import load_model, test_model
+from cifar_train import train_from_flags
+from datasets import ImageData, Loader
+from models_dynamic import set_fused_attention
+from token_statistics import TokenStatistics
+from training_maps import write_film
+from utils import BadInput, RunFailed, say
+
+LOOKED_AT = 500  # held-out images for the shares of attention and of artefacts
+# Flags that leave a cell what it is. All others, the data and the code are its settings.
+ANYWHERE = (
+    "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
+    "viz_every", "viz_images", "dry_run", "mix", "shard", "gpus", "launcher", "jobs", "cluster", "partition", "timeout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GridCell:
+    cls_pos: int | None  # None: no class token
+    reg_pos: int | None  # None: no registers
+    num_reg: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
+        return f"cls{'none' if self.cls_pos is None else self.cls_pos}{where}_x{self.num_reg}_seed{self.seed}"
+
+    def __str__(self):
+        cls = "no CLS" if self.cls_pos is None else f"CLS at {self.cls_pos}"
+        registers = f"{self.num_reg} registers at {self.reg_pos}" if self.num_reg else "no registers"
+        return f"{cls}, {registers}, seed {self.seed}"
+
+
+def grid(args) -> list[GridCell]:
+    """All cells of the flags, those that are the same model once; a seed's cells after each other."""
+    cells = [
+        GridCell(cls, reg if count else None, count, seed)
+        for seed in args.seeds for count in args.num_reg for cls in args.cls_pos for reg in args.reg_pos
+    ]  # fmt: skip
+    return list(dict.fromkeys(cells))
+
+
+def folder_of(cell: GridCell, args) -> Path:
+    return Path(args.output_dir) / "cells" / cell.name
+
+
+def finished(cell: GridCell, args) -> bool:
+    return (folder_of(cell, args) / "result.json").is_file()
+
+
+def cell_args(cell: GridCell, args):
+    """The flags of `cifar_main.py` for one cell."""
+    mine, folder = copy.copy(args), folder_of(cell, args)
+    mine.cls_pos, mine.reg_pos, mine.num_reg, mine.seed = cell.cls_pos, cell.reg_pos or 0, cell.num_reg, cell.seed
+    mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
+    unfinished = folder / "checkpoint.pth"
+    mine.overwrite, mine.resume = True, str(unfinished) if unfinished.is_file() else None
+    if args.equal_flops:
+        first = GridCell(0, 0 if cell.num_reg else None, cell.num_reg, cell.seed)
+        mine.repeats = args.repeats * flops(first, args) / flops(cell, args)
+    return mine
+
+
+def model_of(cell: GridCell, args):
+    """A description of the cell's model, without weights. Raises BadInput if there cannot be one."""
+    mine = copy.copy(args)
+    mine.cls_pos, mine.reg_pos, mine.num_reg = cell.cls_pos, cell.reg_pos or 0, cell.num_reg
+    try:
+        return flags.build_model(mine, 10, "meta")
+    except BadInput as error:
+        raise BadInput(f"{cell}: {error}") from None
+
+
+def flops(cell: GridCell, args) -> int:
+    return model_of(cell, args).forward_flops()
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings(args, data: ImageData) -> dict:
+    """What must be the same for two cells to be compared."""
+    there = {name: value for name, value in utils.plain_args(args).items() if name not in ANYWHERE}
+    if args.finetune:
+        there["finetune"] = hashlib.sha256(Path(args.finetune).read_bytes()).hexdigest()
+    there |= {f"data: {name}": value for name, value in data.description().items()}
+    return json.loads(json.dumps(there | {"code": utils.environment()["git"]}))
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return [f"{name} was {_short(there.get(name))}, is now {_short(here.get(name))}" for name in names]
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_settings(args, here: dict):
+    """Refuse to put cells into a folder that has some of other settings, unless --mix."""
+    for file in sorted(Path(args.output_dir).glob("cells/*/settings.json")):
+        other = differences(read_record(file), here)
+        if other and not args.mix:
+            more = f", and {len(other) - 4} more" if len(other) > 4 else ""
+            raise BadInput(
+                f"{file.parent} was trained with other settings ({'; '.join(other[:4])}{more}), so its accuracy cannot "
+                "be compared: give another --output_dir, or --mix to put both into one table"
+            )
+
+
+def read_record(file) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
+
+
+# Work -------------------------------------------------------------------------------------------------------------
+
+
+def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[list[GridCell], list[GridCell]]:
+    """Train and test those that nobody finished or is at. `after(cell)` is called for each that was finished here.
+
+    Returns those that another process is at, and those that failed (a loss that is not finite).
+    """
+    busy, failed = [], []
+    for cell in cells:
+        if finished(cell, args):
+            continue
+        lock = FileLock(utils.writable_folder(folder_of(cell, args)) / "lock")
+        try:
+            held = lock.acquire(timeout=0)  # the system lets it go when its process ends, however that is
+        except Timeout:
+            busy.append(cell)
+            continue
+        with held:
+            if finished(cell, args):  # by another process, since we looked
+                continue
+            try:
+                run_cell(cell, args, data, here, device)
+                after(cell)
+            except RunFailed as error:
+                say(f"{cell.name} failed: {error}")
+                failed.append(cell)
+    return busy, failed
+
+
+def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
+    """What `cifar_main.py` does with this cell's flags, then the line of the table."""
+    folder = folder_of(cell, args)
+    begun = folder / "settings.json"
+    if begun.is_file() and differences(read_record(begun), here):  # only with --mix: nothing to go on from
+        for file in folder.iterdir():
+            if file.name != "lock":
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+    utils.write_atomically(begun, lambda file: file.write(json.dumps(here, indent=1).encode()))
+    mine = cell_args(cell, args)
+    best = train_from_flags(mine, device, data)
+    tested = test_model(mine.model_path, args.data_path, device, args.batch_size)
+    write_film(mine)
+    record = {**asdict(cell), **_figures(mine, best, tested), **behaviour(mine.model_path, data, device)}
+    text = json.dumps(record, indent=1)
+    utils.write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    (folder / "checkpoint.pth").unlink(missing_ok=True)  # the largest file, and nothing is left to resume
+
+
+def _figures(mine, best, tested) -> dict:
+    epochs = [r for r in utils.read_json_lines(Path(mine.output_dir) / "log.txt") if "epoch" in r]
+    model, _ = load_model(mine.model_path)
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    return {
+        "val_top1": best["val_top1"], "best_epoch": best["epoch"], "test_top1": tested["top1"],
+        "test_top5": tested["top5"], "test_loss": tested["loss"], "test_images": tested["images"],
+        "params": sum(p.numel() for p in model.parameters()), "flops": model.forward_flops(), "repeats": mine.repeats,
+        "images_per_s": sum(e["images_per_s"] * e["seconds"] for e in epochs) / seconds, "train_seconds": seconds,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def behaviour(model_path, data: ImageData, device) -> dict:
+    """Shares of attention and of artefacts on held-out images, in per cent, of the weights that were tested.
+
+    The artefact share is that of the block with most; the class token's attention is a mean over heads, at the last
+    block. None where a token is not there.
+    """
+    model, checkpoint = load_model(model_path)
+    statistics, count = TokenStatistics(model.to(device), readout_images=0), min(LOOKED_AT, len(data.val))
+    few = type(data.val)(data.val.images[:count], data.val.labels[:count])
+    for images, _ in Loader(few.to(device), checkpoint["data"], 100):
+        statistics.add(images)
+    found = statistics.result()
+
+    def share(kind):
+        heads = found["cls_attention"].get(kind, [None])[-1]
+        return None if heads is None else 100 * sum(heads) / len(heads)
+
+    artefacts = [block["share"] for block in found["artefacts"]["blocks"]]
+    return {
+        "artefact_share": 100 * max(artefacts), "artefacts_begin_at": found["artefacts"]["begins_at_block"],
+        "cls_to_patches": share("patches"), "cls_to_registers": share("registers"), "cls_to_itself": share("cls"),
+    }  # fmt: skip
+
+
+# Time -------------------------------------------------------------------------------------------------------------
+
+
+def seconds_left(cells, args, data: ImageData, device) -> float:
+    """Seconds that the unfinished ones of `cells` take one after another: as the finished ones did, by their FLOPs.
+
+    Without any, from a few training steps of the first one.
+    """
+    left = [cell for cell in cells if not finished(cell, args)]
+    if not left:
+        return 0.0
+    rates = []
+    for file in Path(args.output_dir).glob("cells/*/result.json"):
+        record = read_record(file)
+        rates.append(record["train_seconds"] / (record["flops"] * record["repeats"]))
+    work = sum(flops(cell, args) * cell_args(cell, args).repeats for cell in left)
+    return work * (sum(rates) / len(rates) if rates else _rate(left[0], args, data, device))
+
+
+def _rate(cell, args, data, device, steps=4) -> float:
+    """Seconds of a whole training per FLOP and pass, measured on a few steps of random images, the first left out."""
+    from time import perf_counter
+
+    mine = cell_args(cell, args)
+    model = flags.build_model(mine, len(data.classes)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    images = torch.randn(args.batch_size, 3, *data.input_size, device=device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
+    amp_dtype = utils.amp_dtype(args.amp, device)
+    if device.type == "cpu" and amp_dtype is not None:
+        set_fused_attention(model, False)  # see `run_epochs`
+    for step in range(steps + 1):
+        if step == 1:
+            begin = perf_counter()
+        with utils.autocast(device, amp_dtype):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+    per_image = (perf_counter() - begin) / steps / args.batch_size
+    return per_image * len(data.train) * args.epochs / model.forward_flops()

@@ -1,8 +1,9 @@
-# make demo: train, test and draw on data that need no download.   make test: the tests.   make lint: ruff.
+# make demo: train, test and draw on data that need no download.   make sweep: a small grid of positions on them.
+# make test: the tests.   make lint: ruff.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo sweep test lint clean
 
 demo: .venv/run
 	$(BIN)/python cifar_main.py --data_set DIGITS --model_path demo/best_model.pth --overwrite \
@@ -14,6 +15,9 @@ demo: .venv/run
 	@echo "  demo/best_model.pth                        the trained model"
 	@echo "  demo/training_curves.png (and .pdf)        loss, accuracy, learning rate; numbers in demo/log.txt"
 	@echo "  demo/attention_DIGITS_test0_block5.pdf     what CLS and each register attend to in block 5"
+
+sweep: .venv/run
+	$(BIN)/python position_sweep.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -35,4 +39,4 @@ lint: .venv/test
 	@touch $@ .venv/run
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo sweeps

@@ -114,8 +114,9 @@ def about(args, data) -> str:
     sizes = data.description()["images"]
     epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
     start = " from one trained model" if args.finetune else ""
+    model = model_of(grid(args)[0], args)
     return (
-        f"{args.model}, {epochs} of {args.repeats:g} passes{start}; {data.name}: "
+        f"{model.depth} blocks of width {model.embed_dim}, {epochs} of {args.repeats:g} passes{start}; {data.name}: "
         f"{sizes['train']} train, {sizes['val']} held-out, {sizes['test']} test images"
     )
 

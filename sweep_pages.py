@@ -85,7 +85,7 @@ def heat_maps(summary, about):
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
         axes.set_xlabel("CLS enters at block")
-        axes.set_ylabel("registers enter at block" if c else "")
+        axes.set_ylabel("registers at block" if c else "")
         axes.set_title(_registers(c), fontsize=10, loc="left")
     bar = figure.add_axes(((left - gap + 0.25) / width, 1.4 / height, 0.14 / width, (height - 2.75) / height))
     figure.colorbar(ScalarMappable(scale, colormaps[COLOURS]), cax=bar, label="test accuracy (%)")

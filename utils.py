@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import platform
+import secrets
 import random
 import subprocess
 import sys
@@ -311,7 +312,7 @@ def writable_folder(path) -> Path:
 def write_atomically(path, write):
     """`write(file)` to a temporary file, flush it to disk, rename it to `path`, which is so never half written."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several hosts may write it
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -8,8 +8,8 @@ import math
 import os
 import pickle
 import platform
-import secrets
 import random
+import secrets
 import subprocess
 import sys
 import tempfile

@@ -73,7 +73,11 @@ def get_parser():
         "--shard", type=shard, metavar="I/N", help="only each N-th cell, beginning with the I-th, from 0"
     )
     group.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
-    group.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array")
+    group.add_argument(
+        "--launcher",
+        choices=("submitit",),
+        help="submit --jobs shards as a SLURM array, each with a GPU but for --device cpu",
+    )
     group.add_argument("--jobs", type=number(int, 1), default=1, help="shards to submit")
     group.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
     group.add_argument("--partition", help="of the cluster")
@@ -95,9 +99,9 @@ def parse(argv=None):
         raise BadInput("--val_size 0 holds nothing out, and the best cell is chosen on held-out images; leave it out")
     if utils.world_size() > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("a cell is trained by one process; start without torchrun, with --gpus N for N GPUs")
-    if args.shard and (args.gpus or args.launcher):
-        raise BadInput("--shard is one part of the work; leave out --gpus and --launcher, which divide it themselves")
-    if args.gpus and not args.launcher and args.gpus > torch.cuda.device_count():
+    if bool(args.shard) + bool(args.gpus) + bool(args.launcher) > 1:
+        raise BadInput("--shard, --gpus and --launcher each divide the work; give one of them")
+    if args.gpus and args.gpus > torch.cuda.device_count():
         raise BadInput(f"--gpus {args.gpus}: there are {torch.cuda.device_count()} GPUs here")
     return args
 
@@ -221,9 +225,8 @@ class Shard:
 
 def submit(args, argv):
     logs = Path(args.output_dir).resolve() / "submitit"
-    gpus = args.gpus or int(torch.cuda.is_available())
     executor = slurm.executor(
-        logs, args.cluster, name="position-sweep", cpus_per_task=args.num_threads or 4, gpus_per_node=gpus,
+        logs, args.cluster, name="position-sweep", cpus_per_task=args.num_threads or 4, gpus_per_node=int(args.device != "cpu"),
         timeout_min=args.timeout, slurm_partition=args.partition,
     )  # fmt: skip
     task = Shard(command(argv, {"launcher", "jobs", "cluster", "partition", "timeout"}))
@@ -237,14 +240,12 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     cells = grid(args)
-    size = {
-        model_of(cell, args).model_args["img_size"] for cell in cells
-    }.pop()  # wrong flags show before data are read
+    sizes = [model_of(cell, args).model_args["img_size"] for cell in cells]  # wrong flags show before data are read
     device = flags.start(args)
     utils.writable_folder(args.output_dir)
     if args.finetune:
         utils.load_checkpoint(args.finetune)  # a wrong file shows before data are read
-    data = load_data(args.data_set, args.data_path, size, args.val_size)
+    data = load_data(args.data_set, args.data_path, sizes[0], args.val_size)
     here = settings(args, data)
     check_settings(args, here)
     if args.dry_run:

@@ -226,8 +226,8 @@ class Shard:
 def submit(args, argv):
     logs = Path(args.output_dir).resolve() / "submitit"
     executor = slurm.executor(
-        logs, args.cluster, name="position-sweep", cpus_per_task=args.num_threads or 4, gpus_per_node=int(args.device != "cpu"),
-        timeout_min=args.timeout, slurm_partition=args.partition,
+        logs, args.cluster, name="position-sweep", cpus_per_task=args.num_threads or 4,
+        gpus_per_node=int(args.device != "cpu"), timeout_min=args.timeout, slurm_partition=args.partition,
     )  # fmt: skip
     task = Shard(command(argv, {"launcher", "jobs", "cluster", "partition", "timeout"}))
     jobs = executor.map_array(task, [f"{part}/{args.jobs}" for part in range(args.jobs)])

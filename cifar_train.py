@@ -1,6 +1,8 @@
 """`train_model`: the epochs, validation, saving. `cifar_main.py` is what a user starts."""
 
+import math
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from timm.data import Mixup
@@ -17,6 +19,8 @@ from engine import evaluate, train_one_epoch
 from models_dynamic import DynamicViT, set_fused_attention
 from training_maps import TrainingMaps
 from utils import BadInput, RunFailed, say
+
+CURVES_EVERY = 30  # seconds, at least; and after the last epoch
 
 
 def train_from_flags(args, device, data: ImageData | None = None) -> dict:
@@ -106,7 +110,7 @@ def run_epochs(
             "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(),
         })  # fmt: skip
     board = utils.tensorboard(folder) if args.tensorboard and utils.is_main() else None
-    best, step = state["best"], state["step"]
+    best, step, drawn = state["best"], state["step"], -math.inf
     maps.begin(shown, state["epoch"], step)
     for epoch in range(state["epoch"], args.epochs):
         if step == args.max_steps:
@@ -138,7 +142,10 @@ def run_epochs(
             training = {"step": step, "best": best, **_training_state(optimizer, scaler, ema)}
             utils.save_checkpoint(folder / "checkpoint.pth", {"model": model.state_dict(), **about, **training})
             utils.append_json(log, metrics)
-            utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
+            last = epoch + 1 == args.epochs or step == args.max_steps
+            if last or perf_counter() - drawn > CURVES_EVERY:  # a page takes a second, small epochs little more
+                utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
+                drawn = perf_counter()
             if board is not None:
                 for name, value in metrics.items():
                     board.add_scalar(name, value, epoch + 1)

@@ -371,3 +371,14 @@ def test_a_run_that_begins_with_the_weights_of_another(tmp_path, trained, capsys
     torch.testing.assert_close(new["register_tokens"], old["register_tokens"][:, :1], atol=1e-6, rtol=0)
     status, _, err = run(cifar_main.main, [*argv, "--finetune", tmp_path / "no.pth", "--overwrite"], capsys)
     assert status == 2 and "there is no checkpoint" in err
+
+
+def test_quick_epochs_do_not_wait_for_their_curves(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(utils, "plot_curves", lambda epochs, folder: drawn.append(len(epochs)))
+    argv = [*DIGITS, "--repeats", "0.1", "--epochs", "4"]
+    assert run(cifar_main.main, [*argv, "--model_path", tmp_path / "a" / "m.pth"], capsys)[0] == 0
+    assert drawn == [1, 4]
+    monkeypatch.setattr(cifar_train, "CURVES_EVERY", 0)
+    assert run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"], capsys)[0] == 0
+    assert drawn == [1, 4, 1, 2, 3, 4]

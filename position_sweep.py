@@ -30,8 +30,8 @@ from utils import BadInput, RunFailed, number, say
 # Without --data_set and --data_path: the model and recipe of `make demo`, with larger patches (the scans have 8 x 8
 # pixels, so these still are 2 x 2 of them) and fewer epochs.
 DIGITS = dict(
-    data_set="DIGITS", embed_dim=96, depth=6, num_heads=3, patch_size=(8, 8), epochs=12, repeats=3, batch_size=64, lr=2e-3, mixup=0.0,
-    cutmix=0.0, reprob=0.0, output_dir="sweeps/digits",
+    data_set="DIGITS", embed_dim=96, depth=6, num_heads=3, patch_size=(8, 8), epochs=12, repeats=3, batch_size=64,
+    lr=2e-3, mixup=0.0, cutmix=0.0, reprob=0.0, output_dir="sweeps/digits",
 )  # fmt: skip
 
 

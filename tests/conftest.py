@@ -59,6 +59,26 @@ def shell(script, *argv, cwd, status=0, launcher=()):
     return done
 
 
+def killed_in_epoch_3(main, argv):
+    """`main(argv)`, which ends at the beginning of its third epoch, as by a crash."""
+    import cifar_train
+
+    class Killed(Exception):
+        pass
+
+    work = cifar_train.train_one_epoch
+
+    def dies(*args, **kwargs):
+        if kwargs["title"].startswith("epoch 3"):
+            raise Killed
+        return work(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar_train, "train_one_epoch", dies)
+        with pytest.raises(Killed):
+            main([str(arg) for arg in argv])
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Folder of a finished run of two epochs on DIGITS: CLS enters at block 2, 2 registers at block 1."""

@@ -13,7 +13,7 @@ import cifar_test
 import cifar_train
 import engine
 import utils
-from conftest import TINY, noise, run, shell, tiny
+from conftest import TINY, killed_in_epoch_3, noise, run, shell, tiny
 from engine import evaluate, train_one_epoch
 from models_dynamic import DynamicViT, model_from_checkpoint
 from utils import RunFailed
@@ -240,18 +240,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatc
     argv = [*DIGITS, *more, "--epochs", "4", "--drop_path", "0.2"]
     assert run(cifar_main.main, [*argv, "--model_path", tmp_path / "a" / "m.pth"], capsys)[0] == 0
 
-    class Killed(Exception):
-        pass
-
-    def killed_in_epoch_3(*args, **kwargs):
-        if kwargs["title"].startswith("epoch 3"):
-            raise Killed
-        return engine.train_one_epoch(*args, **kwargs)
-
-    monkeypatch.setattr(cifar_train, "train_one_epoch", killed_in_epoch_3)
-    with pytest.raises(Killed):
-        cifar_main.main([str(arg) for arg in [*argv, "--model_path", tmp_path / "b" / "m.pth"]])
-    monkeypatch.undo()
+    killed_in_epoch_3(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"])
     (tmp_path / "b" / "m.pth").unlink()
     status, _, err = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"], capsys)
     assert status == 2  # an unfinished run is not thrown away

@@ -10,12 +10,10 @@ from PIL import Image
 from pypdf import PdfReader
 
 import cifar_main
-import cifar_train
-import engine
 import main_distillation
 import training_maps
 import utils
-from conftest import STUDENT, TINY, run, shell
+from conftest import STUDENT, TINY, killed_in_epoch_3, run, shell
 from datasets import Loader, PictureLoader, load_data, load_pictures
 from models_dynamic import model_from_checkpoint
 
@@ -149,18 +147,7 @@ def test_drawing_changes_nothing(tmp_path, capsys):
 def test_a_resumed_run_has_the_whole_film(whole, tmp_path, monkeypatch, capsys):
     argv = [*THREE, "--ema", "0.9", "--model_path", tmp_path / "m.pth"]
 
-    class Killed(Exception):
-        pass
-
-    def killed_in_epoch_3(*args, **kwargs):
-        if kwargs["title"].startswith("epoch 3"):
-            raise Killed
-        return engine.train_one_epoch(*args, **kwargs)
-
-    monkeypatch.setattr(cifar_train, "train_one_epoch", killed_in_epoch_3)
-    with pytest.raises(Killed):
-        cifar_main.main([str(arg) for arg in argv])
-    monkeypatch.undo()
+    killed_in_epoch_3(cifar_main.main, argv)
     maps = tmp_path / "attention"
     assert names(tmp_path) == ["epoch_0000.npz", "epoch_0000.png", "epoch_0002.npz", "epoch_0002.png"]
     before = contents(tmp_path)

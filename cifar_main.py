@@ -29,7 +29,7 @@ def get_parser():
     group.add_argument("--eval", action="store_true", help="only test the model at --model_path")
     group.add_argument("--overwrite", action="store_true", help="train anew though a model is there")
     group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="go on from checkpoint.pth in --output_dir, or from FILE"
+        "--resume", nargs="?", const="", metavar="FILE", help="go on from the newest whole checkpoint, or from FILE"
     )
 
     flags.add_small_image_flags(parser)
@@ -40,8 +40,6 @@ def resolve(args):
     """Fill in the defaults that depend on other flags."""
     flags.resolve(args)
     args.output_dir = args.output_dir or str(Path(args.model_path).parent)
-    if args.resume == "":
-        args.resume = str(Path(args.output_dir) / "checkpoint.pth")
 
 
 def check_same_model(args, data_given, everything):
@@ -67,7 +65,7 @@ def main(argv=None):
     data_path, data_given = args.data_path, bool(args.data_path or args.data_set)
     resolve(args)
     device = flags.start(args)
-    trains = not args.eval and (args.overwrite or args.resume or not Path(args.model_path).is_file())
+    trains = not args.eval and (args.overwrite or args.resume is not None or not Path(args.model_path).is_file())
     if trains:
         train_from_flags(args, device)
     else:

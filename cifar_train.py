@@ -1,6 +1,7 @@
 """`train_model`: the epochs, validation, saving. `cifar_main.py` is what a user starts."""
 
 import math
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 
@@ -13,31 +14,35 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import flags
+import run_folder
 import utils
 from datasets import ImageData, Loader, TrainTransform, load_data
-from engine import evaluate, train_one_epoch
+from engine import NotFinite, evaluate, train_one_epoch
 from models_dynamic import DynamicViT, set_fused_attention
+from stopping import StopSignals
 from training_maps import TrainingMaps
-from utils import BadInput, RunFailed, say
+from training_state import TrainingState
+from utils import BadInput, RunFailed, Stopped, say
 
 CURVES_EVERY = 30  # seconds, at least; and after the last epoch
 
 
 def train_from_flags(args, device, data: ImageData | None = None) -> dict:
     """`train_model` on the model, and the data if they are not given, that the flags of `cifar_main.py` describe."""
-    flags.check_folder(args)
     input_size = flags.build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
     utils.writable_folder(Path(args.model_path).parent)
-    if data is None:
-        with utils.main_first():
-            data = load_data(args.data_set, args.data_path, input_size, args.val_size)
-    utils.seed_everything(args.seed)
-    model = flags.build_model(args, len(data.classes))
-    if args.finetune:
-        flags.load_finetune(model, args.finetune)
-    flags.say_what(model, data)
-    utils.seed_everything(args.seed + utils.rank())
-    return train_model(model, data, args, device)
+    with run_folder.held(args.output_dir, args.model_path):
+        run_folder.choose(args, args.model_path)
+        if data is None:
+            with utils.main_first():
+                data = load_data(args.data_set, args.data_path, input_size, args.val_size)
+        utils.seed_everything(args.seed)
+        model = flags.build_model(args, len(data.classes))
+        if args.finetune and not args.resume:
+            flags.load_finetune(model, args.finetune)
+        flags.say_what(model, data)
+        utils.seed_everything(args.seed + utils.rank())
+        return train_model(model, data, args, device)
 
 
 def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
@@ -95,64 +100,130 @@ def run_epochs(
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
     shown = ema.module if ema else model
     maps = TrainingMaps(args, model, val_batches, description)
-    state = {"epoch": 0, "step": 0, "best": None}
+    state = TrainingState(model, optimizer, scaler, ema, description, args)
     if args.resume:
-        state |= _resume(args.resume, model, description, args, optimizer, scaler, ema)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if utils.world_size() > 1 else model
-    if args.compile:
-        wrapped = torch.compile(wrapped)
-
-    log = folder / "log.txt"
-    if utils.is_main() and not (args.resume and log.exists()):
-        log.unlink(missing_ok=True)
-        utils.append_json(log, {
-            "args": utils.plain_args(args), "model_args": model.model_args, "data": description,
-            "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(),
-        })  # fmt: skip
-    board = utils.tensorboard(folder) if args.tensorboard and utils.is_main() else None
-    best, step, drawn = state["best"], state["step"], -math.inf
-    maps.begin(shown, state["epoch"], step)
-    for epoch in range(state["epoch"], args.epochs):
-        if step == args.max_steps:
-            break
-        batches.set_epoch(epoch)
-        title = f"epoch {epoch + 1}/{args.epochs}"
-        try:
-            trained = train_one_epoch(
-                wrapped, batches, criterion, optimizer, scheduler, step=step, last_step=args.max_steps,
-                accum_steps=args.accum_steps, mixup=mixup, teacher=teacher, amp_dtype=amp_dtype, scaler=scaler,
-                clip_grad=args.clip_grad, on_step=None if ema is None else lambda taken: ema.update(model, taken),
-                title=title,
-            )  # fmt: skip
-        except RunFailed as error:
-            kept = f"{folder / 'checkpoint.pth'} holds the weights of epoch {epoch}" if epoch else "nothing was saved"
-            raise RunFailed(f"{title}: {error}; {kept}. Try a lower --lr, or --clip_grad 1") from None
-        step = trained["step"]
-        metrics = _metrics(epoch + 1, trained, optimizer, device, model, ema, val_batches)
-        say(_line(title, metrics))
-        better = best is None or val_batches is None or _rank(metrics) > _rank(best)
-        best = metrics if better else best
-        if utils.is_main():
-            about = {
-                "model_args": model.model_args, "data": description, "args": utils.plain_args(args), "epoch": epoch + 1,
-                "metrics": metrics,
-            }  # fmt: skip
+        state.restore(args.resume)
+    wrapped = _wrapped(model, args, description)
+    log = utils.main_decides(lambda: _begin_log(folder, best_path, state, device, amp_dtype))
+    board = utils.tensorboard(folder, state.epoch + 1) if args.tensorboard and utils.is_main() else None
+    curves = _Curves(log, folder)
+    maps.begin(shown, state.epoch, state.step)
+    with StopSignals() as stop:
+        checks = _Checks(state, stop, val_batches)
+        for epoch in range(state.epoch, args.epochs):
+            if state.step == args.max_steps:
+                break
+            batches.set_epoch(epoch, state.batch)
+            title = f"epoch {epoch + 1}/{args.epochs}"
+            try:
+                trained = train_one_epoch(
+                    wrapped, batches, criterion, optimizer, scheduler, step=state.step, last_step=args.max_steps,
+                    accum_steps=args.accum_steps, mixup=mixup, teacher=teacher, amp_dtype=amp_dtype, scaler=scaler,
+                    clip_grad=args.clip_grad, skip_bad=args.skip_bad_steps - state.skipped, on_step=checks.after_step,
+                    done=state.batch, sums=state.sums, title=title,
+                )  # fmt: skip
+            except NotFinite as error:
+                raise _told(error, title, state) from None
+            state.step, state.batch, state.sums = trained["step"], len(batches), trained["sums"]
+            metrics = _metrics(epoch + 1, trained, optimizer, device, model, ema, val_batches, checks)
+            say(_line(title, metrics))
+            state.epoch, state.batch, state.sums, state.metrics = epoch + 1, 0, None, metrics
+            state.skipped += trained["skipped"]
+            better = state.best is None or val_batches is None or _rank(metrics) > _rank(state.best)
             if better:
-                utils.save_checkpoint(best_path, {"model": shown.state_dict(), **about})
-            training = {"step": step, "best": best, **_training_state(optimizer, scaler, ema)}
-            utils.save_checkpoint(folder / "checkpoint.pth", {"model": model.state_dict(), **about, **training})
-            utils.append_json(log, metrics)
-            last = epoch + 1 == args.epochs or step == args.max_steps
-            if last or perf_counter() - drawn > CURVES_EVERY:  # a page takes a second, small epochs little more
-                utils.plot_curves([r for r in utils.read_json_lines(log) if "epoch" in r], folder)
-                drawn = perf_counter()
-            if board is not None:
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, epoch + 1)
-                board.flush()
-            maps.after(epoch + 1, step)
-    utils.barrier()  # nobody goes on to test before the result is written
-    return best
+                state.best = metrics
+                if utils.is_main():
+                    utils.save_checkpoint(best_path, {"model": shown.state_dict(), **state.about()})
+            state.save()
+            if utils.is_main():
+                utils.append_json(log, metrics)
+                curves.draw()
+                if board is not None:
+                    for name, value in metrics.items():
+                        board.add_scalar(name, value, epoch + 1)
+                    board.flush()
+                maps.after(epoch + 1, state.step)
+        if utils.is_main():
+            curves.draw(last=True)
+        utils.barrier()  # nobody goes on to test before the result is written
+        if number := stop.agreed(wait=True):
+            raise Stopped(number, f"training is done and saved; test {best_path}")
+    return state.best
+
+
+class _Curves:
+    """The training curves, drawn now and then: a page takes a second, small epochs little more."""
+
+    def __init__(self, log, folder):
+        self.log, self.folder, self.drawn, self.epochs = log, folder, -math.inf, None
+
+    def draw(self, last=False):
+        if not last and perf_counter() - self.drawn <= CURVES_EVERY:
+            return
+        epochs = [record for record in utils.read_json_lines(self.log) if "epoch" in record]
+        if epochs and len(epochs) != self.epochs:
+            utils.plot_curves(epochs, self.folder)
+            self.drawn, self.epochs = perf_counter(), len(epochs)
+
+
+class _Checks:
+    """What is looked at between two batches: averaged weights, whether to save, whether to end."""
+
+    def __init__(self, state: TrainingState, stop: StopSignals, val_batches):
+        self.state, self.stop, self.every = state, stop, state.args.save_steps
+        # Processes may have one batch more or less to validate, and ask each other equally often.
+        self.rounds = 0 if val_batches is None else min(utils.gather(len(val_batches)))
+
+    def after_step(self, step, progress):
+        state = self.state
+        if state.ema is not None:
+            state.ema.update(state.model, step)
+        number = self.stop.agreed()
+        if number or (self.every and step % self.every == 0):
+            state.step, state.batch, state.sums = step, progress.done, progress.sums()
+            state.save()
+        if number:
+            self._end(number)
+
+    def in_validation(self):
+        """A function for `evaluate` to call after each batch."""
+        turns = count()
+
+        def after_batch():
+            if next(turns) < self.rounds and (number := self.stop.agreed()):
+                self.state.save()
+                self._end(number)
+
+        return after_batch
+
+    def _end(self, number):
+        utils.barrier()  # until it is saved
+        raise Stopped(number, f"{self.state.kept}; the same command with --resume goes on")
+
+
+def _begin_log(folder, best_path, state, device, amp_dtype) -> Path:
+    header = {
+        "args": utils.plain_args(state.args), "model_args": state.model.model_args, "data": state.description,
+        "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(),
+    }  # fmt: skip
+    if state.args.resume:
+        return run_folder.go_on(folder, header, state.epoch, state.metrics)
+    return run_folder.begin(folder, best_path, header)
+
+
+def _wrapped(model, args, description):
+    """The model as training calls it."""
+    wrapped = model
+    if utils.world_size() > 1:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return torch.compile(wrapped) if args.compile else wrapped
+
+
+def _told(error: NotFinite, title, state: TrainingState) -> RunFailed:
+    """The error for the user, with the batch that led to it in a file."""
+    path = Path(state.args.output_dir) / f"bad_batch_step{error.batch['step']}_process{utils.rank()}.pth"
+    utils.save_checkpoint(path, error.batch)
+    return RunFailed(f"{title}: {error}; {path} has that batch, {state.kept}. Try a lower --lr, or --clip_grad 1")
 
 
 def _loaders(data, description, args, device) -> tuple[Loader, Loader | None]:
@@ -192,7 +263,7 @@ def make_mixup_and_loss(args, batch_size, classes, switch_prob=0.5, bce=False):
     return mixup, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def _metrics(epoch, trained, optimizer, device, model, ema, val_batches) -> dict:
+def _metrics(epoch, trained, optimizer, device, model, ema, val_batches, checks) -> dict:
     """One epoch's record in the log. With EMA, `val_*` are the figures of the EMA weights, which are what is saved."""
     metrics = {
         "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"], "lr": optimizer.param_groups[0]["lr"],
@@ -200,12 +271,14 @@ def _metrics(epoch, trained, optimizer, device, model, ema, val_batches) -> dict
         "images_per_s": round(trained["images"] / trained["seconds"], 1),
         "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(device), 1),
     }  # fmt: skip
+    if trained["skipped"]:
+        metrics["skipped"] = trained["skipped"]
     utils.broadcast_buffers(model)
     if val_batches is not None:
-        scored = evaluate(model, val_batches)
+        scored = evaluate(model, val_batches, on_batch=checks.in_validation())
         if ema is not None:
             metrics |= {"raw_val_loss": scored["loss"], "raw_val_top1": scored["top1"]}
-            scored = evaluate(ema.module, val_batches)
+            scored = evaluate(ema.module, val_batches, on_batch=checks.in_validation())
         metrics |= {"val_loss": scored["loss"], "val_top1": scored["top1"], "val_top5": scored["top5"]}
     return metrics
 
@@ -222,38 +295,3 @@ def _line(title, metrics) -> str:
         words[-1] += f" (EMA; without {metrics['raw_val_top1']:.2f}%)"
     words += [f"lr {metrics['lr']:.2e}", f"{metrics['images_per_s']:,.0f} images/s", f"{metrics['seconds']:.1f} s"]
     return f"{title}: " + ", ".join(words)
-
-
-def _training_state(optimizer, scaler, ema) -> dict:
-    """What `_resume` puts back, beside the weights."""
-    return {
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None,
-        "ema": ema.module.state_dict() if ema else None, "random": utils.random_states(),
-    }  # fmt: skip
-
-
-def _resume(path, model, description, args, optimizer, scaler, ema) -> dict:
-    """Put everything back as it was when the checkpoint was written; returns epochs and steps done, and the best."""
-    saved = utils.load_checkpoint(path)
-    if "optimizer" not in saved or "model_args" not in saved:
-        raise BadInput(f"{path} cannot be resumed from: it has no optimizer state; give the run's checkpoint.pth")
-    for what, there, here in (
-        ("model", saved["model_args"], model.model_args),
-        ("data", saved["data"], description),
-        ("--ema", {"ema": bool(saved["ema"])}, {"ema": bool(ema)}),
-    ):
-        other = [f"{k} is {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
-        if other:
-            raise BadInput(f"--resume: the {what} of {path} differs: {'; '.join(other)}; give the same flags")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if scaler is not None and saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    if ema is not None:
-        ema.module.load_state_dict(saved["ema"])
-    utils.set_random_states(saved["random"])
-    if saved["epoch"] >= args.epochs:
-        say(f"{path} has all {saved['epoch']} epochs; --epochs with a larger number goes on")
-    else:
-        say(f"going on after epoch {saved['epoch']} of {path}")
-    return {name: saved[name] for name in ("epoch", "step", "best")}

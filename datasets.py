@@ -9,11 +9,13 @@ An evaluated or drawn image is only resized, cropped and normalised.
 import math
 import os
 import random
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import stopping
 from augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
 from utils import BadInput
 
@@ -405,8 +408,9 @@ class Loader:
     """Batches of (images (B, 3, h, w) normalised, labels (B,)), transformed on the device of the split's images.
 
     With a `TrainTransform`: shuffled anew in each pass, the last incomplete batch dropped, and all randomness a
-    function of (seed, epoch), so that a resumed run goes on as if never stopped. Without one: in order, all once.
-    Over several processes each takes its share, without padding.
+    function of (seed, epoch, place in the epoch), so that a resumed run goes on as if never stopped, in the middle of
+    an epoch too (`set_epoch`). Without one: in order, all once. Over several processes each takes its share, without
+    padding.
 
     Args:
         data: a description of the data (see `eval_transform`).
@@ -416,7 +420,7 @@ class Loader:
     def __init__(self, split: Split, data, batch_size, transform=None, passes=1, seed=0, rank=0, world_size=1):
         self.split, self.data, self.transform = split, data, transform
         self.passes, self.seed, self.rank, self.world_size = passes, seed, rank, world_size
-        self.epoch = 0
+        self.epoch = self.first = 0
         self.drawn = max(world_size, int(passes * len(split)))  # in an epoch of training, by all processes
         self.count = self.drawn // world_size if transform else len(range(rank, len(split), world_size))
         # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
@@ -425,8 +429,9 @@ class Loader:
     def __len__(self):
         return self.count // self.batch_size if self.transform else -(-self.count // self.batch_size)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, first=0):
+        """The next iteration is this epoch's, from batch `first` on."""
+        self.epoch, self.first = epoch, first
 
     def __iter__(self):
         order, generator = self._order()
@@ -435,10 +440,16 @@ class Loader:
         device = self.split.images.device
         chunk = max(1, CHUNK[device.type] // (3 * larger * self.batch_size)) * self.batch_size
         for start in range(0, len(order), chunk):
+            if generator is not None:  # a seed for each piece, so that one can begin with any of them
+                draws = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            before = self.first - start // self.batch_size  # batches of this piece that are not wanted
+            if before * self.batch_size >= chunk:
+                continue
             index = order[start : start + chunk].to(device, non_blocking=True)
             images, labels = self.split.images.index_select(0, index), self.split.labels[index]
-            images = self.transform(images, generator) if self.transform else eval_transform(images, self.data)
-            yield from zip(images.split(self.batch_size), labels.split(self.batch_size))
+            images = self.transform(images, draws) if self.transform else eval_transform(images, self.data)
+            batches = zip(images.split(self.batch_size), labels.split(self.batch_size))
+            yield from islice(batches, max(before, 0), None)
 
     def _order(self) -> tuple[Tensor, torch.Generator]:
         if not self.transform:
@@ -491,18 +502,27 @@ def picture_transform(size, aa, color_jitter, hflip, interpolation, three_augmen
 
 
 @contextmanager
-def _seeded(seed):
-    """The CPU's global generators, seeded, and afterwards as before: timm and torchvision draw from all three."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+def _seeded(seed, device=None):
+    """The global generators of the CPU (and a GPU), seeded, and afterwards as before: timm draws from all of them."""
+    states = random.getstate(), np.random.get_state()
+    on_gpu = device is not None and device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _unmoved_by_signals(_):
+    """In a reading process: a signal to all processes of a run is for the main one, which ends the others."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -524,13 +544,14 @@ class _Pictures(torch.utils.data.Dataset):
 
 
 class _Draws(torch.utils.data.Sampler):
-    """(number, seed) of one image after another; with `seed` None nothing is drawn."""
+    """(number, seed) of one image after another, from place `first` on; with `seed` None nothing is drawn."""
 
     def __init__(self, numbers, seed, rank):
         self.numbers, self.seed, self.rank = numbers, seed, rank
         self.set_epoch(0)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, first=0):
+        self.first = first
         if self.seed is not None:
             self.epoch_seed = self.seed * 1_000_003 + epoch
             self.numbers.set_epoch(self.epoch_seed)  # timm's sampler has no seed but the epoch
@@ -543,15 +564,32 @@ class _Draws(torch.utils.data.Sampler):
             return ((number, None) for number in self.numbers)
         generator = torch.Generator().manual_seed(self.epoch_seed * 1_009 + self.rank)
         seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
-        return iter(zip(self.numbers, seeds))
+        return islice(zip(self.numbers, seeds), self.first, None)
+
+
+class _Erasing:
+    """timm's random erasing with draws that are a function of (seed, epoch, process, batch)."""
+
+    def __init__(self, erasing, draws: _Draws, device):
+        self.erasing, self.draws, self.device = erasing, draws, device
+
+    def begin(self, batch):
+        self.batch = batch
+
+    def __call__(self, images):
+        seed = ((self.draws.epoch_seed * 1_009 + self.draws.rank) * 1_000_003 + self.batch) % 2**62
+        self.batch += 1
+        with _seeded(seed, self.device):
+            return self.erasing(images)
 
 
 class PictureLoader:
     """Batches of (images (B, 3, h, w) normalised, labels (B,)) on the device, from timm's prefetching loader.
 
-    For training (with a `transform`) the order and all draws are a function of (seed, epoch, process), whatever the
-    number of workers; the last incomplete batch is dropped, and every process has as many batches. Without a transform:
-    every image once, in order; over several processes each takes its share, without padding.
+    For training (with a `transform`) the order and all draws are a function of (seed, epoch, process, place in the
+    epoch), whatever the number of workers; the last incomplete batch is dropped, and every process has as many
+    batches. Without a transform: every image once, in order; over several processes each takes its share, without
+    padding.
 
     Args:
         data: a description of the data with `crop_pct` and `interpolation`.
@@ -586,14 +624,24 @@ class PictureLoader:
             _Pictures(split, transform), self.batch_size, sampler=self.draws, num_workers=workers,
             collate_fn=fast_collate, pin_memory=device.type == "cuda", drop_last=training,
             persistent_workers=workers > 0, generator=torch.Generator(),  # else it draws from the global one
+            worker_init_fn=_unmoved_by_signals,
         )  # fmt: skip
         self.batches = PrefetchLoader(loader, data["mean"], data["std"], device=device, re_prob=reprob, re_mode="pixel")
+        if reprob:
+            self.batches.random_erasing = _Erasing(self.batches.random_erasing, self.draws, device)
+        self.first = 0
 
-    def set_epoch(self, epoch):
-        self.draws.set_epoch(epoch)
+    def set_epoch(self, epoch, first=0):
+        """The next iteration is this epoch's, from batch `first` on."""
+        self.first = first
+        self.draws.set_epoch(epoch, first * self.batch_size)
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
-        return iter(self.batches) if len(self) else iter(())  # timm's fails on a process's share of no images
+        if self.first >= len(self):  # timm's fails on a process's share of no images
+            return iter(())
+        if self.batches.random_erasing is not None:
+            self.batches.random_erasing.begin(self.first)
+        return iter(self.batches)

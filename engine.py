@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 
 import torch
@@ -9,6 +10,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import RunFailed, autocast, full_precision, is_main, say, sum_over_ranks, world_size
+
+LAG = 4  # steps that a GPU may be behind with its answer whether a step was finite, before it is waited for
+
+
+class NotFinite(RunFailed):
+    """A loss or a gradient that is not finite. `batch`: what led to it, as tensors and plain values."""
+
+    def __init__(self, message, batch):
+        super().__init__(message)
+        self.batch = batch
 
 
 def train_one_epoch(
@@ -26,10 +37,13 @@ def train_one_epoch(
     amp_dtype=None,
     scaler=None,
     clip_grad=None,
+    skip_bad=0,
     on_step=None,
+    done=0,
+    sums=None,
     title="",
 ) -> dict:
-    """Train on every batch once. The device is never waited for between two reports of progress.
+    """Train on every batch once. The device is never waited for between two reports of progress (but with `skip_bad`).
 
     Args:
         model: may be wrapped by DDP or torch.compile.
@@ -39,37 +53,48 @@ def train_one_epoch(
         scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step.
         step: optimizer steps taken so far; `last_step`: stop when so many are taken.
         accum_steps: batches for one optimizer step.
-        on_step: called with the number of steps taken, after each (EMA).
+        skip_bad: leave out so many steps whose loss or gradient is not finite; they count as steps for the schedule.
+        on_step: called after each step, not after one that was left out, with the number of steps taken and the
+            progress of the epoch: `progress.done` batches, and `progress.sums()`.
+        done, sums: what `progress` said, to go on in the middle of an epoch; `batches` then begins there, but its
+            length is that of the whole epoch.
 
     Returns:
         `loss` (mean) and `images`, over all processes; `grad_norm` (mean over the steps, before clipping), `seconds`,
-        `data_wait` (share of them that this process spent waiting for batches), `step`.
+        `data_wait` (share of them that this process spent waiting for batches), `step`, `skipped` (steps left out),
+        `sums` (of this process).
 
     Raises:
-        RunFailed: the loss is not finite. The weights are then spoiled; nothing is saved here.
+        NotFinite: as the name says, and it was not to be skipped. On a CPU that step was not taken; on a GPU, which
+            is not waited for, it was, and some more: the weights are spoiled. Nothing is saved here.
     """
     model.train()
-    report = _Progress(title, len(batches), optimizer)
-    for i, (images, labels) in enumerate(report.timed(batches)):
+    watch = _Watch(title, optimizer, skip_bad, sums["skipped"] if sums else 0)
+    progress = _Progress(title, len(batches), optimizer, watch, done, sums)
+    group = []
+    for i, (images, labels) in enumerate(progress.timed(batches), done):
         if step == last_step:
             break
-        group = min(accum_steps, len(batches) - i // accum_steps * accum_steps)  # the last group may be smaller
-        complete = i % accum_steps == group - 1
+        size = min(accum_steps, len(batches) - i // accum_steps * accum_steps)  # the last group may be smaller
+        complete = i % accum_steps == size - 1
         if mixup is not None:
             images, labels = mixup(images, labels)
         with nullcontext() if complete or not hasattr(model, "no_sync") else model.no_sync():
             with autocast(images.device, amp_dtype):
                 more = () if teacher is None else (_logits_of(teacher, images),)
                 loss = criterion(model(images), labels, *more)
-            (loss if scaler is None else scaler.scale(loss)).div(group).backward()
+            (loss if scaler is None else scaler.scale(loss)).div(size).backward()
+        group.append((i, images, labels, loss.detach()))
         if complete:
             scheduler.step_update(step)
-            report.add_norm(_optimizer_step(model, optimizer, scaler, clip_grad))
-            step += 1
-            if on_step is not None:
-                on_step(step)
-        report.update(loss.detach(), len(images), step)
-    return report.close() | {"step": step}
+            norm = _gradient_norm(model, optimizer, scaler, clip_grad)
+            good = watch.allows(step, group, norm, overflow_is_usual=scaler is not None)
+            _optimizer_step(optimizer, scaler, good)
+            progress.add(group, norm, good)
+            step, group = step + 1, []
+            if good and on_step is not None:
+                on_step(step, progress)
+    return {"sums": progress.sums()} | progress.close() | {"step": step, "skipped": watch.skipped}
 
 
 @torch.no_grad()
@@ -77,35 +102,118 @@ def _logits_of(teacher, images):
     return teacher(images)
 
 
-def _optimizer_step(model, optimizer, scaler, clip_grad) -> torch.Tensor:
-    """Returns the norm of the gradient before clipping, on its device."""
+def _gradient_norm(model, optimizer, scaler, clip_grad) -> torch.Tensor:
+    """The norm of the gradient before it was clipped, on its device."""
     if scaler is not None:
         scaler.unscale_(optimizer)
     if clip_grad:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _optimizer_step(optimizer, scaler, good):
+    """Take the step if it is `good`; in any case forget the gradient."""
+    if scaler is not None:
+        if good:
+            scaler.step(optimizer)
         scaler.update()
+    elif good:
+        optimizer.step()
     optimizer.zero_grad()
-    return norm
+
+
+class _Watch:
+    """Looks whether loss and gradient of each step are finite, without waiting for a GPU, whose answer comes later.
+
+    With `skip_bad` it waits: a step to be left out must be known before it is taken.
+    """
+
+    def __init__(self, title, optimizer, skip_bad, skipped=0):
+        self.title, self.optimizer, self.skip_bad = title, optimizer, skip_bad
+        self.skipped, self.waiting = skipped, deque()
+
+    def allows(self, step, group, norm, overflow_is_usual) -> bool:
+        """Whether to take the step. `overflow_is_usual`: of gradients, in float16; its scaler leaves such steps out."""
+        losses = torch.stack([loss for *_, loss in group])
+        bad = ~losses.isfinite().all()
+        if not overflow_is_usual:
+            bad = bad | ~norm.isfinite()
+        about = (step, group, norm, self.optimizer.param_groups[0]["lr"])
+        if self.skip_bad:  # all processes leave out the same steps
+            bad = sum_over_ranks(bad.float()).bool().item()
+            if bad and self.skipped < self.skip_bad:
+                self.skipped += 1
+                say(f"{self.title}: {self._words(*about)}; skipped, {self.skipped} of {self.skip_bad}")
+            elif bad:
+                raise self._error(*about)
+            return not bad
+        answered = None
+        if bad.is_cuda:
+            bad, answered = bad.to("cpu", non_blocking=True), torch.cuda.Event()
+            answered.record()
+        self.waiting.append((bad, answered, about))
+        self._look(LAG)
+        return True
+
+    def _look(self, lag):
+        """At the answers that are there, waiting for all but the last `lag` of them."""
+        while self.waiting:
+            bad, answered, about = self.waiting[0]
+            if answered is not None and len(self.waiting) <= lag and not answered.query():
+                return
+            if answered is not None:
+                answered.synchronize()
+            self.waiting.popleft()
+            if bad:
+                raise self._error(*about)
+
+    def finish(self):
+        self._look(0)
+
+    def _words(self, step, group, norm, lr) -> str:
+        i, *_, loss = _worst(group)
+        return f"the loss is {float(loss):.4g} in batch {i} (step {step}), norm of the gradient {float(norm):.3g}, " + (
+            f"learning rate {lr:.3g}"
+        )
+
+    def _error(self, step, group, norm, lr) -> NotFinite:
+        i, images, labels, loss = _worst(group)
+        batch = {
+            "images": images.cpu(), "labels": labels.cpu(), "loss": float(loss), "grad_norm": float(norm), "batch": i,
+            "step": step, "lr": lr,
+        }  # fmt: skip
+        return NotFinite(self._words(step, group, norm, lr), batch)
+
+
+def _worst(group):
+    """The batch of a step whose loss is not finite, else the last one."""
+    return next((entry for entry in group if not entry[3].isfinite()), group[-1])
 
 
 class _Progress:
     """Sums loss and gradient norms on the device; reads them, which waits for the device, only to show them: twice a
     second on a terminal, in a line each half minute elsewhere."""
 
-    def __init__(self, title, batches, optimizer):
+    def __init__(self, title, batches, optimizer, watch, done=0, sums=None):
         terminal = sys.stderr.isatty()
-        self.title, self.batches, self.optimizer = title, batches, optimizer
+        self.title, self.batches, self.optimizer, self.watch, self.done = title, batches, optimizer, watch, done
         self.interval = 0.5 if terminal else 30.0
-        self.bar = tqdm(total=batches, desc=title, unit="batch", leave=False, disable=not (terminal and is_main()))
-        self.start = self.shown = time.monotonic()
-        self.done = self.images = self.step = 0
-        self.loss_sum = self.norm_sum = self.norms = self.waited = 0.0
+        disable = not (terminal and is_main())
+        self.bar = tqdm(total=batches, initial=done, desc=title, unit="batch", leave=False, disable=disable)
+        before = sums or dict.fromkeys(("loss", "images", "norm", "norms", "waited", "seconds"), 0.0)
+        self.loss_sum, self.images, self.norm_sum = before["loss"], before["images"], before["norm"]
+        self.norms, self.waited = before["norms"], before["waited"]
+        self.shown = time.monotonic()
+        self.start = self.shown - before["seconds"]
+
+    def sums(self) -> dict:
+        """What a new one needs to go on from here. Waits for the device; raises NotFinite if a step was not."""
+        self.watch.finish()
+        return {
+            "loss": float(self.loss_sum), "images": self.images, "norm": float(self.norm_sum),
+            "norms": float(self.norms), "waited": self.waited, "seconds": time.monotonic() - self.start,
+            "skipped": self.watch.skipped,
+        }  # fmt: skip
 
     def timed(self, batches):
         """The batches, and the time spent waiting for them."""
@@ -118,32 +226,24 @@ class _Progress:
                 return
             yield batch
 
-    def add_norm(self, norm):
+    def add(self, group, norm, good):
+        """The batches of one step. Losses of a step that was left out do not count."""
         finite = norm.isfinite()  # with float16, a step whose gradient is not is left out by the scaler
         self.norm_sum = self.norm_sum + torch.where(finite, norm, 0.0)
         self.norms = self.norms + finite
-
-    def update(self, loss, images, step):
-        self.loss_sum = self.loss_sum + loss * images
-        self.images, self.done, self.step = self.images + images, self.done + 1, step
-        self.bar.update()
+        for _, images, _, loss in group if good else ():
+            self.loss_sum = self.loss_sum + loss * len(images)
+            self.images += len(images)
+        self.done += len(group)
+        self.bar.update(len(group))
         if time.monotonic() - self.shown >= self.interval:
-            loss, rate = self._loss(), world_size() * self.images / (time.monotonic() - self.start)
+            rate = world_size() * self.images / (time.monotonic() - self.start)
             lr = self.optimizer.param_groups[0]["lr"]
-            line = f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
+            line = f"loss {float(self.loss_sum) / max(self.images, 1):.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
             self.bar.set_postfix_str(line)
             if self.bar.disable:
                 say(f"{self.title}: batch {self.done}/{self.batches}, {line}")
             self.shown = time.monotonic()
-
-    def _loss(self) -> float:
-        return self._checked(float(self.loss_sum) / max(self.images, 1))
-
-    def _checked(self, loss) -> float:
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            lr = self.optimizer.param_groups[0]["lr"]
-            raise RunFailed(f"the loss is {loss} in step {self.step} or before, at learning rate {lr:.3g}")
-        return loss
 
     def close(self) -> dict:
         self.bar.close()
@@ -152,15 +252,15 @@ class _Progress:
         loss_sum, images = sum_over_ranks(torch.stack(list(sums))).tolist()
         seconds = time.monotonic() - self.start
         return {
-            "loss": self._checked(loss_sum / max(images, 1)), "images": int(images), "seconds": seconds,
+            "loss": loss_sum / max(images, 1), "images": int(images), "seconds": seconds,
             "grad_norm": float(self.norm_sum) / max(float(self.norms), 1),
             "data_wait": self.waited / max(seconds, 1e-9),
         }  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(model, batches, keep_predictions=False) -> dict:
-    """Score a model in full precision, every image once, over all processes.
+def evaluate(model, batches, keep_predictions=False, on_batch=None) -> dict:
+    """Score a model in full precision, every image once, over all processes. `on_batch()` is called after each batch.
 
     Returns:
         `loss` (mean cross-entropy), `top1` and `top5` in per cent, `images`; with `keep_predictions` also
@@ -179,6 +279,8 @@ def evaluate(model, batches, keep_predictions=False) -> dict:
             counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()])
             if keep_predictions:
                 predictions.append(ranked[:, 0])
+            if on_batch is not None:
+                on_batch()
     model.train(was_training)
     top1, top5, images = sum_over_ranks(counts).tolist()
     loss = sum_over_ranks(loss).item() / images

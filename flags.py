@@ -1,7 +1,6 @@
 """Flags that the training scripts share, and what they describe: the model, the machine, the folder of a run."""
 
 from argparse import SUPPRESS
-from pathlib import Path
 
 import timm
 import torch
@@ -53,6 +52,15 @@ def add_training_flags(group):
     group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
     group.add_argument("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
     group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
+    group.add_argument(
+        "--skip_bad_steps", type=number(int, 0), default=0, metavar="N",
+        help="leave out so many steps whose loss or gradient is not finite, before one ends the run",
+    )  # fmt: skip
+    group.add_argument(
+        "--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too, not only after "
+        "each epoch",
+    )  # fmt: skip
+    group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
     group.add_argument(
         "--viz_every", type=number(int, 1), metavar="N", help="draw what tokens attend to in held-out images, each N "
@@ -212,19 +220,6 @@ def describe(model) -> str:
     )
     dist = "" if model.dist_pos is None else f", distillation token at block {model.dist_pos}"
     return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
-
-
-def check_folder(args):
-    """Refuse a folder that holds another run, and a checkpoint to resume from that is not there."""
-    unfinished = Path(args.output_dir) / "checkpoint.pth"
-    if not (args.overwrite or args.resume) and unfinished.exists():
-        raise BadInput(
-            f"{unfinished} is there, of another run: --resume goes on with it, --overwrite trains anew; "
-            "or give another --output_dir"
-        )
-    if args.resume and not Path(args.resume).is_file():
-        raise BadInput(f"--resume: there is no {args.resume}; leave out --resume to begin")
-    utils.writable_folder(args.output_dir)
 
 
 def say_what(model, data):

@@ -21,6 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import flags
+import run_folder
 import training_maps
 import utils
 from cifar_test import load_model, score
@@ -57,6 +58,7 @@ RECIPES = {
         eval_crop_ratio=0.875,
     ),
 }  # fmt: skip
+BEST = "best_checkpoint.pth"
 COMMAND = "torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distributed"
 
 
@@ -71,7 +73,7 @@ def get_parser():
     group.add_argument("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
     group.add_argument("--overwrite", action="store_true", help="train anew though a run is there")
     group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="go on from checkpoint.pth in --output_dir, or from FILE"
+        "--resume", nargs="?", const="", metavar="FILE", help="go on from the newest whole checkpoint, or from FILE"
     )
     group.add_argument(
         "--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir"
@@ -197,8 +199,8 @@ def resolve(args, given):
         raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
     if args.num_workers is None:
         args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if args.resume == "":
-        args.resume = str(Path(args.output_dir) / "checkpoint.pth")
+    if args.resume == "" and args.eval:
+        args.resume = str(Path(args.output_dir) / run_folder.NEWEST)
 
 
 def input_size(args) -> tuple[int, int]:
@@ -223,7 +225,7 @@ def make_model(args, num_classes):
     """The model of the flags, with the weights of --finetune, on the CPU."""
     utils.seed_everything(args.seed)
     model = flags.build_model(args, num_classes)
-    new = flags.load_finetune(model, args.finetune) if args.finetune else []
+    new = flags.load_finetune(model, args.finetune) if args.finetune else []  # also to go on: see --attn_only
     if args.attn_only:
         trained = ("head", "pos_embed", *new)
         for name, parameter in model.named_parameters():
@@ -303,7 +305,12 @@ def _teacher_model(args, data):
 
 def train(args, device):
     """Train, and leave the best weights in best_checkpoint.pth."""
-    flags.check_folder(args)
+    with run_folder.held(args.output_dir):
+        run_folder.choose(args, Path(args.output_dir) / BEST)
+        _train(args, device)
+
+
+def _train(args, device):
     data = read_data(args)
     teacher = make_teacher(args, data, device)
     model = make_model(args, len(data.classes))
@@ -335,7 +342,7 @@ def train(args, device):
         criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     run_epochs(
         model, batches, val_batches, criterion, optimizer, scheduler, description, args, device,
-        best_path=Path(args.output_dir) / "best_checkpoint.pth", mixup=mixup, teacher=teacher,
+        best_path=Path(args.output_dir) / BEST, mixup=mixup, teacher=teacher,
     )  # fmt: skip
 
 
@@ -363,7 +370,7 @@ def evaluate_only(args, device):
         model = make_model(args, len(data.classes))
         _print_scores(model, {"data": data.description()}, args, device, args.data_path)
     else:
-        test(args.resume or Path(args.output_dir) / "best_checkpoint.pth", args, device, args.data_path)
+        test(args.resume or Path(args.output_dir) / BEST, args, device, args.data_path)
 
 
 def throughput(args, device, rounds=5, steps=5):
@@ -410,7 +417,7 @@ def main(argv=None):
         evaluate_only(args, device)
     else:
         train(args, device)
-        test(Path(args.output_dir) / "best_checkpoint.pth", args, device)
+        test(Path(args.output_dir) / BEST, args, device)
         training_maps.write_film(args)
 
 

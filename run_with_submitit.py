@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import run_folder
 import slurm
 import utils
 from utils import number
@@ -27,7 +28,7 @@ class Task:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        resume = ["--resume"] if (self.job_dir / "checkpoint.pth").exists() else []
+        resume = ["--resume"] if run_folder.checkpoints(self.job_dir) else []
         sys.path.insert(0, str(SCRIPT.parent))
         sys.argv = [str(SCRIPT), "--distributed", *self.argv, "--output_dir", str(self.job_dir), *resume]
         try:

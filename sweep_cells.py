@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 import flags
+import run_folder
 import utils
 from cifar_test import load_model, test_model
 from cifar_train import train_from_flags
@@ -28,7 +28,8 @@ LOOKED_AT = 500  # held-out images for the shares of attention and of artefacts
 # Flags that leave a cell what it is. All others, the data and the code are its settings.
 ANYWHERE = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
-    "viz_every", "viz_images", "dry_run", "mix", "shard", "gpus", "launcher", "jobs", "cluster", "partition", "timeout",
+    "viz_every", "viz_images", "save_steps", "keep", "dry_run", "mix", "shard", "gpus", "launcher", "jobs", "cluster",
+    "partition", "timeout",
 )  # fmt: skip
 
 
@@ -72,8 +73,7 @@ def cell_args(cell: GridCell, args):
     mine, folder = copy.copy(args), folder_of(cell, args)
     mine.cls_pos, mine.reg_pos, mine.num_reg, mine.seed = cell.cls_pos, cell.reg_pos or 0, cell.num_reg, cell.seed
     mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
-    unfinished = folder / "checkpoint.pth"
-    mine.overwrite, mine.resume = True, str(unfinished) if unfinished.is_file() else None
+    mine.overwrite, mine.resume = True, "" if run_folder.checkpoints(folder) else None
     if args.equal_flops:
         first = GridCell(0, 0 if cell.num_reg else None, cell.num_reg, cell.seed)
         mine.repeats = args.repeats * flops(first, args) / flops(cell, args)
@@ -147,21 +147,17 @@ def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[
     for cell in cells:
         if finished(cell, args):
             continue
-        lock = FileLock(utils.writable_folder(folder_of(cell, args)) / "lock")
         try:
-            held = lock.acquire(timeout=0)  # the system lets it go when its process ends, however that is
-        except Timeout:
-            busy.append(cell)
-            continue
-        with held:
-            if finished(cell, args):  # by another process, since we looked
-                continue
-            try:
+            with run_folder.held(folder_of(cell, args)):
+                if finished(cell, args):  # by another process, since we looked
+                    continue
                 run_cell(cell, args, data, here, device)
                 after(cell)
-            except RunFailed as error:
-                say(f"{cell.name} failed: {error}")
-                failed.append(cell)
+        except run_folder.InUse:
+            busy.append(cell)
+        except RunFailed as error:
+            say(f"{cell.name} failed: {error}")
+            failed.append(cell)
     return busy, failed
 
 
@@ -171,7 +167,7 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
     begun = folder / "settings.json"
     if begun.is_file() and differences(read_record(begun), here):  # only with --mix: nothing to go on from
         for file in folder.iterdir():
-            if file.name != "lock":
+            if file.name not in ("lock", "running.json"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
     utils.write_atomically(begun, lambda file: file.write(json.dumps(here, indent=1).encode()))
     mine = cell_args(cell, args)
@@ -181,7 +177,8 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
     record = {**asdict(cell), **_figures(mine, best, tested), **behaviour(mine.model_path, data, device)}
     text = json.dumps(record, indent=1)
     utils.write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
-    (folder / "checkpoint.pth").unlink(missing_ok=True)  # the largest file, and nothing is left to resume
+    for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
+        file.unlink()
 
 
 def _figures(mine, best, tested) -> dict:

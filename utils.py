@@ -9,13 +9,15 @@ import os
 import pickle
 import platform
 import random
+import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,14 @@ class RunFailed(Exception):
     """A run that cannot go on. One line. Exit status 1."""
 
 
+class Stopped(Exception):
+    """A run that was asked to end by a signal, and has saved what is there. The conventional exit status."""
+
+    def __init__(self, number, message):
+        super().__init__(f"stopped by {signal.Signals(number).name}: {message}")
+        self.status = 128 + number
+
+
 def run_script(main, *args):
     """Call `main(*args)` and end the program as a script here does: one line and a status, no traceback.
 
@@ -45,8 +55,10 @@ def run_script(main, *args):
         _fail(error, 2)
     except RunFailed as error:
         _fail(error, 1)
+    except Stopped as error:
+        _fail(error, error.status, kind="")
     except KeyboardInterrupt:
-        _fail("interrupted; what was saved is whole", 130)
+        _fail("interrupted; what was saved is whole", 130, kind="")
     except Exception as error:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             if dist.is_initialized() and "onnection" in str(error):
@@ -58,10 +70,10 @@ def run_script(main, *args):
             dist.destroy_process_group()
 
 
-def _fail(message, status):
+def _fail(message, status, kind="error: "):
     line = " ".join(str(message).split())
     where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"{Path(sys.argv[0]).name}{where}: error: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}{where}: {kind}{line}", file=sys.stderr)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line, "timestamp": time.time()}))
     sys.exit(status)
@@ -192,6 +204,30 @@ def main_first():
         barrier()
 
 
+def main_decides(function):
+    """What `function()` returns or refuses in the first process, in all of them."""
+    if not dist.is_initialized():
+        return function()
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except (BadInput, RunFailed) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather(value) -> list:
+    """`value` of every process, in all of them."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_buffers(model):
     """Give all processes the buffers of the first one: batch norm's statistics are otherwise each process's own."""
     if dist.is_initialized():
@@ -274,13 +310,13 @@ def make_deterministic():
 
 
 def random_states() -> dict:
-    """The states of all global generators, as values that a checkpoint may hold."""
+    """The states of all global generators of this process, as values that a checkpoint may hold."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the process's own GPU
     }
 
 
@@ -290,8 +326,8 @@ def set_random_states(states):
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 # Files -----------------------------------------------------------------------------------------------------------
@@ -309,8 +345,11 @@ def writable_folder(path) -> Path:
     return path
 
 
-def write_atomically(path, write):
-    """`write(file)` to a temporary file, flush it to disk, rename it to `path`, which is so never half written."""
+def write_atomically(path, write, make_room=None):
+    """`write(file)` to a temporary file, flush it to disk, rename it to `path`, which is so never half written.
+
+    `make_room()` is called when the temporary file is complete. Raises RunFailed, naming `path`, if it cannot be done.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several hosts may write it
     try:
@@ -318,16 +357,42 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if make_room is not None:
+            make_room()
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error.strerror or error}; what stood there before is whole") from None
+    except RuntimeError as error:  # torch.save has this kind for a disk that is full
+        if not isinstance(error.__context__, OSError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error.__context__, "strerror", None) or "is the disk full?"
+        raise RunFailed(f"cannot write {path}: {reason}; what stood there before is whole") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint: dict):
+def _flush_folder(folder):
+    """A rename outlives a power cut only when its folder is on the disk, too. Not all systems can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_temporary(folder):
+    """What processes that were killed while they wrote have left."""
+    for file in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
+            file.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint: dict, make_room=None):
     """Write a dictionary of tensors and plain values so that a crash never leaves half a file."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    write_atomically(path, lambda file: torch.save(checkpoint, file), make_room)
 
 
 def load_checkpoint(path) -> dict:
@@ -395,23 +460,25 @@ def append_json(path, record: dict):
 
 
 def read_json_lines(path) -> list[dict]:
-    """The records of a log; a last line that a crash cut off is left out."""
+    """The records of a log; lines that are none, such as a last one that a crash cut off, are left out."""
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
-def tensorboard(folder):
-    """A writer of TensorBoard's event files. Raises BadInput where that package is not installed."""
+def tensorboard(folder, epoch):
+    """A writer of TensorBoard's event files, from `epoch` on. Raises BadInput where that package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=epoch)
 
 
 PANELS = (  # of the training curves: title, label of the axis, lines

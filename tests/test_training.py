@@ -199,7 +199,7 @@ def test_the_best_epoch_is_chosen_on_held_out_images(tmp_path, monkeypatch, caps
     planned = iter([(50.0, 1.0), (90.0, 1.0), (90.0, 0.5), (70.0, 0.1)])
     weights, sizes = [], []
 
-    def planned_evaluate(model, batches, keep_predictions=False):
+    def planned_evaluate(model, batches, keep_predictions=False, on_batch=None):
         weights.append({n: t.clone() for n, t in model.state_dict().items()})
         sizes.append(len(batches.split))
         top1, loss = next(planned)

@@ -1,0 +1,60 @@
+"""How a run ends early and loses nothing: signals are answered between two steps, by all processes at the same one.
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before a time limit) let the step end, the run save, and exit
+with the conventional status, 128 + the signal's number. A second SIGINT ends the process at once.
+"""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from utils import world_size
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # not Windows
+
+
+class StopSignals:
+    """`with StopSignals() as stop`: signals are only noted. `stop.agreed()` tells between two steps whether one came.
+
+    Processes of a job may get it at different times, or only one of them: they tell each other, by Gloo, so that no GPU
+    is waited for, and without waiting: the answer to one call is what all of them knew at the call before.
+    """
+
+    def __enter__(self):
+        self.noted, self.pending = 0, None
+        several = world_size() > 1
+        self.group = dist.new_group(backend="gloo") if several and dist.get_backend() != "gloo" else None
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if number == signal.SIGINT and self.noted == number:
+            os.write(2, b"ended at once; the last checkpoint is whole\n")
+            os._exit(128 + number)
+        self.noted = number
+
+    def agreed(self, wait=False) -> int:
+        """The signal's number, or 0: the same in every process. Each of them calls this equally often.
+
+        `wait`: for what all processes know now.
+        """
+        if world_size() == 1:
+            return self.noted
+        known = self._answer()
+        number = torch.tensor(self.noted)
+        self.pending = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True), number
+        return max(known, self._answer()) if wait else known
+
+    def _answer(self) -> int:
+        if self.pending is None:
+            return 0
+        work, number = self.pending
+        work.wait()
+        self.pending = None
+        return int(number)

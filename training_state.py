@@ -1,0 +1,101 @@
+"""All that a run has to remember, in memory and in a checkpoint: a run that goes on is one that never stopped."""
+
+from pathlib import Path
+
+import run_folder
+import utils
+from utils import BadInput, say
+
+
+class TrainingState:
+    """Counts, the best so far, and the parts that training changes.
+
+    `epoch` whole epochs are done, `step` steps, `batch` batches of the epoch after those, whose progress so far is
+    `sums` (see `engine.train_one_epoch`), and `skipped` steps of earlier epochs were left out. `metrics` are the last
+    epoch's, `best` those of the saved weights.
+    """
+
+    def __init__(self, model, optimizer, scaler, ema, description, args):
+        self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
+        self.description, self.args = description, args
+        self.epoch = self.step = self.batch = self.skipped = 0
+        self.sums = self.metrics = self.best = None
+        self.kept = "nothing was saved"  # in words
+
+    def about(self) -> dict:
+        """What every checkpoint says, beside the weights."""
+        return {
+            "model_args": self.model.model_args, "data": self.description, "args": utils.plain_args(self.args),
+            "epoch": self.epoch, "metrics": self.metrics,
+        }  # fmt: skip
+
+    def checkpoint(self) -> dict:
+        """To go on from. All processes have a part in it; it is the same in all of them."""
+        return {
+            "model": self.model.state_dict(), **self.about(), "best": self.best, "step": self.step,
+            "batch": self.batch, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "processes": utils.gather({"random": utils.random_states(), "sums": self.sums}),
+        }  # fmt: skip
+
+    def save(self):
+        """Write the newest checkpoint of the run's folder."""
+        checkpoint = self.checkpoint()
+        if utils.is_main():
+            run_folder.save(self.args.output_dir, checkpoint, self.args.keep)
+        self.kept = self._words(Path(self.args.output_dir) / run_folder.NEWEST)
+
+    def _words(self, path) -> str:
+        return f"{path} holds the weights of epoch {self.epoch}{f', and {self.batch} batches' * bool(self.batch)}"
+
+    def restore(self, path):
+        """Put everything back as it was when the checkpoint was written.
+
+        Raises BadInput for one that is no such thing, damaged, or of another model, other data or another run.
+        """
+        saved = utils.load_checkpoint(path)
+        if "optimizer" not in saved or "model_args" not in saved:
+            raise BadInput(f"{path} cannot be resumed from: it has no optimizer state; give the run's checkpoint.pth")
+        if "processes" not in saved:
+            raise BadInput(f"{path} cannot be resumed from: an earlier revision of this project wrote it")
+        try:
+            self._check(path, saved)
+            self._restore(saved)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
+        self.kept = self._words(path)
+        if self.epoch >= self.args.epochs:
+            say(f"{path} has all {self.epoch} epochs; --epochs with a larger number goes on")
+        else:
+            say(f"going on after epoch {self.epoch}{f' and {self.batch} batches' * bool(self.batch)} of {path}")
+
+    def _check(self, path, saved):
+        for what, there, here in (
+            ("model", saved["model_args"], self.model.model_args),
+            ("data", saved["data"], self.description),
+            ("--ema", {"ema": bool(saved["ema"])}, {"ema": bool(self.ema)}),
+        ):
+            other = [f"{k} is {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
+            if other:
+                raise BadInput(f"--resume: the {what} of {path} differs: {'; '.join(other)}; give the same flags")
+        run_folder.check_same_run(path, saved, self.args)
+        if saved["batch"] and len(saved["processes"]) != utils.world_size():
+            raise BadInput(
+                f"{path} is in the middle of an epoch of {len(saved['processes'])} processes, here are "
+                f"{utils.world_size()}; start as many, or give a checkpoint from the end of an epoch"
+            )
+
+    def _restore(self, saved):
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler is not None and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        for name in ("epoch", "step", "batch", "skipped", "metrics", "best"):
+            setattr(self, name, saved[name])
+        if len(saved["processes"]) == utils.world_size():
+            mine = saved["processes"][utils.rank()]
+            self.sums = mine["sums"]
+            utils.set_random_states(mine["random"])

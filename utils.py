@@ -167,7 +167,12 @@ def pick_device(name="auto") -> torch.device:
 def init_distributed(device):
     """Join the process group if torchrun started this process: NCCL on GPUs, Gloo elsewhere."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Processes that torchrun starts again may meet the same store as those before, and take the addresses of dead
+        # ones from it (torch 2.15, --max-restarts): so each start has names of its own there.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def rank() -> int:

@@ -1,9 +1,11 @@
 """Flags that the training scripts share, and what they describe: the model, the machine, the folder of a run."""
 
+import os
 from argparse import SUPPRESS
 
 import timm
 import torch
+from timm.layers import to_2tuple
 
 import utils
 from datasets import DATA_SETS, detect_data_set
@@ -27,8 +29,8 @@ def add_model_flags(parser):
     group.add_argument("--num_reg", type=number(int, 0), help="register tokens (4)", **missing)
     group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
     group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
-    group.add_argument("--embed_dim", type=number(int, 1), help="width", **missing)
-    group.add_argument("--depth", type=number(int, 1), help="blocks", **missing)
+    group.add_argument("--embed_dim", type=number(int, 1, 2**16), help="width", **missing)
+    group.add_argument("--depth", type=number(int, 1, 1000), help="blocks", **missing)
     group.add_argument("--num_heads", type=number(int, 1), help="heads", **missing)
     group.add_argument("--mlp_ratio", type=number(float, above=0), help="hidden width of the MLP / width", **missing)
     group.add_argument("--patch_size", type=utils.image_size, help="pixels, 4 or 4x8 (height x width)", **missing)
@@ -142,7 +144,7 @@ def add_machine_flags(parser):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of training")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--num_threads", type=number(int, 1), help="CPU threads (default: torch's)")
+    group.add_argument("--num_threads", type=number(int, 1, 1024), help="CPU threads (default: torch's)")
     group.add_argument("--seed", type=number(int, 0, 2**31), default=0)
     group.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
     return group
@@ -176,14 +178,28 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
     given = given_model_args(args) | {"num_classes": num_classes}
     try:
         if args.model in SIZES:
+            given = SIZES[args.model] | given
+            _check_memory(**given)
             with torch.device(device):
-                return DynamicViT(**(SIZES[args.model] | given))
+                return DynamicViT(**given)
         check_timm_model(args)
         if not args.drop_path:
             del given["drop_path_rate"]  # not every model has it
         return timm_model(args.model, **given)
     except ValueError as error:
         raise BadInput(str(error)) from None
+
+
+def _check_memory(img_size, patch_size, embed_dim, depth, mlp_ratio=4.0, num_register_tokens=4, **_):
+    """Raise BadInput for a model whose weights alone are more than the memory, where the system tells its size."""
+    (h, w), (ph, pw) = to_2tuple(img_size), to_2tuple(patch_size)
+    in_blocks = depth * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))
+    wanted = 4 * (in_blocks + embed_dim * (3 * ph * pw + h * w // (ph * pw) + num_register_tokens))
+    if hasattr(os, "sysconf") and wanted > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise BadInput(
+            f"a model of {depth} blocks, width {embed_dim}, MLP ratio {mlp_ratio:g}, {num_register_tokens} registers "
+            f"and {h} x {w} pixels in patches of {ph} x {pw} does not fit into the memory; choose a smaller one"
+        )
 
 
 def load_finetune(model, path) -> list[str]:

@@ -11,6 +11,7 @@ tests. On several GPUs: torchrun --nproc_per_node=4 cifar_main.py ...
 from pathlib import Path
 
 import flags
+import run_folder
 import training_maps
 import utils
 from cifar_test import load_model, test_model
@@ -40,6 +41,8 @@ def resolve(args):
     """Fill in the defaults that depend on other flags."""
     flags.resolve(args)
     args.output_dir = args.output_dir or str(Path(args.model_path).parent)
+    if Path(args.model_path).is_dir():
+        raise BadInput(f"--model_path {Path(args.model_path)} is a folder; give the name of a file in it")
 
 
 def check_same_model(args, data_given, everything):
@@ -67,6 +70,8 @@ def main(argv=None):
     device = flags.start(args)
     trains = not args.eval and (args.overwrite or args.resume is not None or not Path(args.model_path).is_file())
     if trains:
+        if run_folder.is_checkpoint(Path(args.model_path)):
+            raise BadInput(f"--model_path {args.model_path} is what training writes to resume from; give another name")
         train_from_flags(args, device)
     else:
         check_same_model(args, data_given, everything=not args.eval)

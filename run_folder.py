@@ -110,13 +110,13 @@ def _lives(owner) -> bool:
 
 def checkpoints(folder) -> list[Path]:
     """Those of an unfinished or finished run, the newest first."""
-    numbered = {int(m[1]): f for f in Path(folder).glob("checkpoint_*.pth") if (m := _number(f))}
-    files = [Path(folder) / NEWEST, *(numbered[n] for n in sorted(numbered))]
-    return [file for file in files if file.is_file()]
+    files = [file for file in Path(folder).glob("checkpoint*.pth") if is_checkpoint(file) and file.is_file()]
+    return sorted(files, key=lambda file: int(file.stem.partition("_")[2] or 0))
 
 
-def _number(file):
-    return re.fullmatch(r"checkpoint_(\d+)\.pth", file.name)
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file has a name that the checkpoints of a run take."""
+    return re.fullmatch(r"checkpoint(_[1-9]\d*)?\.pth", path.name) is not None
 
 
 def save(folder, checkpoint: dict, keep: int):

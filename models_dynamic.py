@@ -487,11 +487,15 @@ def _eval_mode(model: nn.Module):
 def at_size(model: DynamicViT, img_size) -> DynamicViT:
     """The same model for images of another size, in eval mode: the weights are shared, the positions resampled.
 
-    Raises ValueError for a size that the patches do not tile.
+    Raises ValueError for a size that the patches do not tile, or whose positions do not fit into the memory.
     """
-    with torch.device("meta"):
-        other = DynamicViT(**(model.model_args | {"img_size": img_size}))
-    state, _ = _resampled(model.state_dict(), model.grid_size, other.grid_size)
+    try:
+        with torch.device("meta"):
+            other = DynamicViT(**(model.model_args | {"img_size": img_size}))
+        state, _ = _resampled(model.state_dict(), model.grid_size, other.grid_size)
+    except (RuntimeError, TypeError):  # torch's, for what it cannot allocate and for what it cannot even count
+        h, w = to_2tuple(img_size)
+        raise ValueError(f"images of {h} x {w} pixels are too large") from None
     other.load_state_dict(state, assign=True)
     return other.requires_grad_(False).eval()
 

@@ -23,7 +23,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +112,14 @@ def model_sizes(model, args) -> Callable:
     if longer < 2 * max(patch):
         flag = "--input_size" if args.input_size else "--max_side"
         raise BadInput(f"{longer} pixels are less than two patches; give {flag} {2 * max(patch)} or more")
-    resized = lru_cache(maxsize=4)(partial(at_size, model))
+
+    @lru_cache(maxsize=4)
+    def resized(size):
+        try:
+            return at_size(model, size)
+        except ValueError as error:
+            raise BadInput(f"--max_side {longer}: {error}") from None
+
     return lambda *size: model if args.input_size else resized(fitting_size(*size, longer, patch))
 
 

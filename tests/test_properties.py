@@ -5,14 +5,30 @@ tests/test_properties.py takes 50 times as many.
 """
 
 import os
+import socket
+import sys
+import tempfile
+from argparse import BooleanOptionalAction
+from functools import cache
+from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import analyze_tokens
+import cifar_main
+import cifar_test
+import cifar_train
+import datasets
+import discover_objects
+import main_distillation
+import position_sweep
 import utils
-from conftest import noise, tiny
+import visualize_attention
+from conftest import STUDENT, TINY, noise, run, tiny
 from models_dynamic import load_weights, model_from_checkpoint
 from test_model import inputs_of_blocks
 
@@ -251,3 +267,190 @@ def test_a_checkpoint_is_the_model(tmp_path, args, batch):
     again = model_from_checkpoint(utils.load_checkpoint(file))
     assert again.model_args == model.model_args
     assert torch.equal(again(noise(model, batch)), model(noise(model, batch)))
+
+
+# Command lines ---------------------------------------------------------------------------------------------------
+
+SCRIPTS = (
+    cifar_main, main_distillation, position_sweep, cifar_test, visualize_attention, analyze_tokens, discover_objects,
+)  # fmt: skip
+HARMLESS = "0 1 2 3 8 64 0.1 0.5 none".split()
+HOSTILE = [
+    *"-1 -0 +2 1.5 1e999 -inf nan inf 1e9 1000000 1000000000 0x10 1_0 \u0663 None all , 1,2 9,9 3x4 0x0 8x".split(),
+    *"1000000x8 - -- --- . .. ... a/b no/such/file.pth \u00e9\U0001f600 %s {} $HOME * resnet18 cls,reg cpu:7".split(),
+    *["meta", "cuda:x", "", " ", "\t", "two words", "a\nb", "9" * 25, "x" * 200],
+]
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), max_size=6)  # no path that leads elsewhere
+
+
+def reached(*_, **__):
+    sys.exit(0)
+
+
+@cache
+def flags_of(script):
+    """The actions of the script's parser, without running the script."""
+
+    def seen(parser, *_):
+        raise LookupError(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.ArgumentParser, "parse_known_args", seen)
+        with pytest.raises(LookupError) as error:
+            script.main([])
+    return error.value.args[0]._actions
+
+
+def values(action):
+    """Some for this flag that may be right."""
+    mine = [str(choice) for choice in action.choices or ()]
+    if action.default not in (None, "==SUPPRESS=="):
+        mine += map(str, action.default if isinstance(action.default, list) else [action.default])
+    return st.sampled_from(mine or HARMLESS)
+
+
+@st.composite
+def flag(draw, script):
+    """Words: a flag in one of its spellings, and its values, right or wrong, too many or too few."""
+    action = draw(st.sampled_from(flags_of(script)))
+    name = draw(st.sampled_from(action.option_strings))
+    name = draw(st.sampled_from((name, name.replace("_", "-"))))
+    if draw(st.integers(0, 3)):
+        value, few = values(action), action.nargs if isinstance(action.nargs, int) else 1
+        if isinstance(action, BooleanOptionalAction):
+            few = 0
+    else:
+        value, few = (
+            st.sampled_from(HOSTILE) | TEXT | st.integers().map(str) | st.floats().map(str),
+            draw(st.integers(0, 3)),
+        )
+    words = [draw(value) for _ in range(few)]
+    return [f"{name}={words[0]}"] if len(words) == 1 and draw(st.booleans()) else [name, *words]
+
+
+def command_lines():
+    """(number of the script, whether it begins with flags that are right, random flags)."""
+    return st.sampled_from(SCRIPTS).flatmap(
+        lambda script: st.tuples(st.just(script), st.booleans(), st.lists(flag(script), max_size=4))
+    )
+
+
+@pytest.fixture
+def right(trained):
+    """Flags that each script can begin with."""
+    looks = ["--model_path", str(trained / "model.pth"), "--device", "cpu"]
+    return {
+        cifar_main: [*TINY, "--data_set", "DIGITS"], main_distillation: STUDENT,
+        position_sweep: [*TINY, "--data_set", "DIGITS", "--cls_pos", "0", "2"],
+    } | dict.fromkeys(SCRIPTS[3:], looks)  # fmt: skip
+
+
+@pytest.fixture
+def contained(monkeypatch):
+    """No network, no threads, no settings of torch for later tests, and the digits are read once."""
+
+    def offline(*_):
+        raise OSError("no network")
+
+    def set_num_threads(count):
+        assert 1 <= count <= 1024
+
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
+    monkeypatch.setattr(utils, "make_deterministic", lambda: None)
+    monkeypatch.setattr(datasets, "_read_digits", cache(datasets._read_digits))
+
+
+@pytest.fixture
+def cheap(monkeypatch, contained):
+    """Nothing is trained, measured or drawn: that step ends the script with status 0."""
+    for where, name in (
+        (cifar_train, "train_model"), (cifar_test, "evaluate"), (main_distillation, "run_epochs"),
+        (main_distillation, "train_one_epoch"), (main_distillation, "score"), (position_sweep, "work"),
+        (position_sweep, "submit"), (position_sweep, "on_gpus"), (analyze_tokens, "TokenStatistics"),
+        (visualize_attention, "write_viewer"),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, reached)
+    monkeypatch.setattr(position_sweep, "seconds_left", lambda *_: 0.0)
+    for script, write in ((visualize_attention, "write_pages"), (discover_objects, "write_pdf")):
+        monkeypatch.setattr(script, "draw_page", lambda *_: None)
+        monkeypatch.setattr(script, write, lambda pages, *_: reached(list(pages)))
+
+
+def ends_well(script, argv, capsys, statuses=(0, 2)):
+    """Run it in a new folder. Returns the status, and the files that are there then."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", "of another program"])
+        work = Path(root, "work")
+        work.mkdir()
+        os.chdir(work)
+        try:
+            status, _, err = run(script.main, argv, capsys)
+        finally:
+            os.chdir(here)
+        files = [str(file.relative_to(work)) for file in Path(root).rglob("*") if file.is_file()]
+    assert status in statuses, (argv, status, err)
+    if status:
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith(f"{script.__name__}.py: error: ")
+    return status, files
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_they_begin_with_is_right(script, right, cheap, capsys):
+    """So that what follows is not refused for that."""
+    assert ends_well(script, right[script], capsys) == (0, [])
+
+
+@examples(120)
+@given(command_lines())
+def test_a_random_command_line_ends_in_one_line(right, cheap, capsys, line):
+    script, begun, more = line
+    _, files = ends_well(script, [*right[script] * begun, *chain(*more)], capsys)
+    assert not files
+
+
+# What was found so, and mended; and sizes that would take the memory, which few random command lines ask for.
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (cifar_main, "--embed_dim 1000000000 --num_heads 1"),
+        (cifar_main, "--embed_dim 65536 --num_heads 1 --depth 1000"),
+        (cifar_main, "--depth 1000000000"),
+        (cifar_main, "--num_reg 1000000000"),
+        (cifar_main, "--mlp_ratio 1e300"),
+        (cifar_main, "--patch_size 1 --input_size 1000000"),
+        (cifar_main, "--num_threads 1000000000"),
+        (cifar_main, "--model_path ."),
+        (cifar_main, "--model_path="),
+        (cifar_main, "--model_path a/checkpoint.pth"),
+        (main_distillation, "--num_reg 1000000000"),
+        (position_sweep, "--num_reg 4 1000000000"),
+        (visualize_attention, "--input_size 1000000000"),
+        (visualize_attention, "--input_size 99999999999999999999999992"),
+        (discover_objects, "--max_side 1000000000"),
+    ],
+)
+def test_what_was_found(script, words, right, cheap, capsys):
+    assert ends_well(script, [*right[script], *words.split()], capsys) == (2, [])
+
+
+# What is not tried for real: other data and devices, processes, what takes seconds. (Its files stay in the new folder.)
+NOT_FOR_REAL = {*"data_set data_path device compile num_workers viz_every throughput teacher_model".split()}
+
+
+@pytest.mark.parametrize("script", [cifar_main, main_distillation])
+@examples(5)
+@given(data=st.data())
+def test_flags_that_may_be_right_train_a_step(script, right, contained, monkeypatch, capsys, data):
+    monkeypatch.setattr(utils, "plot_curves", lambda *_: None)
+    argv = [*right[script], "--max_steps", "1", "--batch_size", "8"]
+    possible = [action for action in flags_of(script) if action.dest not in NOT_FOR_REAL and action.nargs != "?"]
+    for action in data.draw(st.lists(st.sampled_from(possible), max_size=4)):
+        none = action.nargs == 0 or isinstance(action, BooleanOptionalAction)
+        argv += [data.draw(st.sampled_from(action.option_strings)), *([] if none else [data.draw(values(action))])]
+    status, files = ends_well(script, argv, capsys)
+    assert not [file for file in files if file.endswith(".tmp")]
+    assert status or "--help" in argv or "-h" in argv or len(files) >= 2

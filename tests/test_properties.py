@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import tempfile
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -210,7 +210,7 @@ def test_an_image_does_not_see_the_others_of_its_batch(args):
 
 
 @examples(40)
-@given(model_args(), st.integers(), st.sampled_from(("cls_pos", "reg_pos", "dist_pos")))
+@given(model_args(), st.integers(-2, 7) | st.integers(), st.sampled_from(("cls_pos", "reg_pos", "dist_pos")))
 def test_positions_outside_are_refused(args, position, name):
     assume(not 0 <= position < args["depth"])
     args["num_register_tokens"] = args["num_register_tokens"] or 1
@@ -275,7 +275,7 @@ SCRIPTS = (
     cifar_main, main_distillation, position_sweep, cifar_test, visualize_attention, analyze_tokens, discover_objects,
 )  # fmt: skip
 HARMLESS = "0 1 2 3 8 64 0.1 0.5 none".split()
-HOSTILE = [
+HOSTILE = [  # not yet, as utils.py has no line for them: "1" + "0" * 400 (OverflowError), "x" * 300 (OSError of a path)
     *"-1 -0 +2 1.5 1e999 -inf nan inf 1e9 1000000 1000000000 0x10 1_0 \u0663 None all , 1,2 9,9 3x4 0x0 8x".split(),
     *"1000000x8 - -- --- . .. ... a/b no/such/file.pth \u00e9\U0001f600 %s {} $HOME * resnet18 cls,reg cpu:7".split(),
     *["meta", "cuda:x", "", " ", "\t", "two words", "a\nb", "9" * 25, "x" * 200],
@@ -302,11 +302,20 @@ def flags_of(script):
 
 
 def values(action):
-    """Some for this flag that may be right."""
+    """Some that the parser takes for this flag."""
     mine = [str(choice) for choice in action.choices or ()]
     if action.default not in (None, "==SUPPRESS=="):
         mine += map(str, action.default if isinstance(action.default, list) else [action.default])
-    return st.sampled_from(mine or HARMLESS)
+    return st.sampled_from(mine or [text for text in (*HARMLESS, "1,1", "cls,reg", "0/2") if taken(action, text)])
+
+
+def taken(action, text):
+    try:
+        if action.type is not None:
+            action.type(text)
+    except (ArgumentTypeError, ValueError):
+        return False
+    return True
 
 
 @st.composite
@@ -326,13 +335,6 @@ def flag(draw, script):
         )
     words = [draw(value) for _ in range(few)]
     return [f"{name}={words[0]}"] if len(words) == 1 and draw(st.booleans()) else [name, *words]
-
-
-def command_lines():
-    """(number of the script, whether it begins with flags that are right, random flags)."""
-    return st.sampled_from(SCRIPTS).flatmap(
-        lambda script: st.tuples(st.just(script), st.booleans(), st.lists(flag(script), max_size=4))
-    )
 
 
 @pytest.fixture
@@ -404,10 +406,11 @@ def test_what_they_begin_with_is_right(script, right, cheap, capsys):
     assert ends_well(script, right[script], capsys) == (0, [])
 
 
-@examples(120)
-@given(command_lines())
-def test_a_random_command_line_ends_in_one_line(right, cheap, capsys, line):
-    script, begun, more = line
+@pytest.mark.parametrize("script", SCRIPTS)
+@examples(35)
+@given(data=st.data(), begun=st.booleans())
+def test_a_random_command_line_ends_in_one_line(script, right, cheap, capsys, begun, data):
+    more = data.draw(st.lists(flag(script), min_size=1, max_size=4))
     _, files = ends_well(script, [*right[script] * begun, *chain(*more)], capsys)
     assert not files
 

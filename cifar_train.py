@@ -103,6 +103,9 @@ def run_epochs(
     state = TrainingState(model, optimizer, scaler, ema, description, args)
     if args.resume:
         state.restore(args.resume)
+        if state.best is not None and not Path(best_path).is_file():  # gone on with in another folder, for instance
+            say(f"note: {best_path}, the best weights so far, is not there; the best of the epochs to come will be")
+            state.best = None
     wrapped = _wrapped(model, args, description)
     log = utils.main_decides(lambda: _begin_log(folder, best_path, state, device, amp_dtype))
     board = utils.tensorboard(folder, state.epoch + 1) if args.tensorboard and utils.is_main() else None
@@ -111,7 +114,7 @@ def run_epochs(
     with StopSignals() as stop:
         checks = _Checks(state, stop, val_batches)
         for epoch in range(state.epoch, args.epochs):
-            if state.step == args.max_steps:
+            if args.max_steps and state.step >= args.max_steps:
                 break
             batches.set_epoch(epoch, state.batch)
             title = f"epoch {epoch + 1}/{args.epochs}"
@@ -216,7 +219,21 @@ def _wrapped(model, args, description):
     wrapped = model
     if utils.world_size() > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        _settle(wrapped, description)
     return torch.compile(wrapped) if args.compile else wrapped
+
+
+def _settle(wrapped, description):
+    """Let DDP see one gradient, after which it arranges its buckets anew, once.
+
+    How gradients lie in buckets decides in which order three or more processes add them up, so that a run that goes on
+    would otherwise round its first step in another way than the one that never stopped.
+    """
+    device, training = next(wrapped.parameters()).device, wrapped.training
+    outputs = wrapped.eval()(torch.zeros(2, 3, *description["input_size"], device=device))
+    sum(logits.sum() for logits in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+    wrapped.zero_grad()
+    wrapped.train(training)
 
 
 def _told(error: NotFinite, title, state: TrainingState) -> RunFailed:

@@ -73,7 +73,7 @@ def train_one_epoch(
     progress = _Progress(title, len(batches), optimizer, watch, done, sums)
     group = []
     for i, (images, labels) in enumerate(progress.timed(batches), done):
-        if step == last_step:
+        if last_step is not None and step >= last_step:
             break
         size = min(accum_steps, len(batches) - i // accum_steps * accum_steps)  # the last group may be smaller
         complete = i % accum_steps == size - 1

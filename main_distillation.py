@@ -111,7 +111,9 @@ def get_parser():
         "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side that evaluation sees "
         "(default: the recipe's; 1 for CIFAR and DIGITS)",
     )  # fmt: skip
-    group.add_argument("--num_workers", type=number(int, 0), help="reading processes (default: CPU cores, at most 10)")
+    group.add_argument(
+        "--num_workers", type=number(int, 0, 1024), help="reading processes (default: CPU cores, at most 10)"
+    )
 
     group = flags.add_model_flags(parser)
     group.add_argument("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")

@@ -129,6 +129,8 @@ class DynamicViT(nn.Module):
                 f"an image of {img_size[0]} x {img_size[1]} pixels is not divisible into patches of "
                 f"{patch_size[0]} x {patch_size[1]}"
             )
+        if int(embed_dim * mlp_ratio) < 1:
+            raise ValueError(f"an MLP ratio of {mlp_ratio} leaves no hidden unit")
         if num_register_tokens < 0:
             raise ValueError(f"the number of registers must be at least 0, not {num_register_tokens}")
         self.depth, self.embed_dim, self.num_classes = depth, embed_dim, num_classes

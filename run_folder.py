@@ -163,7 +163,7 @@ def choose(args, best_path):
 
 
 def _choose(args, folder, best_path):
-    again, found = _started_again(folder), checkpoints(folder)
+    again, found = started_again(folder), checkpoints(folder)
     if args.resume == "" or (again and found):
         return str(newest_whole(folder))
     if args.resume:
@@ -179,7 +179,7 @@ def _choose(args, folder, best_path):
     return None
 
 
-def _started_again(folder) -> bool:
+def started_again(folder) -> bool:
     """Whether torchrun started this process after a failure, and the run in the folder is the one that failed."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False

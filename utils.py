@@ -59,7 +59,13 @@ def run_script(main, *args):
         _fail(error, error.status, kind="")
     except KeyboardInterrupt:
         _fail("interrupted; what was saved is whole", 130, kind="")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{str(error.filename)[:200]}: {error.strerror}; give another path, or mend that one", 2)
     except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            _fail(f"out of memory ({str(error).strip().partition(chr(10))[0]}); a smaller --batch_size takes less", 1)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             if dist.is_initialized() and "onnection" in str(error):
                 time.sleep(10)  # the cause is another process's end; torchrun now ends this one
@@ -115,16 +121,18 @@ def number(kind, low=None, high=None, above=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        except ValueError:  # and for int, more than 4300 digits
+            shown = text if len(text) < 40 else f"{text[:37]}..."
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {'a whole' if kind is int else 'a'} number") from None
         if low is not None and not value >= low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
         if above is not None and not value > above:
             raise argparse.ArgumentTypeError(f"must be more than {above}, not {text}")
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be finite, not {text}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"must be at most {high}, not {text}")
+        most = 2**62 if high is None and kind is int else high  # what arithmetic on 64 bits can still take
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text if len(text) < 40 else 'so much'}")
         return value
 
     return parse

@@ -275,10 +275,10 @@ SCRIPTS = (
     cifar_main, main_distillation, position_sweep, cifar_test, visualize_attention, analyze_tokens, discover_objects,
 )  # fmt: skip
 HARMLESS = "0 1 2 3 8 64 0.1 0.5 none".split()
-HOSTILE = [  # not yet, as utils.py has no line for them: "1" + "0" * 400 (OverflowError), "x" * 300 (OSError of a path)
+HOSTILE = [
     *"-1 -0 +2 1.5 1e999 -inf nan inf 1e9 1000000 1000000000 0x10 1_0 \u0663 None all , 1,2 9,9 3x4 0x0 8x".split(),
     *"1000000x8 - -- --- . .. ... a/b no/such/file.pth \u00e9\U0001f600 %s {} $HOME * resnet18 cls,reg cpu:7".split(),
-    *["meta", "cuda:x", "", " ", "\t", "two words", "a\nb", "9" * 25, "x" * 200],
+    *["meta", "cuda:x", "", " ", "\t", "two words", "a\nb", "9" * 25, "x" * 200, "1" + "0" * 400, "x" * 300],
 ]
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), max_size=6)  # no path that leads elsewhere
 

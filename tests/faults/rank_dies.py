@@ -1,6 +1,6 @@
 """Started by torchrun: a run of cifar_main.py, one process of which is killed once; torchrun then starts all again.
 
-    torchrun --nproc_per_node=2 --max-restarts=1 rank_dies.py RANK STEP FLAGS...      (RANK -1: none is killed)
+torchrun --nproc_per_node=2 --max-restarts=1 rank_dies.py RANK STEP FLAGS...      (RANK -1: none is killed)
 """
 
 import os

@@ -1,0 +1,245 @@
+"""What is done to runs, and what became of them. `python tests/faults/faults.py` (make faults) prints the table of
+docs/RELIABILITY.md; `tests/test_survival.py` has the same in small.
+
+A run has survived a fault if, gone on with, it ends with the weights, optimizer, averaged weights, random states, best
+model and log of the run that was never disturbed, bit for bit.
+"""
+
+import argparse
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from forked import TINY, Faults, differences, ending, light_curves, run
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    fault: str
+    injected: int
+    survived: int
+    lost: str = "nothing"
+
+
+def undisturbed(folder, argv=TINY) -> dict:
+    """`ending` of the run that nothing happens to."""
+    status, out, err = run([*argv, "--model_path", folder / "model.pth"], before=light_curves)
+    assert status == 0, out + err
+    return ending(folder)
+
+
+def go_on(folder, argv=TINY, expected=None) -> list[str]:
+    """Go on with the run in `folder` to its end, as a user would; names of what is not as `expected`."""
+    argv = [*argv, "--model_path", folder / "model.pth"]
+    begun = list(folder.glob("checkpoint*.pth"))
+    status, out, err = run([*argv, *(["--resume"] if begun else [])], before=light_curves)
+    if status:
+        return [f"status {status}: {out}{err}"]
+    left = [file.name for file in folder.iterdir() if file.suffix == ".tmp" or file.name in ("lock", "running.json")]
+    return left + differences(expected, ending(folder))
+
+
+# Kills ------------------------------------------------------------------------------------------------------------
+
+
+def soak(folder, kills, seed=0) -> Row:
+    """One run, killed so many times at random moments; each time it is started again."""
+    epochs = kills // 2 + 2
+    argv = [*TINY, "--epochs", str(epochs), "--save_steps", "1"]
+    expected = undisturbed(folder / "undisturbed", argv)
+    generator, done, lives = random.Random(seed), 0, folder / "killed"
+    lives.mkdir()
+    start = time.monotonic()
+    assert (
+        run([*argv, "--model_path", folder / "measured" / "model.pth", "--max_steps", "1"], before=light_curves)[0] == 0
+    )
+    life = time.monotonic() - start  # from the start to the first save, and a test
+    while done < kills:
+        begun = list(lives.glob("checkpoint*.pth"))
+        status, out, err = run(
+            [*argv, "--model_path", lives / "model.pth", *(["--resume"] if begun else [])], before=light_curves,
+            kill_after=generator.uniform(0, 1.3 * life),
+        )  # fmt: skip
+        if status == 0:
+            raise AssertionError(f"the run ended after {done} kills; give it more epochs")
+        assert status == 128 + signal.SIGKILL, out + err
+        done += 1
+    found = go_on(lives, argv, expected)
+    name = f"SIGKILL at random moments of one run of {epochs} epochs"
+    return Row(name, done, 0 if found else done, "; ".join(found) or "nothing")
+
+
+def at_every_write(folder, how, each=1) -> Row:
+    """A run for each thing that a run does to a file (open, write, flush, rename, remove); there it is killed, or the
+    call fails, half done."""
+    argv = [*TINY, "--epochs", "2", "--save_steps", "4"]
+    expected = undisturbed(folder / "undisturbed", argv)
+    log = folder / "actions"
+    run([*argv, "--model_path", folder / "counted" / "model.pth"], before=Faults(folder / "counted", log=log))
+    actions, injected, lost = log.read_text().splitlines(), 0, []
+    for at in range(1, len(actions) + 1, each):
+        place = folder / str(at)
+        status, out, err = run([*argv, "--model_path", place / "model.pth"], before=Faults(place, at, how))
+        injected += 1
+        if how == "kill":
+            problem = [] if status == 137 else [f"status {status}"]
+        else:  # one line that names the file, or nothing was wrong for the user (as when a temporary file stays)
+            told = status == 0 or (status in (1, 2) and len(err.splitlines()) == 1 and str(place) in err)
+            problem = [] if told else [f"status {status}: {err}"]
+        if status or how == "kill":
+            problem += go_on(place, argv, expected)
+        lost += [f"{actions[at - 1]} ({at}): {what}" for what in problem[:3]]
+        shutil.rmtree(place)
+    name = "SIGKILL" if how == "kill" else os.strerror(how)
+    return Row(f"{name} at {'each' if each == 1 else f'every {each}th'} of {len(actions)} file operations", injected,
+               injected - len({line.split(':')[0] for line in lost}), "; ".join(lost) or "nothing")  # fmt: skip
+
+
+# Signals, several processes ---------------------------------------------------------------------------------------
+
+
+def started(*argv, processes=0, script="cifar_main.py", restarts=0):
+    """A script in a process of its own, or in several by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    launcher += [f"--max-restarts={restarts}"] if processes else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def until_epoch(process, number):
+    for line in process.stdout:
+        if line.startswith(f"epoch {number}/"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def a_signal(folder, number, expected) -> Row:
+    """The signal, after the first epoch of a run in a process of its own."""
+    process = started(*TINY, "--model_path", folder / "model.pth")
+    until_epoch(process, 1)
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    seconds = time.monotonic() - start
+    lost = [] if process.returncode == 128 + number else [f"status {process.returncode}: {out}{err}"]
+    lost += [] if "--resume goes on" in err and "Traceback" not in err else [err]
+    lost += go_on(folder, TINY, expected)
+    return Row(f"{signal.Signals(number).name} (status {process.returncode} after {seconds:.1f} s)", 1, not lost,
+               "; ".join(lost) or "nothing")  # fmt: skip
+
+
+def ranks(folder, processes, *killed) -> Row:
+    """Processes of a job under torchrun --max-restarts=1, one of which is killed: (its rank, at which step)."""
+    argv, endings = [*TINY, "--batch_size", "32", "--model_path"], []
+    for rank, step in ((-1, 0), *killed):
+        place = folder / f"{processes}_{rank}"
+        process = started(
+            rank, step, *argv, place / "model.pth", processes=processes, restarts=1, script=HERE / "rank_dies.py"
+        )
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        assert ("going on after" in out) == (rank >= 0), out
+        endings.append(ending(place))
+    lost = [what for other in endings[1:] for what in differences(endings[0], other)]
+    return Row(f"SIGKILL of one of {processes} processes, torchrun --max-restarts", len(killed),
+               0 if lost else len(killed), "; ".join(lost) or "nothing")  # fmt: skip
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def damaged_newest(folder, expected, shares=range(10)) -> Row:
+    """The newest checkpoint of a killed run, cut at each tenth, or with a byte changed there."""
+    whole, lost, injected = folder / "whole", [], 0
+    log = folder / "actions"
+    run([*TINY, "--model_path", whole / "model.pth"], before=Faults(whole, log=log))
+    last = max(i for i, line in enumerate(log.read_text().splitlines(), 1) if line.startswith("replace .checkpoint"))
+    shutil.rmtree(whole)
+    run([*TINY, "--model_path", whole / "model.pth"], before=Faults(whole, last - 40))
+    content = (whole / "checkpoint.pth").read_bytes()
+    for share in shares:
+        for how in ("cut", "changed"):
+            place, at = folder / f"{how}{share}", len(content) * share // 10
+            shutil.copytree(whole, place)
+            damaged = content[:at] if how == "cut" else content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+            (place / "checkpoint.pth").write_bytes(damaged)
+            lost += [f"{how} at {share}0 %: {what}" for what in go_on(place, TINY, expected)[:3]]
+            injected += 1
+    return Row("newest checkpoint cut, or a byte of it changed, at each tenth", injected,
+               injected - len({line.split(':')[0] for line in lost}), "; ".join(lost) or "nothing")  # fmt: skip
+
+
+def a_small_disk(folder) -> Row | None:
+    """A file system of 600 KiB that fills up in the middle of the run, and gets room again. None without mounts."""
+    place = folder / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
+        return None
+    try:
+        argv = [*TINY, "--model_path", place / "model.pth"]
+        status, _, err = run(argv, before=light_curves)
+        ballast = place / "ballast"
+        full = status == 1 and "No space left on device" in err and len(err.splitlines()) == 1
+        lost = [] if full else [f"status {status}: {err}"]
+        ballast.unlink(missing_ok=True)
+        subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+        lost += go_on(place, TINY, undisturbed(folder / "undisturbed"))
+    finally:
+        subprocess.run(["umount", place], check=False)
+    return Row("a disk that fills up (tmpfs)", 1, not lost, "; ".join(lost) or "nothing")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Do to training runs what may happen to them, and tell what is lost.")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--each", type=int, default=1, help="only every so many-th file operation")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, count = Path(name), iter(range(1000))
+
+        def place():
+            made = folder / str(next(count))
+            made.mkdir()
+            return made
+
+        expected = undisturbed(place())
+        faults = [
+            lambda: soak(place(), args.kills),
+            lambda: at_every_write(place(), "kill", args.each),
+            lambda: at_every_write(place(), errno.ENOSPC, args.each),
+            lambda: at_every_write(place(), errno.EROFS, args.each),
+            lambda: at_every_write(place(), errno.EIO, args.each),
+            lambda: a_small_disk(place()),
+            lambda: damaged_newest(place(), expected),
+            *(lambda n=n: a_signal(place(), n, expected) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)),
+            lambda: ranks(place(), 2, (1, 9), (0, 14)),
+            lambda: ranks(place(), 3, (2, 9)),
+        ]  # fmt: skip
+        print("| fault | injected | survived | lost | seconds |\n|---|---|---|---|---|", flush=True)
+        failed = False
+        for fault in faults:
+            start = time.monotonic()
+            row = fault()
+            if row is not None:
+                failed |= row.survived < row.injected
+                line = f"| {row.fault} | {row.injected} | {int(row.survived)} | {row.lost} "
+                print(f"{line}| {time.monotonic() - start:.0f} |", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm import create_model
 from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
-from timm.models import get_pretrained_cfg, register_model
+from timm.models import get_pretrained_cfg, is_model, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
@@ -530,6 +530,13 @@ def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
     Raises:
         ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.
     """
+    state, report = _fitting(model, state_dict)
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _fitting(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport]:
+    """What of a file's weights goes into `model`, under its names and in its shapes. See `load_weights`."""
     own = model.state_dict()
     if isinstance(model, DynamicViT):
         state, resampled = _resampled(*_translate(state_dict, model.grid_size), model.grid_size)
@@ -554,8 +561,7 @@ def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
     if misfits:
         shown = misfits[:20] + [f"and {len(misfits) - 20} more"] * (len(misfits) > 20)
         raise ValueError("these weights do not fit the model: " + "; ".join(shown))
-    model.load_state_dict(state, strict=False)
-    return LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
+    return state, LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
 
 
 def _resampled(state, old_grid, grid) -> tuple[dict, list[str]]:
@@ -588,8 +594,8 @@ def _bare(checkpoint: dict) -> dict:
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    if not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError("this is no state dict: not all of its values are tensors")
+    if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise ValueError("this is no state dict: not all of its values are tensors, with names")
     return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
 
 
@@ -600,6 +606,7 @@ def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tu
         raise ValueError("these are no weights of a Vision Transformer: there is no patch_embed.proj.weight")
     if "reg_token" in state:
         state["register_tokens"] = state.pop("reg_token")
+    _check_shapes(state)
     if "pos_embed" not in state:
         return state, like
     if "patch_size" in checkpoint.get("model_args", ()):
@@ -618,6 +625,21 @@ def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tu
         state["register_tokens"] = state["register_tokens"] + positions[:, classes:prefix]
     state["pos_embed"] = positions[:, prefix:]
     return state, grid
+
+
+def _check_shapes(state: dict):
+    """Raise ValueError unless what the rest is read off has the dimensions of its kind."""
+    proj = state["patch_embed.proj.weight"]
+    width = proj.shape[0] if proj.dim() else None
+    wanted = {
+        "patch_embed.proj.weight": (width, None, None, None), "cls_token": (1, 1, width), "dist_token": (1, 1, width),
+        "register_tokens": (1, None, width), "pos_embed": (1, None, width), "blocks.0.mlp.fc1.weight": (None, None),
+        "head.weight": (None, None),
+    }  # fmt: skip
+    for name, sides in wanted.items():
+        found = tuple(state[name].shape) if name in state else sides
+        if len(found) != len(sides) or any(here == 0 or side not in (None, here) for here, side in zip(found, sides)):
+            raise ValueError(f"these are no weights of a Vision Transformer: {name} has the shape {found}")
 
 
 def _split_positions(length: int, prefixes, like) -> tuple[int, tuple[int, int]]:
@@ -669,19 +691,92 @@ def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg
     if "model_args" in checkpoint:
         if given:
             raise ValueError(f"the checkpoint itself says how its model is built; leave out {', '.join(given)}")
-        model_args = checkpoint["model_args"]
-        try:
-            model = timm_model(**model_args) if "timm_name" in model_args else DynamicViT(**model_args)
-        except TypeError as error:
-            raise ValueError(f"the checkpoint's model_args do not describe a model: {error}") from None
+        build = _described(checkpoint["model_args"], _depth(_bare(checkpoint)))
     elif num_heads is None:
         raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
-        model = DynamicViT(**(_args_from_shapes(checkpoint) | given))
+        build = partial(DynamicViT, **(_args_from_shapes(checkpoint) | given))
+    try:
+        with torch.device("meta"):  # names and shapes: a model that the weights are not of takes no memory
+            shapes = build()
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"there is no such model: {error}") from None
+    if "model_args" in checkpoint:
+        _check_same(_bare(checkpoint), shapes.state_dict())
+    else:
+        _fitting(shapes, checkpoint)
+    model = build()
     report = load_weights(model, checkpoint)
     if report.new:
         raise ValueError(f"the checkpoint lacks {', '.join(report.new)}")
     return model.eval()
+
+
+def _check_same(state: dict, own: dict):
+    """Raise ValueError unless names and shapes are the same: of a model's own weights nothing is resampled."""
+    other = [f"{n} is {_shape(t)}" for n, t in state.items() if n not in own or t.shape != own[n].shape]
+    other += [f"{n} is missing" for n in own if n not in state]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise ValueError(f"the weights are not those of the model in model_args: {'; '.join(other[:3])}{more}")
+
+
+def _described(args: dict, depth: int):
+    """A function that builds the model of a checkpoint's `model_args`, whose weights have `depth` blocks.
+
+    Raises ValueError unless these are those of a DynamicViT, all of them, or of one of timm's models: others of timm's
+    arguments read files or the network.
+    """
+    problem = "the checkpoint's model_args do not describe a model"
+    name = args.get("timm_name")
+    if name is None:
+        wanted, may_lack = set(_ARGUMENTS), {"dist_pos"}  # the first checkpoints had no such token
+    elif isinstance(name, str) and is_model(name) and name not in SIZES:
+        config = get_pretrained_cfg(name)
+        wanted = {"timm_name", "num_classes", "img_size", "drop_path_rate", "init_values"}
+        may_lack = wanted - {"num_classes", "img_size" if config and config.fixed_input_size else "num_classes"}
+    else:
+        raise ValueError(f"{problem}: timm has no model {name}")
+    for other in wanted ^ args.keys():
+        if other not in may_lack:
+            raise ValueError(f"{problem}: {other} is {'missing' if other in wanted else 'unknown'}")
+    for arg, value in args.items():
+        if arg != "timm_name" and not _ARGUMENTS[arg](value):
+            raise ValueError(f"{problem}: {arg} is {value!r}")
+    if args.get("depth", depth) != depth:
+        raise ValueError(f"{problem}: depth is {args['depth']}, the weights have {depth} blocks")
+    return partial(timm_model if name else DynamicViT, **args)
+
+
+def _depth(state: dict) -> int:
+    return sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state)
+
+
+def _is_whole(value, low=0) -> bool:
+    return type(value) is int and value >= low
+
+
+def _is_real(value, low=0.0, high=1.0) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_whole(side, 1) for side in value)
+
+
+def _is_block(value) -> bool:
+    return value is None or _is_whole(value)
+
+
+# What the arguments in `model_args` may be.
+_ARGUMENTS = {
+    "img_size": _is_size, "patch_size": _is_size, "in_chans": lambda value: value == 3, "num_classes": _is_whole,
+    "embed_dim": partial(_is_whole, low=1), "depth": partial(_is_whole, low=1), "num_heads": partial(_is_whole, low=1),
+    "mlp_ratio": partial(_is_real, high=1e3), "qkv_bias": lambda value: type(value) is bool,
+    "num_register_tokens": _is_whole, "cls_pos": _is_block, "reg_pos": _is_whole, "dist_pos": _is_block,
+    "drop_rate": _is_real, "attn_drop_rate": _is_real, "drop_path_rate": _is_real,
+    "init_values": lambda value: value is None or _is_real(value, -1e3, 1e3),
+}  # fmt: skip
 
 
 def _args_from_shapes(checkpoint: dict) -> dict:
@@ -691,13 +786,15 @@ def _args_from_shapes(checkpoint: dict) -> dict:
     width, channels, *patch = proj.shape
     if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
         raise ValueError("these weights lack pos_embed or blocks.0.mlp.fc1.weight: not a plain Vision Transformer")
+    if channels != 3:
+        raise ValueError(f"these weights are for images of {channels} channels, not 3")
     return dict(
         img_size=(grid[0] * patch[0], grid[1] * patch[1]),
         patch_size=tuple(patch),
         in_chans=channels,
         num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
         embed_dim=width,
-        depth=sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state),
+        depth=_depth(state),
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,

@@ -6,6 +6,8 @@
 Prints `Test accuracy: NN.NN% (top-5 NN.NN%) on N images of CIFAR10`.
 """
 
+import os
+
 import torch
 
 import utils
@@ -18,12 +20,30 @@ from utils import BadInput, say
 def load_model(path):
     """(model in eval mode, checkpoint) from a checkpoint of this project. Raises BadInput if it is none."""
     checkpoint = utils.load_checkpoint(path)
-    if not {"model", "model_args", "data"} <= checkpoint.keys():
-        raise BadInput(f"{path} was not written by this project's training: it does not say its model and data")
+    lacks = {"model", "model_args", "data", "args", "epoch"} - checkpoint.keys()
+    if lacks:
+        raise BadInput(f"{path} was not written by this project's training: it lacks {', '.join(sorted(lacks))}")
     try:
         return model_from_checkpoint(checkpoint), checkpoint
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def data_folder(checkpoint, given):
+    """The folder of a checkpoint's images: `given`, else the one that the checkpoint names. None: the usual one.
+
+    Raises BadInput where CIFAR would be downloaded to a folder that only the checkpoint names.
+    """
+    path, name = checkpoint.get("args", {}).get("data_path"), checkpoint["data"]["name"]
+    if given or path is None:
+        return given
+    if name in ("CIFAR10", "CIFAR100"):
+        import torchvision
+
+        folder = os.path.join(path, getattr(torchvision.datasets, name).base_folder)
+        if not os.path.isdir(folder):
+            raise BadInput(f"there is no {folder}, where training had the images; give --data_path")
+    return path
 
 
 def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False):
@@ -32,7 +52,7 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
     Returns:
         `evaluate`'s figures, and the true labels of all images.
     """
-    data, path = checkpoint["data"], data_path or checkpoint.get("args", {}).get("data_path")
+    data, path = checkpoint["data"], data_folder(checkpoint, data_path)
     share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
     if "crop_pct" in data:
         split, classes = find_split(data["name"], path, False)
@@ -66,10 +86,16 @@ def test_model(model_path, data_path=None, device=None, batch_size=256, per_clas
     return result
 
 
+def printable(name) -> str:
+    """A class's name as one line of text: it comes from a folder or a file, and may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
 def _print_confusion(labels, predictions, classes, per_class, confusion):
     from sklearn.metrics import confusion_matrix
 
     counts = torch.from_numpy(confusion_matrix(labels, predictions, labels=range(len(classes))))
+    classes = [printable(name) for name in classes]
     width = max(map(len, classes))
     if per_class:
         print("\nAccuracy of each class")

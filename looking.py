@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import utils
+from cifar_test import data_folder, printable
 from datasets import (
     DATA_SETS,
     check_classes,
@@ -150,7 +151,8 @@ def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
         return [Picture(name, partial(read_image, file)) for name, file in zip(_different(files), files)]
     if data["name"] is None:
         raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
-    split, classes = find_split(data["name"], args.data_path or checkpoint.get("args", {}).get("data_path"), False)
+    path = data_folder(checkpoint, args.data_path) if "data" in checkpoint else args.data_path
+    split, classes = find_split(data["name"], path, False)
     if data["classes"]:
         check_classes(classes, data["classes"], "the test images", "the model")
     data["classes"] = classes
@@ -208,4 +210,4 @@ def prediction(logits, classes) -> str:
 
 
 def class_name(k, classes) -> str:
-    return classes[k] if k < len(classes) else f"class {k}"
+    return printable(classes[k]) if k < len(classes) else f"class {k}"

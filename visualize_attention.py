@@ -251,6 +251,9 @@ def _short_names(paths) -> list[str]:
 
 def draw(args, found, blocks, pages):
     """Write the pages of all pictures."""
+    from matplotlib import rcParams
+
+    rcParams["text.parse_math"] = False  # names of classes and files are not TeX
     folder = utils.writable_folder(args.output_dir)
     shared = None
     if args.scale == "shared":

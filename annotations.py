@@ -30,6 +30,8 @@ def read_annotations(path: Path) -> list[Annotated]:
 
 
 def _read(file, parse, kind):
+    if not file.is_file():  # a pipe or a device may never end
+        raise BadInput(f"{file} is no file; give {kind}")
     try:
         return parse(file.read_text(encoding="utf-8-sig"), file.stem)
     except OSError as error:

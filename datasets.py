@@ -156,6 +156,8 @@ def check_number(i, count):
 def _read_cifar(name, path, train):
     import torchvision
 
+    if name not in DATA_SETS[:2]:
+        raise BadInput(f"there is no data set {name}; it is one of {', '.join(DATA_SETS)}")
     path = path or f"./data/{name}"
     kind = getattr(torchvision.datasets, name)
     there = (Path(path) / kind.base_folder).is_dir()
@@ -193,7 +195,7 @@ def _find_folder(name, path, train) -> tuple[Split, list[str]]:
             f"--data_set {name} needs --data_path, a folder with train/<class>/ and {FOLDERS[name][0]}/<class>/"
         )
     names = ("train",) if train else FOLDERS[name]
-    root = next((Path(path) / n for n in names if (Path(path) / n).is_dir()), None)
+    root = next((Path(path) / n for n in names if os.path.isdir(Path(path) / n)), None)
     if root is None:
         raise BadInput(f"there is no folder {' or '.join(str(Path(path) / n) for n in names)}; give --data_path")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -255,15 +257,20 @@ def read_image(path):
 
     Raises BadInput, naming the file, if Pillow cannot read it.
     """
-    from PIL import Image, ImageOps
+    from PIL import EpsImagePlugin, Image, ImageOps
 
+    if not os.path.isfile(path):  # a pipe or a device may never end
+        raise BadInput(f"there is no image {path}; give a file")
+    EpsImagePlugin.gs_binary = False  # PostScript is a program, and Pillow would have it run by Ghostscript
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits; Pillow would cut values off at 255
-                    image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+                    image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+                    if isinstance(image.info.get("transparency"), int):
+                        image.info["transparency"] = round(image.info["transparency"] / 257)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

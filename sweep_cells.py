@@ -128,10 +128,30 @@ def check_settings(args, here: dict):
             )
 
 
+# Of a result, what tables, statistics and the time that is left are made of; the last ones may be None.
+PLACE, MAY_LACK = ("cls_pos", "reg_pos"), ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself")
+FIGURES = (
+    "val_top1", "best_epoch", "test_top1", "test_top5", "test_loss", "test_images", "params", "flops", "repeats",
+    "images_per_s", "train_seconds", "artefact_share",
+)  # fmt: skip
+
+
 def read_record(file) -> dict:
+    """A settings.json or result.json. Raises BadInput for one that is damaged or lacks something."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        if not file.is_file():  # a pipe would never end
+            raise ValueError("it is no file")
+        record = json.loads(file.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no record")
+        if file.name == "result.json":
+            kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(MAY_LACK, (int, float, type(None)))
+            kinds |= dict.fromkeys(PLACE, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
+            wrong = [name for name, kind in kinds.items() if type(record.get(name, "")) not in kind]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} missing or wrong")
+        return record
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
 
 

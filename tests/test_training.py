@@ -321,7 +321,7 @@ def test_training_builds_one_model(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(DynamicViT, "__init__", counted)
     assert run(cifar_main.main, [*DIGITS, "--max_steps", "1", "--model_path", tmp_path / "m.pth"], capsys)[0] == 0
-    assert devices == ["meta", "cpu", "cpu"]  # flags, training, and the test of what was saved
+    assert devices == ["meta", "cpu", "meta", "cpu"]  # flags, training; the test of what was saved: shapes, weights
 
 
 def test_images_of_ones_own(photos, tmp_path, capsys):

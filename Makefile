@@ -1,9 +1,9 @@
 # make demo: train, test and draw on data that need no download.   make sweep: a small grid of positions on them.
-# make test: the tests.   make lint: ruff.
+# make test: the tests.   make faults: runs that are killed, starved of disk, ...   make lint: ruff.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test lint clean
+.PHONY: demo sweep test faults lint clean
 
 demo: .venv/run
 	$(BIN)/python cifar_main.py --data_set DIGITS --model_path demo/best_model.pth --overwrite \
@@ -21,6 +21,9 @@ sweep: .venv/run
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: .venv/run
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python tests/faults/faults.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

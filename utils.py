@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -25,6 +24,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+import checkpoint_checks
 
 # Errors for the user ---------------------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ def run_script(main, *args):
     except OSError as error:
         if error.filename is None:
             raise
-        _fail(f"{str(error.filename)[:200]}: {error.strerror}; give another path, or mend that one", 2)
+        _fail(f"{error.filename}: {error.strerror}; give another path, or mend that one", 2)
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             _fail(f"out of memory ({str(error).strip().partition(chr(10))[0]}); a smaller --batch_size takes less", 1)
@@ -423,13 +424,13 @@ def load_checkpoint(path) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        _check_archive(path)
+        checkpoint_checks.check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on foreign pickles; the error below says enough
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = _plain(checkpoint, path)
-    except BadInput:
-        raise
+        checkpoint = checkpoint_checks.plain(checkpoint, path.stat().st_size)
+    except checkpoint_checks.Suspicious as error:
+        raise BadInput(f"{path} {error}") from None
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise BadInput(f"{path} carries code or Python objects, which are not loaded; keep only tensors") from None
@@ -441,101 +442,10 @@ def load_checkpoint(path) -> dict:
     if not isinstance(checkpoint, dict):
         raise BadInput(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another file")
     if "model_args" in checkpoint:
-        wrong = next((name for name, right in _layout(checkpoint) if not right), None)
+        wrong = next((name for name, right in checkpoint_checks.layout(checkpoint) if not right), None)
         if wrong:
             raise BadInput(f"{path} is damaged or not of this project: {wrong} is missing or not as training writes it")
     return checkpoint
-
-
-def _check_archive(path):
-    """Refuse a zip archive whose parts are larger than itself: compressed, or several in one place."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":  # the older format of torch, which checks its sizes while it reads
-            return
-    with zipfile.ZipFile(path) as archive:
-        parts = sum(part.file_size for part in archive.infolist())
-    if parts > path.stat().st_size:
-        raise BadInput(f"{path} unpacks to {parts / 2**20:.0f} MiB, more than it has; torch.save does not compress")
-
-
-def _plain(checkpoint, path):
-    """What a file held, as dictionaries, lists and tuples that are no more than that, and whole tensors.
-
-    Without any code a file may still say that a tensor is one number 10^12 times, that a list contains itself, or that
-    the method `get` of a dictionary is 3.
-    """
-    values, size, most = 0, 0, 10 * path.stat().st_size  # some tensors may have several names
-
-    def plain(value):
-        nonlocal values, size
-        values += 1
-        if isinstance(value, torch.Tensor):
-            value = torch.Tensor.detach(value)  # without attributes
-            if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_nested:
-                raise BadInput(f"{path} holds tensors without plain values (meta, sparse or quantized); save others")
-            size += value.nbytes
-        if values > 2**20 or size > most:
-            raise BadInput(f"{path} unpacks to far more than it has bytes; give a file that torch.save wrote")
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in dict.items(value)}
-        if isinstance(value, list | tuple):
-            return (list if isinstance(value, list) else tuple)(map(plain, value))
-        return value
-
-    return plain(checkpoint)
-
-
-def _layout(checkpoint: dict):
-    """(name of a part, whether it is as `save_checkpoint` is given it) of a checkpoint that describes its model.
-
-    In an order in which each may rely on those before it. Only "model" and "model_args" have to be there.
-    """
-
-    def whole(value, low=0, high=2**40):
-        return type(value) is int and low <= value <= high
-
-    def real(value, above=-(2**40)):
-        return type(value) in (int, float) and above < value < 2**40  # not NaN
-
-    def several(value, kind, count=None):
-        return isinstance(value, list | tuple) and count in (None, len(value)) and all(map(kind, value))
-
-    def text(value):
-        return type(value) is str
-
-    def weights(value):
-        return isinstance(value, dict) and all(map(text, value)) and all(map(torch.is_tensor, value.values()))
-
-    def simple(value):
-        return value is None or type(value) is bool or text(value) or real(value) or several(value, whole, 2)
-
-    model_args = checkpoint["model_args"]
-    yield "model", weights(checkpoint.get("model"))
-    yield "model_args", isinstance(model_args, dict) and all(map(simple, model_args.values()))
-    if "data" in checkpoint:
-        data = checkpoint["data"]
-        yield "data", isinstance(data, dict)
-        yield "data.name", text(data.get("name")) and data["name"].isalnum()  # it is put into names of files
-        yield "data.classes", several(data.get("classes"), text)
-        yield "data.classes", len(data["classes"]) == model_args.get("num_classes")
-        yield "data.input_size", several(data.get("input_size"), lambda side: whole(side, 1, 2**14), 2)
-        yield "data.input_size", model_args.get("img_size", data["input_size"]) == data["input_size"]
-        yield "data.mean", several(data.get("mean"), real, 3)
-        yield "data.std", several(data.get("std"), lambda value: real(value, above=0), 3)
-        if {"crop_pct", "interpolation"} & data.keys():
-            yield "data.crop_pct", real(data.get("crop_pct"), above=0) and data["crop_pct"] <= 1
-            yield "data.interpolation", data.get("interpolation") in ("bicubic", "bilinear", "lanczos")
-    if "args" in checkpoint:
-        args = checkpoint["args"]
-        yield "args", isinstance(args, dict)
-        yield "args.epochs", whole(args.get("epochs"))
-        yield "args.data_path", args.get("data_path") is None or text(args["data_path"])
-    yield "epoch", whole(checkpoint.get("epoch", 0))
-    yield "metrics", isinstance(checkpoint.get("metrics", {}), dict)
-    if checkpoint.get("ema") is not None:
-        yield "ema", weights(checkpoint["ema"])
-        shapes = [{name: t.shape for name, t in checkpoint[part].items()} for part in ("model", "ema")]
-        yield "ema", shapes[0] == shapes[1]
 
 
 def plain_args(args) -> dict:

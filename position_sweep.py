@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 import flags
 import slurm
+import stopping
 import sweep_pages
 import sweep_results
 import utils
 from datasets import load_data
 from sweep_cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
-from utils import BadInput, RunFailed, number, say
+from utils import BadInput, RunFailed, Stopped, number, say
 
 # Without --data_set and --data_path: the model and recipe of `make demo`, with larger patches (the scans have 8 x 8
 # pixels, so these still are 2 x 2 of them) and fewer epochs.
@@ -158,7 +159,10 @@ def work(args, data, here, cells, device):
                 seconds = seconds_left(mine, args, data, device)
                 say(f"finished {cell}; {left} of {len(mine)} cells left, about {duration(seconds)}\n")
 
-        busy, failed = run_cells(mine, args, data, here, device, after)
+        try:
+            busy, failed = run_cells(mine, args, data, here, device, after)
+        except Stopped as stopped:
+            raise Stopped(stopped.number, "what was trained is saved; the same command goes on") from None
     write_results(args, data)
     if busy:
         say(f"{len(busy)} cells are being trained by other processes: {', '.join(c.name for c in busy)}")
@@ -185,22 +189,24 @@ def on_gpus(args, argv, data, cells):
     logs = utils.writable_folder(Path(args.output_dir) / "workers")
     workers = []
     try:
-        for gpu in range(args.gpus):
-            log = logs / f"gpu{gpu}.log"
-            with open(log, "w") as file:
-                environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
-                begun = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
-            workers.append((begun, log))
-        say(f"{args.gpus} processes; what they print goes to {logs}")
-        with tqdm(total=len(cells), unit="cell", disable=None) as bar:
-            while any(worker.poll() is None for worker, _ in workers):
-                bar.n = sum(finished(cell, args) for cell in cells)
-                bar.refresh()
-                time.sleep(1)
+        with stopping.signals_raise("what was trained is saved; the same command goes on"):
+            for gpu in range(args.gpus):
+                log = logs / f"gpu{gpu}.log"
+                with open(log, "w") as file:
+                    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                    begun = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
+                workers.append((begun, log))
+            say(f"{args.gpus} processes; what they print goes to {logs}")
+            with tqdm(total=len(cells), unit="cell", disable=None) as bar:
+                while any(worker.poll() is None for worker, _ in workers):
+                    bar.n = sum(finished(cell, args) for cell in cells)
+                    bar.refresh()
+                    time.sleep(1)
     finally:
         for worker, _ in workers:
-            if worker.poll() is None:
-                worker.terminate()
+            worker.terminate()
+        for worker, _ in workers:
+            worker.wait()  # until its step is saved
     write_results(args, data)
     bad = [str(log) for worker, log in workers if worker.returncode]
     if bad:

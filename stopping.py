@@ -6,11 +6,12 @@ with the conventional status, 128 + the signal's number. A second SIGINT ends th
 
 import os
 import signal
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from utils import world_size
+from utils import Stopped, world_size
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # not Windows
 
@@ -58,3 +59,18 @@ class StopSignals:
         work.wait()
         self.pending = None
         return int(number)
+
+
+@contextmanager
+def signals_raise(message):
+    """A signal is a `Stopped` with this message at once: for a process that only waits for others."""
+
+    def stop(number, _):
+        raise Stopped(number, message)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -43,7 +43,7 @@ class Stopped(Exception):
 
     def __init__(self, number, message):
         super().__init__(f"stopped by {signal.Signals(number).name}: {message}")
-        self.status = 128 + number
+        self.number, self.status = number, 128 + number
 
 
 def run_script(main, *args):
@@ -79,7 +79,8 @@ def run_script(main, *args):
 
 
 def _fail(message, status, kind="error: "):
-    line = " ".join(str(message).split())
+    words = " ".join(str(message).split())  # and no commands for a terminal, which a file may have put there
+    line = "".join(letter if letter.isprintable() else "?" for letter in words)
     where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"{Path(sys.argv[0]).name}{where}: {kind}{line}", file=sys.stderr)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:

@@ -11,14 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
-
-from forked import TINY, differences, light_curves
 
 import cifar_main
 import cifar_train
@@ -29,6 +24,7 @@ import run_folder
 import utils
 from conftest import ROOT, STUDENT, noise, run, tiny
 from engine import NotFinite, train_one_epoch
+from forked import TINY, differences, light_curves
 
 DIGITS = [*TINY, "--epochs", "2"]
 

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from scipy import stats
 
 import cifar_main
+import forked
 import position_sweep
 import sweep_cells
 import sweep_results
@@ -212,6 +216,31 @@ def test_a_process_for_each_gpu(tmp_path, capsys, monkeypatch):
     assert len(results(tmp_path)) == 2
     said = "".join(file.read_text() for file in sorted((tmp_path / "workers").glob("gpu?.log")))
     assert said.count("Test accuracy") == 2
+
+
+def test_workers_of_a_sweep_that_is_stopped_save_and_end(tmp_path):
+    """SIGTERM to the process that only waits; the workers would train for minutes."""
+
+    def two_gpus():
+        torch.cuda.device_count = lambda: 2
+
+    argv = [*RECIPE, *"--epochs 3000 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0 --gpus 2 --output_dir".split()]
+
+    def main(_):
+        two_gpus()
+        threading.Thread(target=stop_when_both_train, args=(os.getpid(),), daemon=True).start()
+        position_sweep.main([*argv, str(tmp_path)])
+
+    def stop_when_both_train(process):
+        while len(list(tmp_path.glob("cells/*/checkpoint.pth"))) < 2:
+            time.sleep(0.1)
+        os.kill(process, signal.SIGTERM)
+
+    status, out, err = forked.run([], main)
+    assert status == 143 and "the same command goes on" in err, out + err
+    for log in sorted(tmp_path.glob("workers/*.log")):
+        assert "stopped by SIGTERM: what was trained is saved; the same command goes on" in log.read_text()
+    assert not list(tmp_path.glob("cells/*/running.json"))
 
 
 def test_surgery_and_equal_flops(tmp_path, trained, capsys):

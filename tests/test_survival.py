@@ -59,7 +59,7 @@ def test_killed_at_random_moments(tmp_path):
     whole(faults.soak(tmp_path, 4, seed=1))
 
 
-@pytest.mark.parametrize(("how", "each"), [("kill", 24), (errno.ENOSPC, 41), (errno.EROFS, 59)])
+@pytest.mark.parametrize(("how", "each"), [("kill", 31), (errno.ENOSPC, 61), (errno.EROFS, 71)])
 def test_killed_or_refused_while_writing(tmp_path, how, each):
     whole(faults.at_every_write(tmp_path, how, each))
 

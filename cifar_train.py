@@ -108,8 +108,7 @@ def run_epochs(
             state.best = None
     wrapped = _wrapped(model, args, description)
     log = utils.main_decides(lambda: _begin_log(folder, best_path, state, device, amp_dtype))
-    board = utils.tensorboard(folder, state.epoch + 1) if args.tensorboard and utils.is_main() else None
-    curves = _Curves(log, folder)
+    record = _Record(log, args.tensorboard, state.epoch)
     maps.begin(shown, state.epoch, state.step)
     with StopSignals() as stop:
         checks = _Checks(state, stop, val_batches)
@@ -139,33 +138,37 @@ def run_epochs(
                     utils.save_checkpoint(best_path, {"model": shown.state_dict(), **state.about()})
             state.save()
             if utils.is_main():
-                utils.append_json(log, metrics)
-                curves.draw()
-                if board is not None:
-                    for name, value in metrics.items():
-                        board.add_scalar(name, value, epoch + 1)
-                    board.flush()
+                record.add(metrics)
                 maps.after(epoch + 1, state.step)
-        if utils.is_main():
-            curves.draw(last=True)
+        record.draw()
         utils.barrier()  # nobody goes on to test before the result is written
         if number := stop.agreed(wait=True):
             raise Stopped(number, f"training is done and saved; test {best_path}")
     return state.best
 
 
-class _Curves:
-    """The training curves, drawn now and then: a page takes a second, small epochs little more."""
+class _Record:
+    """What the first process writes of each epoch: a line of the log, TensorBoard's figures, now and then the curves."""
 
-    def __init__(self, log, folder):
-        self.log, self.folder, self.drawn, self.epochs = log, folder, -math.inf, None
+    def __init__(self, log: Path, on_tensorboard, epoch):
+        self.log, self.drawn, self.epochs = log, -math.inf, None
+        self.board = utils.tensorboard(log.parent, epoch + 1) if on_tensorboard and utils.is_main() else None
 
-    def draw(self, last=False):
-        if not last and perf_counter() - self.drawn <= CURVES_EVERY:
+    def add(self, metrics):
+        utils.append_json(self.log, metrics)
+        if perf_counter() - self.drawn > CURVES_EVERY:  # a page takes a second, small epochs little more
+            self.draw()
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["epoch"])
+            self.board.flush()
+
+    def draw(self):
+        if not utils.is_main():
             return
         epochs = [record for record in utils.read_json_lines(self.log) if "epoch" in record]
         if epochs and len(epochs) != self.epochs:
-            utils.plot_curves(epochs, self.folder)
+            utils.plot_curves(epochs, self.log.parent)
             self.drawn, self.epochs = perf_counter(), len(epochs)
 
 

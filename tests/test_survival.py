@@ -25,6 +25,7 @@ import utils
 from conftest import ROOT, STUDENT, noise, run, tiny
 from engine import NotFinite, train_one_epoch
 from forked import TINY, differences, light_curves
+from training_state import TrainingState
 
 DIGITS = [*TINY, "--epochs", "2"]
 
@@ -220,6 +221,47 @@ def test_data_that_changed(photos, tmp_path, capsys):
     (data / "train" / "red" / "0.png").unlink()
     status, _, err = run(cifar_main.main, [*argv, "--resume"], capsys)
     assert status == 2 and "the data of" in err and "'train': 17" in err
+
+
+def test_a_checkpoint_with_anything_wrong_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    """Each part of one from the middle of an epoch, and the parts of those, missing or of another kind."""
+    argv = [*DIGITS, "--save_steps", "3", "--model_path", tmp_path / "a" / "m.pth"]
+
+    def stop(state):
+        save(state)
+        raise utils.RunFailed("planted")
+
+    save = TrainingState.save
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "save", stop)
+        assert run(cifar_main.main, argv, capsys)[0] == 1
+    good = utils.load_checkpoint(tmp_path / "a" / "checkpoint.pth")
+    assert good["batch"] == 3
+
+    def reached(*_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cifar_train, "_wrapped", reached)
+    argv = [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume", tmp_path / "c.pth"]
+
+    def resumed(checkpoint):
+        utils.save_checkpoint(tmp_path / "c.pth", checkpoint)
+        status, _, err = run(cifar_main.main, argv, capsys)
+        assert (status, err) == (0, "") or (status == 2 and len(err.splitlines()) == 1 and "c.pth" in err), err
+        return status
+
+    assert resumed(good) == 0
+    refused = set()
+    for value in ("x", {"a": -1}, 2**70):
+        for name in good:
+            if resumed({**good, name: value}) == 2:
+                refused.add(name)
+        for part in good["processes"][0]:
+            resumed({**good, "processes": [{**good["processes"][0], part: value}]})
+    for name in good:
+        resumed({key: part for key, part in good.items() if key != name})
+    assert refused >= good.keys() - {"scaler"}  # which is not used without float16
+    assert not (tmp_path / "b" / "log.txt").exists()
 
 
 # One run a folder -------------------------------------------------------------------------------------------------

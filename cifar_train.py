@@ -148,7 +148,7 @@ def run_epochs(
 
 
 class _Record:
-    """What the first process writes of each epoch: a line of the log, TensorBoard's figures, now and then the curves."""
+    """What the first process writes of each epoch: a line of the log, TensorBoard's figures, sometimes the curves."""
 
     def __init__(self, log: Path, on_tensorboard, epoch):
         self.log, self.drawn, self.epochs = log, -math.inf, None

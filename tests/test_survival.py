@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 
+import analyze_tokens
 import cifar_main
 import cifar_train
 import engine
@@ -22,9 +23,10 @@ import faults
 import main_distillation
 import run_folder
 import utils
+import visualize_attention
 from conftest import ROOT, STUDENT, noise, run, tiny
 from engine import NotFinite, train_one_epoch
-from forked import TINY, differences, light_curves
+from forked import TINY, Faults, differences, light_curves
 from training_state import TrainingState
 
 DIGITS = [*TINY, "--epochs", "2"]
@@ -87,6 +89,29 @@ def test_signals(tmp_path, expected, number):
     status, out, err = faults.run([*TINY, "--model_path", tmp_path / "model.pth"], before=before)
     assert status == 128 + number and "epoch 0, and 5 batches" in err and "--resume goes on" in err, out + err
     assert faults.go_on(tmp_path, TINY, expected) == []
+
+
+@pytest.mark.parametrize(
+    ("main", "more"),
+    [
+        (visualize_attention.main, ["--layer_num", "2"]), (visualize_attention.main, ["--format", "html"]),
+        (analyze_tokens.main, ["--num_images", "20"]),
+    ],
+)  # fmt: skip
+def test_what_looks_at_models_writes_whole_files_or_none(trained, tmp_path, main, more):
+    """A full disk at each third of what is written: one line with a path, nothing half written."""
+    argv, log = ["--model_path", trained / "model.pth", "--device", "cpu", *more, "--output_dir"], tmp_path / "actions"
+    assert faults.run([*argv, tmp_path / "all"], main, Faults(tmp_path / "all", log=log))[0] == 0
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "all").iterdir()}
+    count = len(log.read_text().splitlines())
+    for at in range(1, count, -(-count // 3)):
+        folder = tmp_path / str(at)
+        status, out, err = faults.run([*argv, folder], main, Faults(folder, at, errno.ENOSPC))
+        if status:
+            assert status in (1, 2) and len(err.splitlines()) == 1 and str(folder) in err, out + err
+            assert "No space left on device" in err
+        for file in folder.iterdir() if folder.exists() else ():
+            assert abs(file.stat().st_size - sizes[file.name]) < 200, file  # but for dates
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):

@@ -84,7 +84,8 @@ def layout(checkpoint: dict):
         yield "data", isinstance(data, dict)
         yield "data.name", text(data.get("name")) and data["name"].isalnum()  # it is put into names of files
         yield "data.classes", several(data.get("classes"), text)
-        yield "data.images", isinstance(data.get("images"), dict) and whole(data["images"].get("test"))
+        if "images" in data:
+            yield "data.images", isinstance(data["images"], dict) and all(map(whole, data["images"].values()))
         yield "data.classes", len(data["classes"]) == model_args.get("num_classes")
         yield "data.input_size", several(data.get("input_size"), lambda side: whole(side, 1, 2**14), 2)
         yield "data.input_size", model_args.get("img_size", data["input_size"]) == data["input_size"]

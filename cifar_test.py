@@ -62,8 +62,9 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
         split = Split(images, labels)
         batches = Loader(split.to(device), data, **share)
     check_classes(classes, data["classes"], "the test images", "the model")
-    if len(split) != data["images"]["test"]:
-        say(f"note: {len(split)} test images are here, {data['images']['test']} were there in training")
+    there = data.get("images", {}).get("test", len(split))
+    if len(split) != there:
+        say(f"note: {len(split)} test images are here, {there} were there in training")
     return evaluate(model.to(device), batches, keep_predictions), split.labels
 
 

@@ -206,7 +206,7 @@ def a_small_disk(folder) -> Row | None:
 def main():
     parser = argparse.ArgumentParser(description="Do to training runs what may happen to them, and tell what is lost.")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--each", type=int, default=1, help="only every so many-th file operation")
+    parser.add_argument("--each", type=int, default=3, help="every so many-th file operation; 1: all, for half an hour")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, count = Path(name), iter(range(1000))

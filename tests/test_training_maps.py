@@ -135,8 +135,9 @@ def test_drawing_changes_nothing(tmp_path, capsys):
         assert run(cifar_main.main, [*argv, *more, "--model_path", tmp_path / name / "m.pth"], capsys)[0] == 0
     one, other = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("without", "with"))
     assert all(torch.equal(t, other["model"][n]) for n, t in one["model"].items())
-    assert torch.equal(one["random"]["torch"], other["random"]["torch"])
-    assert [one["random"][kind] for kind in ("python", "numpy")] == [other["random"][k] for k in ("python", "numpy")]
+    states = [checkpoint["processes"][0]["random"] for checkpoint in (one, other)]
+    assert torch.equal(*(state["torch"] for state in states))
+    assert [states[0][kind] for kind in ("python", "numpy")] == [states[1][kind] for kind in ("python", "numpy")]
     logs = [utils.read_json_lines(tmp_path / name / "log.txt")[1:] for name in ("without", "with")]
     for a, b in zip(*logs, strict=True):
         for key in ("train_loss", "grad_norm", "lr", "val_loss", "val_top1", "step"):

@@ -144,7 +144,7 @@ def a_signal(folder, number, expected) -> Row:
 
 def ranks(folder, processes, *killed) -> Row:
     """Processes of a job under torchrun --max-restarts=1, one of which is killed: (its rank, at which step)."""
-    argv, endings = [*TINY, "--batch_size", "32", "--model_path"], []
+    argv, endings = [*TINY, "--batch_size", "32", "--epochs", "2", "--model_path"], []
     for rank, step in ((-1, 0), *killed):
         place = folder / f"{processes}_{rank}"
         process = started(

@@ -88,7 +88,10 @@ def at_every_write(folder, how, each=1) -> Row:
     argv = [*TINY, "--epochs", "2", "--save_steps", "4"]
     expected = undisturbed(folder / "undisturbed", argv)
     log = folder / "actions"
-    run([*argv, "--model_path", folder / "counted" / "model.pth"], before=Faults(folder / "counted", log=log))
+    status, out, err = run(
+        [*argv, "--model_path", folder / "counted" / "model.pth"], before=Faults(folder / "counted", log=log)
+    )
+    assert status == 0, out + err
     actions, injected, lost = log.read_text().splitlines(), 0, []
     for at in range(1, len(actions) + 1, each):
         place = folder / str(at)

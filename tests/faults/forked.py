@@ -108,14 +108,15 @@ class Faults:
                 return super().write(data)
 
         def open_(path, mode="r", *args, **kwargs):
-            if not isinstance(path, (str, os.PathLike)) or not set(mode) & set("wax") or not self._counts(path):
+            written = isinstance(path, (str, os.PathLike)) and set(mode) & set("wax") and self._counts(path)
+            if not written or "opener" in kwargs:  # tempfile's, of a file without a name
                 return self.open(path, mode, *args, **kwargs)
             if self.strikes("open", path):
                 self.fail(path)
             file = io.BufferedWriter(Written(path, mode.replace("b", "").replace("t", "")), 2**16)
             return file if "b" in mode else io.TextIOWrapper(file)
 
-        builtins.open = open_
+        builtins.open = io.open = open_  # pathlib calls the second one
 
     def _counted(self, name, function):
         def called(path, *args, **kwargs):

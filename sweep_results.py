@@ -91,7 +91,8 @@ def summarise(records) -> dict:
         })  # fmt: skip
     if not rows:
         return {"groups": [], "best": None, "verdict": "No cell is finished."}
-    best = max(rows, key=lambda row: (row["val_top1"]["mean"], row["val_top1"]["n"]))
+    most = max(row["val_top1"]["n"] for row in rows)  # a mean of fewer seeds would win by its luck
+    best = max((row for row in rows if row["val_top1"]["n"] == most), key=lambda row: row["val_top1"]["mean"])
     return {"groups": rows, "best": {name: best[name] for name in COLUMNS[:3]}, "verdict": verdict(best, rows)}
 
 

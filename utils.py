@@ -179,7 +179,7 @@ def init_distributed(device):
     """Join the process group if torchrun started this process: NCCL on GPUs, Gloo elsewhere."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Processes that torchrun starts again may meet the same store as those before, and take the addresses of dead
-        # ones from it (torch 2.15, --max-restarts): so each start has names of its own there.
+        # ones from it (torch 2.14, --max-restarts): so each start has names of its own there.
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -108,6 +108,11 @@ def test_the_best_cell_is_chosen_on_held_out_images():
     assert found["best"]["cls_pos"] == 4 and "60.00" in found["verdict"]
 
 
+def test_the_best_cell_is_one_of_those_with_most_seeds():
+    found = summary_of((0, [90, 91]), (2, [92, 93]), (4, [99]))
+    assert found["best"]["cls_pos"] == 2
+
+
 def test_margins():
     """Seed 1 lacks a cell, so it does not count."""
     tests = {(0, 0): 10, (0, 2): 20, (4, 0): 30, (4, 2): 60}

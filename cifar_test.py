@@ -87,16 +87,11 @@ def test_model(model_path, data_path=None, device=None, batch_size=256, per_clas
     return result
 
 
-def printable(name) -> str:
-    """A class's name as one line of text: it comes from a folder or a file, and may hold what a terminal obeys."""
-    return "".join(c if c.isprintable() else "?" for c in name)
-
-
 def _print_confusion(labels, predictions, classes, per_class, confusion):
     from sklearn.metrics import confusion_matrix
 
     counts = torch.from_numpy(confusion_matrix(labels, predictions, labels=range(len(classes))))
-    classes = [printable(name) for name in classes]
+    classes = [utils.printable(name) for name in classes]
     width = max(map(len, classes))
     if per_class:
         print("\nAccuracy of each class")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import utils
-from cifar_test import data_folder, printable
+from cifar_test import data_folder
 from datasets import (
     DATA_SETS,
     check_classes,
@@ -210,4 +210,4 @@ def prediction(logits, classes) -> str:
 
 
 def class_name(k, classes) -> str:
-    return printable(classes[k]) if k < len(classes) else f"class {k}"
+    return utils.printable(classes[k]) if k < len(classes) else f"class {k}"

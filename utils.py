@@ -78,9 +78,13 @@ def run_script(main, *args):
             dist.destroy_process_group()
 
 
+def printable(text) -> str:
+    """`text` without what a terminal obeys; it may come from a folder or a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _fail(message, status, kind="error: "):
-    words = " ".join(str(message).split())  # and no commands for a terminal, which a file may have put there
-    line = "".join(letter if letter.isprintable() else "?" for letter in words)
+    line = printable(" ".join(str(message).split()))
     where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     print(f"{Path(sys.argv[0]).name}{where}: {kind}{line}", file=sys.stderr)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:

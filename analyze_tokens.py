@@ -79,7 +79,7 @@ def analyze(args) -> dict:
         **statistics.result(),
         "readout": readouts(statistics.features, statistics.labels, model.depth) if statistics.labels else None,
         "ablation": ablation.ablate(model, batches, args.ablate) if args.ablate else None,
-        "environment": utils.environment(),
+        "environment": utils.environment(device),
     }  # fmt: skip
     write(figures, folder)
     return figures

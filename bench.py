@@ -458,7 +458,7 @@ def main(argv=None):
         show(found)
         rows += found
     if args.json:
-        record = {"rows": rows, "rounds": args.rounds, "device": str(device), **utils.environment()}
+        record = {"rows": rows, "rounds": args.rounds, "device": str(device), **utils.environment(device)}
         utils.write_atomically(args.json, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 

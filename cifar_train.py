@@ -34,8 +34,7 @@ def train_from_flags(args, device, data: ImageData | None = None) -> dict:
     with run_folder.held(args.output_dir, args.model_path):
         run_folder.choose(args, args.model_path)
         if data is None:
-            with utils.main_first():
-                data = load_data(args.data_set, args.data_path, input_size, args.val_size)
+            data = load_data(args.data_set, args.data_path, input_size, args.val_size)
         utils.seed_everything(args.seed)
         model = flags.build_model(args, len(data.classes))
         if args.finetune and not args.resume:
@@ -93,6 +92,7 @@ def run_epochs(
     Returns and raises what `train_model` does.
     """
     folder = utils.writable_folder(args.output_dir)
+    utils.reset_peak_memory(device)  # a sweep has a run after another in one process
     amp_dtype = utils.amp_dtype(args.amp, device)
     if device.type == "cpu" and amp_dtype is not None:
         set_fused_attention(model, False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
@@ -210,7 +210,7 @@ class _Checks:
 def _begin_log(folder, best_path, state, device, amp_dtype) -> Path:
     header = {
         "args": utils.plain_args(state.args), "model_args": state.model.model_args, "data": state.description,
-        "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(),
+        "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **utils.environment(device),
     }  # fmt: skip
     if state.args.resume:
         return run_folder.go_on(folder, header, state.epoch, state.metrics)

@@ -6,13 +6,16 @@ works there on many images at once, with a draw of its own for each image, so th
 An evaluated or drawn image is only resized, cropped and normalised.
 """
 
+import atexit
 import math
+import multiprocessing
 import os
 import random
-import signal
+import threading
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -22,10 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import stopping
+import utils
 from augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
-from utils import BadInput
+from utils import BadInput, RunFailed
 
 DATA_SETS = ("CIFAR10", "CIFAR100", "DIGITS", "FOLDER")
 FOLDERS = {"FOLDER": ("test", "val"), "IMNET": ("val", "test")}  # and where their test images are
@@ -40,7 +45,14 @@ class Split:
         return len(self.labels)
 
     def to(self, device):
-        return Split(self.images.to(device), self.labels.to(device))
+        """Images in memory on `device`. Raises RunFailed if they do not fit there."""
+        try:
+            return Split(self.images.to(device), self.labels.to(device))
+        except torch.OutOfMemoryError:
+            raise RunFailed(
+                f"the {len(self)} images ({self.images.nbytes / 2**30:.1f} GiB) do not fit on {device}; "
+                "choose a smaller --input_size, or main_distillation.py, which reads images while it trains"
+            ) from None
 
 
 @dataclass
@@ -160,9 +172,11 @@ def _read_cifar(name, path, train):
         raise BadInput(f"there is no data set {name}; it is one of {', '.join(DATA_SETS)}")
     path = path or f"./data/{name}"
     kind = getattr(torchvision.datasets, name)
-    there = (Path(path) / kind.base_folder).is_dir()
+    there = False
     try:
-        data = kind(path, train=train, download=not there)
+        with utils.main_first():
+            there = (Path(path) / kind.base_folder).is_dir()
+            data = kind(path, train=train, download=not there)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a cut archive is a RuntimeError
         if there:
             raise BadInput(
@@ -277,6 +291,11 @@ def read_image(path):
                 return image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise many kinds
         raise BadInput(f"cannot read the image {path} ({error}); mend or remove it") from None
+
+
+def joined(errors: list[BadInput]) -> BadInput:
+    """One error for several images."""
+    return errors[0] if len(errors) == 1 else BadInput("; ".join(map(str, errors)))
 
 
 def crop_box(width, height, size, crop_pct=1.0) -> tuple[float, float, float, float]:
@@ -526,28 +545,71 @@ def _seeded(seed, device=None):
             np.random.set_state(states[1])
 
 
-def _unmoved_by_signals(_):
-    """In a reading process: a signal to all processes of a run is for the main one, which ends the others."""
-    for number in stopping.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class _Pictures(torch.utils.data.Dataset):
-    """Item (number, seed) is an image as the transform makes it, and its label."""
+    """Item (number, seed) is an image as the transform makes it, and its label; the error for an unreadable one."""
 
     def __init__(self, split: Split, transform):
         self.split, self.transform = split, transform
+        self.closing = multiprocessing.RawValue("b", False)  # shared with the worker processes
 
     def __len__(self):
         return len(self.split)
 
     def __getitem__(self, item):
+        if self.closing.value:
+            os._exit(0)  # a worker process, whose batch nobody waits for any more
         number, seed = item
-        image, label = read_picture(self.split, number), int(self.split.labels[number])
+        try:
+            image, label = read_picture(self.split, number), int(self.split.labels[number])
+        except BadInput as error:
+            return error  # raised in a worker process, it would reach the user as a traceback in one long line
         if seed is None:
             return self.transform(image), label
         with _seeded(seed):
             return self.transform(image), label
+
+
+class _WorkerLoader(DataLoader):
+    """A DataLoader whose worker processes ignore signals and end with the main process, however that ends."""
+
+    def __iter__(self):
+        new = self.num_workers and self._iterator is None
+        if new:
+            self.dataset.closing.value = False
+        with stopping.signals_blocked():
+            batches = super().__iter__()
+        if new:  # after torch has registered its own function for the exit, so before that one is called
+            atexit.register(_close, weakref.ref(self))
+        for batch in batches:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield batch
+
+    def close(self):
+        """End the worker processes: after the image that each is at, or after 5 seconds."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            return
+        workers = iterator._workers
+        self.dataset.closing.value = True
+        late = threading.Timer(5, lambda: [worker.kill() for worker in workers])
+        late.start()
+        with suppress(RuntimeError):  # torch's, about the workers that had to be killed
+            iterator._shutdown_workers()
+        late.cancel()
+
+
+def _close(reference):
+    if (loader := reference()) is not None:
+        loader.close()
+
+
+def _collate(items):
+    """A batch, or one error that names all images that cannot be read."""
+    from timm.data.loader import fast_collate
+
+    errors = [item for item in items if isinstance(item, BadInput)]
+    return joined(errors) if errors else fast_collate(items)
 
 
 class _Draws(torch.utils.data.Sampler):
@@ -611,8 +673,8 @@ class PictureLoader:
         world_size=1, workers=0,
     ):  # fmt: skip
         from timm.data.distributed_sampler import RepeatAugSampler
-        from timm.data.loader import PrefetchLoader, fast_collate
-        from torch.utils.data import DataLoader, DistributedSampler
+        from timm.data.loader import PrefetchLoader
+        from torch.utils.data import DistributedSampler
 
         self.split, share = split, dict(num_replicas=world_size, rank=rank)
         if transform is None:
@@ -627,11 +689,10 @@ class PictureLoader:
         # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
         count = len(numbers)
         self.batch_size = min(batch_size, max(count - count % 2, 1)) if training else batch_size
-        loader = DataLoader(
+        loader = _WorkerLoader(
             _Pictures(split, transform), self.batch_size, sampler=self.draws, num_workers=workers,
-            collate_fn=fast_collate, pin_memory=device.type == "cuda", drop_last=training,
+            collate_fn=_collate, pin_memory=device.type == "cuda", drop_last=training,
             persistent_workers=workers > 0, generator=torch.Generator(),  # else it draws from the global one
-            worker_init_fn=_unmoved_by_signals,
         )  # fmt: skip
         self.batches = PrefetchLoader(loader, data["mean"], data["std"], device=device, re_prob=reprob, re_mode="pixel")
         if reprob:

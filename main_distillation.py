@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -219,8 +218,7 @@ def read_data(args):
     path = args.data_path or ("./data/imagenet" if name == "IMNET" else None)
     args.data_set, args.data_path = name, path
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
-    with utils.main_first() if name.startswith("CIFAR") else nullcontext():  # only that is downloaded
-        return load_pictures(name, path, input_size(args), args.val_size, **crop)
+    return load_pictures(name, path, input_size(args), args.val_size, **crop)
 
 
 def make_model(args, num_classes):

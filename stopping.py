@@ -1,19 +1,22 @@
 """How a run ends early and loses nothing: signals are answered between two steps, by all processes at the same one.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before a time limit) let the step end, the run save, and exit
-with the conventional status, 128 + the signal's number. A second SIGINT ends the process at once.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 (SLURM's and submitit's warning before a time limit) let the step end, the
+run save, and exit with the conventional status, 128 + the signal's number. A second SIGINT ends the process at once.
 """
 
+import multiprocessing
 import os
 import signal
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
 
 from utils import Stopped, world_size
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # not Windows
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # not all of them on Windows
 
 
 class StopSignals:
@@ -76,3 +79,21 @@ def signals_raise(message):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def signals_blocked():
+    """Signals wait until the end of this block. Processes that are started in it never get them.
+
+    So a signal to all processes of a run is for the main one, which ends the others. (Not on Windows.)
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":  # Python starts it together with the first process, and unblocks
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -103,7 +103,7 @@ def settings(args, data: ImageData) -> dict:
     if args.finetune:
         there["finetune"] = hashlib.sha256(Path(args.finetune).read_bytes()).hexdigest()
     there |= {f"data: {name}": value for name, value in data.description().items()}
-    return json.loads(json.dumps(there | {"code": utils.environment()["git"]}))
+    return json.loads(json.dumps(there | {"code": utils.git_revision()}))
 
 
 def differences(there: dict, here: dict) -> list[str]:

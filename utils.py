@@ -3,6 +3,7 @@ processes and devices, precision, random states, the JSON log, checkpoint files.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -49,7 +50,8 @@ class Stopped(Exception):
 def run_script(main, *args):
     """Call `main(*args)` and end the program as a script here does: one line and a status, no traceback.
 
-    Under torchrun the error is also written where torchrun looks for the first cause of a job's end.
+    Under torchrun the error is also written where torchrun looks for the first cause of a job's end. After an error
+    the process group is not destroyed: that would wait for peers that may be waiting for this process.
     """
     try:
         main(*args)
@@ -66,16 +68,19 @@ def run_script(main, *args):
             raise
         _fail(f"{error.filename}: {error.strerror}; give another path, or mend that one", 2)
     except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            _fail(f"out of memory ({str(error).strip().partition(chr(10))[0]}); a smaller --batch_size takes less", 1)
+            flags = " or ".join(f for f in ("--batch_size", "--input_size") if f in ArgumentParser.flags)
+            _fail(f"out of memory ({first_line})" + f"; a smaller {flags} takes less" * bool(flags), 1)
+        if first_line.startswith("DataLoader worker"):  # torch raises it wherever this process is at that moment
+            _fail(f"a worker process ended ({first_line}); a smaller --num_workers takes less memory", 1)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             if dist.is_initialized() and "onnection" in str(error):
                 time.sleep(10)  # the cause is another process's end; torchrun now ends this one
             get_error_handler().record_exception(error)
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def printable(text) -> str:
@@ -85,11 +90,30 @@ def printable(text) -> str:
 
 def _fail(message, status, kind="error: "):
     line = printable(" ".join(str(message).split()))
-    where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"{Path(sys.argv[0]).name}{where}: {kind}{line}", file=sys.stderr)
+    if _is_first_to_print(line):
+        several = status == 1 and os.environ.get("WORLD_SIZE", "1") != "1"  # others are of what all were given
+        where = f" (rank {os.environ['RANK']})" if several else ""
+        print(f"{Path(sys.argv[0]).name}{where}: {kind}{line}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line, "timestamp": time.time()}))
     sys.exit(status)
+
+
+def _is_first_to_print(line) -> bool:
+    """Whether no other process of this job on this machine has printed this line: what all refuse is printed once.
+
+    Under torchrun; a process that fails cannot ask the others.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return True
+    of_all = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent  # <job>/attempt_0/<local rank>/error.json
+    try:
+        (of_all / f"printed_{hashlib.sha256(line.encode()).hexdigest()[:16]}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -104,11 +128,14 @@ class _HelpFormatter(argparse.HelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that takes `--data-path` for `--data_path`, no abbreviations, and answers an error with one line."""
 
+    flags = frozenset()  # of the command line that was parsed last, for messages that name some of them
+
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        ArgumentParser.flags = frozenset(self._option_string_actions)
         spellings = {name.replace("-", "_"): name for name in self._option_string_actions}
         spelled = []
         for arg in args:
@@ -118,8 +145,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(spelled, namespace)
 
     def error(self, message):
-        message = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        _fail(f"{message} (see {self.prog} --help)", 2)
 
 
 def number(kind, low=None, high=None, above=None):
@@ -168,6 +194,11 @@ def pick_device(name="auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"--device {name} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.index is not None and device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(
+            f"--device {name} would put every process on one GPU; use --device cuda, and choose the GPUs with "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if not available.get(device.type):
         raise BadInput(f"--device {name}: there is no {device.type} here; use --device cpu, or auto")
     if device.type == "cuda":
@@ -186,8 +217,11 @@ def init_distributed(device):
         # ones from it (torch 2.14, --max-restarts): so each start has names of its own there.
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+            device_id=device if on_gpu else None,  # else NCCL guesses it from the rank
+        )  # fmt: skip
 
 
 def rank() -> int:
@@ -216,12 +250,17 @@ def barrier():
 
 @contextmanager
 def main_first():
-    """The first process goes ahead alone, so that only it downloads; the others follow."""
+    """The first process goes ahead alone, so that only it downloads; the others follow.
+
+    For downloads only: NCCL waits ten minutes for the first one.
+    """
     if not is_main():
         barrier()
-    yield
-    if is_main():
-        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
 
 
 def main_decides(function):
@@ -298,8 +337,16 @@ def full_precision():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def reset_peak_memory(device):
+    """`peak_memory` counts from now on, where the system can do that (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM
+
+
 def peak_memory(device) -> float:
-    """MiB: the largest amount that tensors took on a GPU so far, elsewhere the largest size of this process."""
+    """MiB: the largest amount that tensors took on a GPU since `reset_peak_memory`, elsewhere that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:  # a process that was just started by a large one has the other's size as its maximum below, not here
@@ -458,25 +505,40 @@ def plain_args(args) -> dict:
     return {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
 
 
-def environment() -> dict:
-    """Versions, git revision and hardware: what a log needs to be understood later."""
-    import timm
-    import torchvision
+def git_revision() -> str:
+    """Of this code; '-dirty' if files were changed since, 'unknown' if it is no repository."""
 
     def git(*command):
         here = Path(__file__).parent
         return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
 
     try:
-        revision = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno")) or "unknown"
     except OSError:  # no git here
-        revision = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+        return "unknown"
+
+
+def environment(device) -> dict:
+    """Versions, git revision and the hardware of `device`: what a log needs to be understood later."""
+    import timm
+    import torchvision
+
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "timm": timm.__version__, "numpy": np.__version__, "git": revision or "unknown", "hardware": device,
+        "timm": timm.__version__, "numpy": np.__version__, "git": git_revision(), "hardware": _hardware(device),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _hardware(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux; Python itself knows only the architecture there
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
 
 
 def append_json(path, record: dict):

@@ -222,12 +222,16 @@ class Shard:
         self.command = command
 
     def __call__(self, part):
-        subprocess.run([*self.command, "--shard", part], check=True)
+        self.worker = subprocess.Popen([*self.command, "--shard", part])
+        if status := self.worker.wait():
+            raise RuntimeError(f"{Path(self.command[1]).name} ended with status {status}; its message is above")
 
     def checkpoint(self, part):
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, part)
+        self.worker.terminate()
+        self.worker.wait()  # until its step is saved
+        return DelayedSubmission(Shard(self.command), part)
 
 
 def submit(args, argv):

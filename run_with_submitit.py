@@ -3,10 +3,11 @@
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --job_dir jobs/late --recipe deit3 --cls_pos 6
 
 Flags that are not listed in --help go to main_distillation.py, whose --output_dir is --job_dir. A job that SLURM stops
-at its time limit, or to make room, is submitted again and goes on from its last checkpoint.
+at its time limit, or to make room, saves in the middle of its epoch, is requeued and resumes there.
 """
 
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -34,8 +35,14 @@ class Task:
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as end:
-            if end.code:
+            if end.code in (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM):
                 raise RuntimeError(f"{SCRIPT.name} ended with status {end.code}; its message is above") from None
+            if end.code in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2):
+                # The run has answered submitit's signal and is saved. Now submitit answers it, too: the first process
+                # requeues the job and exits. The others exit without a result, and without a status that ends the job.
+                signal.raise_signal(end.code - 128)
+                sys.exit(0)
+            raise  # submitit's own, while the run was not training
 
     def checkpoint(self):
         from submitit.helpers import DelayedSubmission

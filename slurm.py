@@ -1,5 +1,6 @@
 """Jobs of submitit: on a SLURM cluster, or as processes of this machine (pip install submitit)."""
 
+import os
 from pathlib import Path
 
 import utils
@@ -18,6 +19,8 @@ def executor(folder: Path, cluster, **parameters):
         raise BadInput(f"--cluster {cluster}: {error}; try --cluster local") from None
     if cluster == "local":  # it does not look whether there are GPUs; it only sets CUDA_VISIBLE_DEVICES
         parameters.pop("gpus_per_node", None)
+    # Jobs import this project wherever they start.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     made.update_parameters(slurm_signal_delay_s=120, **parameters)
     return made
 

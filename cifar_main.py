@@ -1,11 +1,11 @@
 """Train a Vision Transformer whose class and register tokens enter at blocks of your choice, then test it.
 
     python cifar_main.py --data_path ./data/CIFAR10 --model_path ./models/best_model.pth
-    python cifar_main.py --data_set DIGITS --cls_pos 4 --reg_pos 2 --model_path ./models/late.pth   # needs no download
-    python cifar_main.py --data_path ./my_photos --input_size 64 --patch_size 8                     # train/ and test/
+    python cifar_main.py --data_set DIGITS --cls_pos 4 --reg_pos 2 --model_path ./models/late/model.pth  # no download
+    python cifar_main.py --data_path ./my_photos --input_size 64 --patch_size 8 --model_path ./models/photos/model.pth
 
-The same command again tests the model that is now there. `--overwrite` trains anew, `--resume` goes on, `--eval` only
-tests. On several GPUs: torchrun --nproc_per_node=4 cifar_main.py ...
+Each run has a folder of its own. The same command again tests the model that is now there. `--overwrite` trains anew,
+`--resume` resumes, `--eval` only tests. On several GPUs: torchrun --nproc_per_node=4 cifar_main.py ...
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Train on ImageNet or images like it, on one device or many, with DeiT's recipes and, if wanted, a teacher.
 
     torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distributed --num_reg 4 --cls_pos 6 --reg_pos 3
-    python main_distillation.py --data-set DIGITS --model dynamic_vit_cifar --input-size 32 --epochs 10   # no download
+    python main_distillation.py --data-set DIGITS --model dynamic_vit_cifar --epochs 10 --output_dir models/digits
     python main_distillation.py --eval --resume models/imagenet/best_checkpoint.pth
 
 --data-path is a folder with train/<class>/ and val/<class>/. The best epoch is chosen on images held out of train/;

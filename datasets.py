@@ -573,35 +573,33 @@ class _WorkerLoader(DataLoader):
     """A DataLoader whose worker processes ignore signals and end with the main process, however that ends."""
 
     def __iter__(self):
-        new = self.num_workers and self._iterator is None
-        if new:
+        if self.num_workers and self._iterator is None:
             self.dataset.closing.value = False
+            _with_workers.add(self)
         with stopping.signals_blocked():
             batches = super().__iter__()
-        if new:  # after torch has registered its own function for the exit, so before that one is called
-            atexit.register(_close, weakref.ref(self))
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # the last one is called first: before those of torch and multiprocessing
         for batch in batches:
             if isinstance(batch, BadInput):
                 raise batch
             yield batch
 
-    def close(self):
-        """End the worker processes: after the image that each is at, or after 5 seconds."""
-        iterator, self._iterator = self._iterator, None
-        if iterator is None:
-            return
-        workers = iterator._workers
-        self.dataset.closing.value = True
-        late = threading.Timer(5, lambda: [worker.kill() for worker in workers])
-        late.start()
+
+_with_workers = weakref.WeakSet()
+
+
+def _end_workers():
+    """End all worker processes: after the image that each is at, or after 5 seconds."""
+    iterators = [loader._iterator for loader in _with_workers if loader._iterator is not None]
+    for loader in _with_workers:
+        loader.dataset.closing.value, loader._iterator = True, None
+    late = threading.Timer(5, lambda: [worker.kill() for iterator in iterators for worker in iterator._workers])
+    late.start()
+    for iterator in iterators:
         with suppress(RuntimeError):  # torch's, about the workers that had to be killed
             iterator._shutdown_workers()
-        late.cancel()
-
-
-def _close(reference):
-    if (loader := reference()) is not None:
-        loader.close()
+    late.cancel()
 
 
 def _collate(items):

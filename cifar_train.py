@@ -35,7 +35,7 @@ def train_from_flags(args, device, data: ImageData | None = None) -> dict:
         run_folder.choose(args, args.model_path)
         if data is None:
             with utils.main_first():
-                data = load_data(args.data_set, args.data_path, input_size, args.val_size)
+                data = load_data(args.data_set, args.data_path, input_size, **flags.of_data(args))
         utils.seed_everything(args.seed)
         model = flags.build_model(args, len(data.classes))
         if args.finetune and not args.resume:

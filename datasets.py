@@ -185,7 +185,7 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     part, left_out = "train" if train else "test", Counter()
     folders = _folders(name, path, about)
     if "all" in folders:
-        parts, classes, origin = _split_classes(name, path, (about or {}).get("test_size"), left_out, max_pixels)
+        parts, classes, origin = _split_classes(path, (about or {}).get("test_size"), left_out, max_pixels)
         _check_same_files(path, classes, origin, about or {})
         split = parts[part]
     else:
@@ -272,7 +272,7 @@ def _find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, 
         return {"train": train, "test": test}, classes, {}
     left_out = Counter()
     if "all" in folders:
-        parts, classes, origin = _split_classes(name, path, test_size, left_out, max_pixels)
+        parts, classes, origin = _split_classes(path, test_size, left_out, max_pixels)
     else:
         wanted = {part: _folder_of(part, folders, name, path) for part in ("train", "test")}
         parts, classes = {}, None
@@ -317,9 +317,10 @@ def _folder_of(part, folders, name, path) -> Path:
         return folders[part]
     root = Path(path)
     names = [root / "train"] if part == "train" else [root / n for n in ("test", "val")]
+    download = "" if visible(root) or name == "IMNET" else "; --data_set CIFAR10 would be downloaded there"
     raise BadInput(
         f"there is no folder {' or '.join(map(str, names))}; give --data_path a folder with {EXPECTED[name]} "
-        f"({_listing(root)})"
+        f"({_listing(root)}{download})"
     )
 
 
@@ -360,12 +361,12 @@ def _class_folders(root, left_out, max_pixels) -> tuple[Split, list[str]]:
     return Split(np.array(files), torch.tensor(labels), max_pixels), classes
 
 
-def _split_classes(name, path, test_size, left_out, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
+def _split_classes(path, test_size, left_out, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
     """Class folders without train/: ('train' and 'test' images, classes, `ImageData.origin`)."""
     everything, classes = _class_folders(Path(path), left_out, max_pixels)
-    rest, test = _hold_out(everything, classes, test_size, TEST_SIZE, "--test_size")
-    names = b"\0".join(os.path.relpath(file, os.fsencode(path)) for file in test.images.tolist())
     size = TEST_SIZE if test_size is None else test_size
+    rest, test = _hold_out(everything, classes, size, "--test_size", of_each_class=True)
+    names = b"\0".join(os.path.relpath(file, os.fsencode(path)) for file in test.images.tolist())
     return {"train": rest, "test": test}, classes, {"test_size": size, "test_files": sha256(names).hexdigest()}
 
 
@@ -761,34 +762,37 @@ def _held_out(name, parts, classes, val_size) -> tuple[Split, Split | None]:
     if "val" in parts:
         return parts["train"], parts["val"]
     default = 5000 if name in CIFAR else 0.01 if name == "IMNET" else 0.1
-    return _hold_out(parts["train"], classes, val_size, default, "--val_size")
+    size = default if val_size is None else val_size
+    return _hold_out(parts["train"], classes, size, "--val_size", of_each_class=val_size is None)
 
 
-def _hold_out(data: Split, classes, size, default, flag) -> tuple[Split, Split | None]:
+def _hold_out(data: Split, classes, size, what, of_each_class) -> tuple[Split, Split | None]:
     """(kept, held): stratified, the same ones in every run.
 
-    `size`: a share below 1, or a number; None: `default`, and at least one image of each class.
+    Args:
+        size: a share below 1, or a number of images.
+        what: gives that size, in a message.
+        of_each_class: hold out more if that is needed for one image of each class.
     """
     from sklearn.model_selection import train_test_split
 
     if size == 0:
         return data, None
     labels, count, k = data.labels.numpy(), len(data), len(classes)
-    wanted = default if size is None else size
-    wanted = math.ceil(wanted * count) if wanted < 1 else int(wanted)
+    wanted = math.ceil(size * count) if size < 1 else int(size)
     for name, images in zip(classes, np.bincount(labels, minlength=k).tolist()):
         if images < 2:
-            nothing = ", or hold nothing out by --val_size 0" if flag == "--val_size" else ""
+            nothing = ", or hold nothing out by --val_size 0" if what == "--val_size" else ""
             raise BadInput(f"class {name} has {images} image, and one of each class is held out; add some{nothing}")
-    if size is None:
+    if of_each_class:
         wanted = min(max(wanted, k), count - k)
     if not k <= wanted <= count - k:
         raise BadInput(
-            f"{flag} {size:g} would hold out {wanted} of {count} images; of each of the {k} classes one has to be held "
+            f"{what} {size:g} would hold out {wanted} of {count} images; of each of the {k} classes one has to be held "
             f"out, and one kept: give {k} to {count - k}"
         )
     kept, held = train_test_split(range(count), test_size=wanted, stratify=labels, random_state=0)
-    for label in set(range(k)) - set(labels[held].tolist()) if size is None else ():
+    for label in set(range(k)) - set(labels[held].tolist()) if of_each_class else ():
         held.append(next(i for i in kept if labels[i] == label))
         kept.remove(held[-1])
     return data.part(kept), data.part(held)

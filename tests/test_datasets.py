@@ -449,7 +449,7 @@ def test_the_test_of_imagenet_has_no_labels(tmp_path):
 
 
 def test_class_folders_alone_are_split(tmp_path):
-    root = folder_of_images(tmp_path, [""], count=20)
+    root = folder_of_images(tmp_path / "many", [""], count=20)
     for load, size, wanted in ((load_data, None, 4), (load_pictures, 6, 6), (load_pictures, 0.3, 12)):
         data = load("FOLDER", root, (8, 8), test_size=size)
         assert len(data.test) == wanted and len(data.val) == math.ceil(0.1 * (40 - wanted))
@@ -460,6 +460,10 @@ def test_class_folders_alone_are_split(tmp_path):
             assert names(again) == names(data.test)
             parts = [names(s) for s in (data.train, data.val, data.test)]
             assert len({file for part in parts for file in part}) == sum(map(len, parts)) == 40
+    few = folder_of_images(tmp_path / "few", [""], count=5)
+    small = load_data("FOLDER", few, (8, 8))  # 10 % is one image, and there are two classes
+    assert small.description()["images"] == {"train": 6, "val": 2, "test": 2}
+    assert torch.equal(read_split("FOLDER", few, False, (8, 8), small.description())[0].images, small.test.images)
     picture().save(root / "ant" / "new.png")
     with pytest.raises(BadInput, match="not those of training, and some of them were trained on"):
         find_split("FOLDER", root, False, data.description())
@@ -540,8 +544,8 @@ def test_a_download_goes_where_nothing_else_is(tmp_path, monkeypatch):
 def test_the_default_holds_out_one_image_of_each_class(tmp_path):
     labels = torch.tensor([0] * 190 + [1] * 7 + [2] * 3)
     data = Split(torch.arange(200), labels)
-    kept, held = datasets._hold_out(data, ["ant", "bee", "cow"], None, 0.01, "--val_size")
-    assert torch.bincount(held.labels).tolist() == [3, 1, 1] or set(held.labels.tolist()) == {0, 1, 2}
+    kept, held = datasets._hold_out(data, ["ant", "bee", "cow"], 0.01, "--val_size", of_each_class=True)
+    assert set(held.labels.tolist()) == {0, 1, 2}
     assert len(held) <= 5 and sorted([*kept.images.tolist(), *held.images.tolist()]) == list(range(200))
     assert torch.equal(labels[held.images], held.labels)
     root = folder_of_images(tmp_path, ["train", "val"], [str(k) for k in range(20)], 2)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 import augment
 import cifar_main
 import cifar_test
 import datasets
+import looking
 import main_distillation
 import utils
 import visualize_attention
@@ -398,6 +399,8 @@ def test_what_is_left_out_is_noted_once(tmp_path, capsys):
     load_data("FOLDER", root, (8, 8))
     find_split("FOLDER", root, False)
     assert capsys.readouterr().out == "note: left out for their ending: .bak: 2, no ending: 1\n"
+    assert len(looking.files_of([str(root / "train" / "ant"), str(root / "test" / "ant" / "0.png")])) == 5
+    assert capsys.readouterr().out == "note: left out for their ending: .bak: 1\n"  # --image_path
 
 
 def test_val_beside_test_is_what_is_held_out(tmp_path):
@@ -637,12 +640,21 @@ def test_bits_that_a_tiff_declares(tmp_path, capsys):
     Image.fromarray(dark).save(tmp_path / "a.tif", tiffinfo=tags)
     assert np.array(read_image(tmp_path / "a.tif")).max() == round(200 * 255 / 4095)
     assert capsys.readouterr().out == ""
-    Image.fromarray((RAMP * 65535).astype(np.uint16)).save(tmp_path / "b.tif")
-    content = bytearray((tmp_path / "b.tif").read_bytes())
-    entry = content.index(struct.pack("<HHI", 262, 3, 1))
-    content[entry + 8 : entry + 10] = bytes(2)
-    (tmp_path / "b.tif").write_bytes(content)
-    assert np.abs(np.array(read_image(tmp_path / "b.tif"))[0, :, 0] - np.linspace(255, 0, 64)).max() < 3
+    down, up = np.linspace(255, 0, 64), np.linspace(0, 255, 64)
+    unsigned = (RAMP.astype(np.float64) * 4e9).astype(np.uint32).view(np.int32)
+    for values, tag, value, wanted in (((RAMP * 65535).astype(np.uint16), 262, 0, down), (unsigned, 339, 1, up)):
+        Image.fromarray(values).save(tmp_path / "b.tif")
+        content = bytearray((tmp_path / "b.tif").read_bytes())
+        entry = content.index(struct.pack("<HHI", tag, 3, 1))
+        content[entry + 8 : entry + 10] = struct.pack("<H", value)
+        (tmp_path / "b.tif").write_bytes(content)
+        assert np.abs(np.array(read_image(tmp_path / "b.tif"))[0, :, 0] - wanted).max() < 3, tag
+
+
+@pytest.mark.parametrize("ending", ["pgm", "jp2"])
+def test_what_pillow_has_scaled_stays_dark(ending, tmp_path):
+    Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / f"a.{ending}")
+    assert np.array(read_image(tmp_path / f"a.{ending}")).max() == 16
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
@@ -672,6 +684,10 @@ def test_a_wrong_exif_tag_is_no_reason_to_refuse(tmp_path):
         for name in ("a.jpg", "a.png", "a.webp"):
             image.save(tmp_path / name, exif=exif)
             assert read_image(tmp_path / name).size == ((30, 40) if turned else (40, 30)), (name, value)
+    damaged = PngImagePlugin.PngInfo()
+    damaged.add_text("Raw profile type exif", "\nexif\n2\nno hexadecimal digits")
+    image.save(tmp_path / "b.png", pnginfo=damaged)
+    assert read_image(tmp_path / "b.png").size == (40, 30)
 
 
 def test_max_pixels(tmp_path, capsys, trained):
@@ -684,7 +700,9 @@ def test_max_pixels(tmp_path, capsys, trained):
     train = [*TINY, "--data_set", "FOLDER", "--data_path", root, "--max_steps", "1"]
     with pytest.raises(BadInput, match="20000 pixels are more than --max_pixels 19999"):
         load_data("FOLDER", root, (8, 8), max_pixels=19_999)
-    lazy = load_pictures("FOLDER", root, (8, 8), max_pixels=19_999, val_size=0, crop_pct=1.0)
+    lazy = load_pictures("FOLDER", root, (8, 8), max_pixels=19_999, val_size=2, crop_pct=1.0)
+    assert {part.max_pixels for part in (lazy.train, lazy.val, lazy.test)} == {19_999}
+    lazy = load_pictures("FOLDER", root, (8, 8), max_pixels=19_999, val_size=0)
     transform = datasets.picture_transform((8, 8), "none", 0, 0.0, "bicubic", none=True)
     spawned = pickle.loads(pickle.dumps(datasets._Pictures(lazy.train, transform)))  # as for a worker process
     with pytest.raises(BadInput, match="20000 pixels are more than --max_pixels 19999"):
@@ -701,11 +719,10 @@ def test_max_pixels(tmp_path, capsys, trained):
     assert status == 2 and line in err, err
 
 
-def test_heic(tmp_path, monkeypatch):
+def test_heic(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif")
     root = folder_of_images(tmp_path / "data", ["train", "test"])
-    pillow_heif.register_heif_opener()
-    picture((200, 10, 10), (64, 64)).save(root / "train" / "ant" / "a.heic")
+    pillow_heif.from_pillow(picture((200, 10, 10), (64, 64))).save(root / "train" / "ant" / "a.heic")
     assert read_image(root / "train" / "ant" / "a.heic").getpixel((30, 30))[0] > 180
     assert "a.heic" in [file.name for file in image_files(root / "train" / "ant")]
 

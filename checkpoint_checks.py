@@ -91,6 +91,11 @@ def layout(checkpoint: dict):
         yield "data.input_size", model_args.get("img_size", data["input_size"]) == data["input_size"]
         yield "data.mean", several(data.get("mean"), real, 3)
         yield "data.std", several(data.get("std"), lambda value: real(value, above=0), 3)
+        if "test_folder" in data:
+            yield "data.test_folder", data["test_folder"] in ("test", "val")
+        if {"test_size", "test_files"} & data.keys():
+            yield "data.test_size", real(data.get("test_size"), above=0)
+            yield "data.test_files", text(data.get("test_files"))
         if {"crop_pct", "interpolation"} & data.keys():
             yield "data.crop_pct", real(data.get("crop_pct"), above=0) and data["crop_pct"] <= 1
             yield "data.interpolation", data.get("interpolation") in ("bicubic", "bilinear", "lanczos")

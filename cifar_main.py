@@ -79,7 +79,7 @@ def main(argv=None):
         check_same_model(args, data_given, everything=not args.eval)
         if not args.eval:
             say("It is only tested now: --overwrite trains anew, --resume goes on with its training.")
-    test_model(args.model_path, data_path, device, args.batch_size)
+    test_model(args.model_path, data_path, device, args.batch_size, max_pixels=args.max_pixels)
     if trains:
         training_maps.write_film(args)
 

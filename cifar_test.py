@@ -10,8 +10,9 @@ import os
 
 import torch
 
+import flags
 import utils
-from datasets import Loader, PictureLoader, Split, check_classes, find_split, read_split
+from datasets import MAX_PIXELS, Loader, PictureLoader, check_classes, find_split, read_split
 from engine import evaluate
 from models_dynamic import model_from_checkpoint
 from utils import BadInput, say
@@ -46,7 +47,9 @@ def data_folder(checkpoint, given):
     return path
 
 
-def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False):
+def score(
+    model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False, max_pixels=MAX_PIXELS
+):  # fmt: skip
     """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
 
     Returns:
@@ -55,11 +58,10 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
     data, path = checkpoint["data"], data_folder(checkpoint, data_path)
     share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
     if "crop_pct" in data:
-        split, classes = find_split(data["name"], path, False)
+        split, classes = find_split(data["name"], path, False, data, max_pixels)
         batches = PictureLoader(split, data, device=device, workers=workers, **share)
     else:
-        images, labels, classes = read_split(data["name"], path, False, data["input_size"])
-        split = Split(images, labels)
+        split, classes = read_split(data["name"], path, False, data["input_size"], data, max_pixels)
         batches = Loader(split.to(device), data, **share)
     check_classes(classes, data["classes"], "the test images", "the model")
     there = data.get("images", {}).get("test", len(split))
@@ -68,7 +70,9 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
     return evaluate(model.to(device), batches, keep_predictions), split.labels
 
 
-def test_model(model_path, data_path=None, device=None, batch_size=256, per_class=False, confusion=False) -> dict:
+def test_model(
+    model_path, data_path=None, device=None, batch_size=256, per_class=False, confusion=False, max_pixels=MAX_PIXELS
+) -> dict:  # fmt: skip
     """`score` a checkpoint and print the result.
 
     Returns:
@@ -79,7 +83,9 @@ def test_model(model_path, data_path=None, device=None, batch_size=256, per_clas
     """
     model, checkpoint = load_model(model_path)
     data = checkpoint["data"]
-    result, labels = score(model, checkpoint, data_path, device or utils.pick_device(), batch_size, 0, True)
+    result, labels = score(
+        model, checkpoint, data_path, device or utils.pick_device(), batch_size, 0, True, max_pixels
+    )  # fmt: skip
     accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
     say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
     if (per_class or confusion) and utils.world_size() == 1:
@@ -109,13 +115,16 @@ def main(argv=None):
     parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its data set's test images.")
     parser.add_argument("--model_path", default="./models/best_model.pth", help="checkpoint")
     parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    flags.add_max_pixels(parser)
     parser.add_argument("--batch_size", type=utils.number(int, 1), default=256, help="images at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--per_class", action="store_true", help="print the accuracy of each class")
     parser.add_argument("--confusion", action="store_true", help="print the confusion matrix")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
-    test_model(args.model_path, args.data_path, device, args.batch_size, args.per_class, args.confusion)
+    test_model(
+        args.model_path, args.data_path, device, args.batch_size, args.per_class, args.confusion, args.max_pixels
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def train_from_flags(args, device, data: ImageData | None = None) -> dict:
     with run_folder.held(args.output_dir, args.model_path):
         run_folder.choose(args, args.model_path)
         if data is None:
-            data = load_data(args.data_set, args.data_path, input_size, args.val_size)
+            data = load_data(args.data_set, args.data_path, input_size, **flags.of_data(args))
         utils.seed_everything(args.seed)
         model = flags.build_model(args, len(data.classes))
         if args.finetune and not args.resume:

@@ -157,11 +157,11 @@ class Item:
 def find_items(args, data, checkpoint) -> list[Item]:
     """The images to look at, and what is annotated in them."""
     entries = read_annotations(Path(args.annotations)) if args.annotations else []
-    index, files = index_of(entries), []
+    index = index_of(entries)
     for path in map(Path, args.image_path or ()):
         if not path.exists():
             raise BadInput(f"there is no image or folder {path}; correct --image_path")
-        files += image_files(path) if path.is_dir() else [path]
+    files = looking.files_of(args.image_path or ())
     if args.annotations and not args.image_path:
         place = _place_of_images(Path(args.annotations))
         files = [file for file in image_files(place) if entry_of(file, index)]

@@ -8,7 +8,7 @@ import torch
 from timm.layers import to_2tuple
 
 import utils
-from datasets import DATA_SETS, detect_data_set
+from datasets import BAD_IMAGES, DATA_SETS, MAX_PIXELS, TEST_SIZE, detect_data_set
 from models_dynamic import SIZES, DynamicViT, load_weights, timm_model
 from utils import BadInput, number
 
@@ -73,17 +73,44 @@ def add_training_flags(group):
     )
 
 
+def add_file_flags(group):
+    """How training reads image files; see `of_data`."""
+    group.add_argument(
+        "--test_size", type=number(float, above=0), help="images to test on, a share or a number, where the class "
+        f"folders lie in --data_path itself, without train/ and test/ (default: {TEST_SIZE})",
+    )  # fmt: skip
+    group.add_argument(
+        "--bad_images", choices=BAD_IMAGES, default="error", help="what training does with images that cannot be read; "
+        "skip: list them and leave them out",
+    )  # fmt: skip
+    add_max_pixels(group)
+
+
+def add_max_pixels(group):
+    group.add_argument("--max_pixels", type=number(int, 1), default=MAX_PIXELS, help="refuse image files with more")
+
+
+def of_data(args) -> dict:
+    """The arguments of `load_data` and `load_pictures` that are flags."""
+    return {name: getattr(args, name) for name in ("val_size", "test_size", "max_pixels", "bad_images")}
+
+
 def add_small_image_flags(parser):
     """Data, model, recipe and machine for images in memory: flags of `cifar_main.py` and of a sweep's cells."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set", choices=DATA_SETS, type=str.upper, help="default: what --data_path holds, or its name, or CIFAR10"
     )
-    group.add_argument("--data_path", help="default: ./data/CIFAR10 or ./data/CIFAR100; downloaded there if absent")
+    group.add_argument(
+        "--data_path", help="a folder with train/<class>/ and test/<class>/ (or val/), or with <class>/ alone "
+        "(default: ./data/CIFAR10 or ./data/CIFAR100, downloaded there if absent)",
+    )  # fmt: skip
     group.add_argument(
         "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
-        "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, else 0.1)",
+        "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, else 0.1; not with folders val/ and "
+        "test/: val/ is held out then)",
     )  # fmt: skip
+    add_file_flags(group)
     group.add_argument(
         "--aug",
         choices=("trivial", "rand", "none"),

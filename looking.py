@@ -1,6 +1,7 @@
 """What the scripts that look at a trained model share: their flags, the model, and the images to look at."""
 
 from argparse import SUPPRESS, ArgumentTypeError
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import flags
 import utils
 from cifar_test import data_folder
 from datasets import (
@@ -20,6 +22,7 @@ from datasets import (
     find_split,
     fit_image,
     image_files,
+    note_left_out,
     read_image,
     read_picture,
 )  # fmt: skip
@@ -65,6 +68,7 @@ def add_model_flags(parser):
 def add_image_flags(parser):
     parser.add_argument("--image_path", nargs="+", metavar="FILE", help="images, or folders of them")
     parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    flags.add_max_pixels(parser)
 
 
 def block(text):
@@ -143,16 +147,16 @@ def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
     A data set whose classes are not known yet is asked for them.
     """
     if args.image_path:
-        files = []
-        for path in map(Path, args.image_path):
-            files += image_files(path) if path.is_dir() else [path]
+        files = files_of(args.image_path)
         if not files:
             raise BadInput(f"there are no images in {', '.join(args.image_path)}")
-        return [Picture(name, partial(read_image, file)) for name, file in zip(_different(files), files)]
+        return [
+            Picture(name, partial(read_image, file, args.max_pixels)) for name, file in zip(_different(files), files)
+        ]
     if data["name"] is None:
         raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
     path = data_folder(checkpoint, args.data_path) if "data" in checkpoint else args.data_path
-    split, classes = find_split(data["name"], path, False)
+    split, classes = find_split(data["name"], path, False, data, args.max_pixels)
     if data["classes"]:
         check_classes(classes, data["classes"], "the test images", "the model")
     data["classes"] = classes
@@ -164,6 +168,15 @@ def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
         Picture(f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory)
         for i in numbers
     ]
+
+
+def files_of(paths) -> list[Path]:
+    """Files, and the images of folders."""
+    files, left_out = [], Counter()
+    for path in map(Path, paths):
+        files += image_files(path, left_out) if path.is_dir() else [path]
+    note_left_out(" ".join(map(str, paths)), left_out)
+    return files
 
 
 def _different(files) -> list[str]:

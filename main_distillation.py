@@ -87,8 +87,10 @@ def get_parser():
     )
     group.add_argument(
         "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
-        "or a number; 0: the last epoch is the result (default: 0.01 for IMNET, 5000 for CIFAR, else 0.1)",
+        "or a number; 0: the last epoch is the result (default: 0.01 for IMNET, 5000 for CIFAR, else 0.1; not with "
+        "folders val/ and test/: val/ is held out then)",
     )  # fmt: skip
+    flags.add_file_flags(group)
     group.add_argument("--aa", help="timm's augmentation policy, or none")
     group.add_argument("--color_jitter", type=number(float, 0), help="strength; only without --aa")
     group.add_argument("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
@@ -218,7 +220,7 @@ def read_data(args):
     path = args.data_path or ("./data/imagenet" if name == "IMNET" else None)
     args.data_set, args.data_path = name, path
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
-    return load_pictures(name, path, input_size(args), args.val_size, **crop)
+    return load_pictures(name, path, input_size(args), **crop, **flags.of_data(args))
 
 
 def make_model(args, num_classes):
@@ -360,7 +362,9 @@ def _print_scores(model, checkpoint, args, device, data_path):
             if weights is None:
                 return
             model.load_state_dict(weights)
-        result, _ = score(model, checkpoint, data_path, device, args.batch_size, args.num_workers)
+        result, _ = score(
+            model, checkpoint, data_path, device, args.batch_size, args.num_workers, max_pixels=args.max_pixels
+        )  # fmt: skip
         say(f"{title}: top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} on {result['images']} images")
 
 

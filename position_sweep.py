@@ -256,7 +256,7 @@ def main(argv=None):
     utils.writable_folder(args.output_dir)
     if args.finetune:
         utils.load_checkpoint(args.finetune)  # a wrong file shows before data are read
-    data = load_data(args.data_set, args.data_path, sizes[0], args.val_size)
+    data = load_data(args.data_set, args.data_path, sizes[0], **flags.of_data(args))
     here = settings(args, data)
     check_settings(args, here)
     if args.dry_run:

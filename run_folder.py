@@ -25,6 +25,7 @@ NEWEST = "checkpoint.pth"
 FREE = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
     "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
+    "max_pixels", "bad_images",
 )  # fmt: skip
 LONGER = ("epochs", "warmup_epochs")  # may change, and it is said
 

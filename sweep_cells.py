@@ -28,8 +28,8 @@ LOOKED_AT = 500  # held-out images for the shares of attention and of artefacts
 # Flags that leave a cell what it is. All others, the data and the code are its settings.
 ANYWHERE = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
-    "viz_every", "viz_images", "save_steps", "keep", "dry_run", "mix", "shard", "gpus", "launcher", "jobs", "cluster",
-    "partition", "timeout",
+    "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
+    "launcher", "jobs", "cluster", "partition", "timeout",
 )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
     utils.write_atomically(begun, lambda file: file.write(json.dumps(here, indent=1).encode()))
     mine = cell_args(cell, args)
     best = train_from_flags(mine, device, data)
-    tested = test_model(mine.model_path, args.data_path, device, args.batch_size)
+    tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_figures(mine, best, tested), **behaviour(mine.model_path, data, device)}
     text = json.dumps(record, indent=1)

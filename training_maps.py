@@ -15,7 +15,7 @@ from torch import Tensor
 import looking
 import utils
 from attention_pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
-from datasets import Loader, PictureLoader, Split, denormalise, resize
+from datasets import Loader, PictureLoader, denormalise, resize
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -77,7 +77,7 @@ class TrainingMaps:
     def _read(self):
         """The images as validation gives them to the model, and, smaller, as a person sees them."""
         split, data, device = self.val_batches.split, self.data, next(self.model.parameters()).device
-        few = Split(split.images[self.numbers], split.labels[self.numbers])
+        few = split.part(self.numbers)
         pictures = isinstance(self.val_batches, PictureLoader)
         loader = PictureLoader(few, data, len(few), device) if pictures else Loader(few, data, len(few))
         self.images, labels = next(iter(loader))

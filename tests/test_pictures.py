@@ -198,8 +198,8 @@ def test_imnet_is_a_folder_with_train_and_val(photos, tmp_path):
     assert read_picture(data.test, 0).getpixel((0, 0)) == (0, 0, 200)
     everything = load_pictures("IMNET", tmp_path, (16, 24), val_size=0)
     assert everything.val is None and len(everything.train) == 20
-    images, labels, _ = read_split("IMNET", tmp_path, False, (16, 24))
-    assert images.shape == (6, 3, 16, 24) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    split, _ = read_split("IMNET", tmp_path, False, (16, 24))
+    assert split.images.shape == (6, 3, 16, 24) and split.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_page_shows_the_part_that_is_cropped():

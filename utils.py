@@ -151,6 +151,13 @@ def image_size(text):
     return number(int, 1)(height), number(int, 1)(width or height)
 
 
+def flag_value(value) -> str:
+    """A flag's value as the command line takes it: (48, 64) -> '48x64', [0, 3] -> '0 3', None -> 'none'."""
+    if isinstance(value, tuple | list):
+        return ("x" if isinstance(value, tuple) else " ").join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def position(text):
     """An argparse type: a block's number, or 'none'."""
     return None if text.lower() == "none" else number(int, 0)(text)

@@ -53,6 +53,7 @@ def chosen_pictures(args, data, checkpoint):
     return found
 
 
+@utils.full_precision()
 def analyze(args) -> dict:
     """The figures that go to analysis.json."""
     device = utils.pick_device(args.device)

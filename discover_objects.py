@@ -333,6 +333,7 @@ def draw_boxes(axes, result, image):
 # Wiring ----------------------------------------------------------------------------------------------------------
 
 
+@utils.full_precision()
 def discover(args):
     device = utils.pick_device(args.device)
     model, data, checkpoint = looking.load(args.model_path, args)
@@ -351,7 +352,7 @@ def discover(args):
 
     name = short(printable(Path(args.model_path).name))
     title = f"LOST on the {args.features} of block {block}, bias {args.bias:g}: {name}"
-    with utils.full_precision(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of names in other scripts; objects.json has them
         write_pdf(pages(items, examine, title, args), folder / "objects.pdf")
     figures = summary(args, block, records)

@@ -294,7 +294,10 @@ def autocast(device, dtype):
 
 @contextmanager
 def full_precision():
-    """Products and convolutions of float32 in float32, not in TF32."""
+    """Products and convolutions of float32 in float32, not in TF32: around all that computes a figure or a map.
+
+    Also a decorator: `@full_precision()`.
+    """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -301,6 +301,7 @@ def write_html(args, model, data, found, blocks):
     utils.say(f"wrote {file} ({size / 1e6:.1f} MB): {len(found)} images, blocks {', '.join(map(str, blocks))}")
 
 
+@utils.full_precision()
 def visualize(args):
     check(args)
     loaded = load_all(args)

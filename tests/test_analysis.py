@@ -6,12 +6,18 @@ import math
 import pytest
 import torch
 from pypdf import PdfReader
+from timm.layers import PatchEmbed
 
 import analyze_tokens
+import discover_objects
+import sweep_cells
+import sweep_pages
 import utils
+import visualize_attention
 from ablation import ablate
 from analyze_tokens import main, table
 from conftest import noise, run, shell, tiny
+from datasets import load_data
 from token_statistics import LOWEST, PER_DECADE, TokenStatistics, artefact_bin, bin_edge, quantile, readouts
 
 
@@ -484,3 +490,46 @@ def test_the_table_shows_what_is_absent():
     assert lines[-4].split()[3:5] == ["-", "-"]
     assert lines[-1].count("-") == 0
     assert analyze_tokens.BATCH >= 1
+
+
+def of_a_sweep(trained, folder):
+    """Finished cells with the same weights: CLS at 2 and at 0."""
+    records = []
+    for cls, reg in ((2, 1), (0, 0)):
+        records.append({"cls_pos": cls, "reg_pos": reg, "num_reg": 2, "seed": 0})
+        path = sweep_pages.path_of(folder, records[-1])
+        path.parent.mkdir(parents=True)
+        path.write_bytes((trained / "model.pth").read_bytes())
+    return folder, records, {"best": records[0]}
+
+
+@pytest.mark.parametrize("what", ["pages", "html", "analysis", "objects", "behaviour", "sweep page"])
+def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monkeypatch, capsys, what):
+    """As in `evaluate`, even where the program around it, or the user, allows TF32."""
+    seen, forward = set(), PatchEmbed.forward
+
+    def watched(self, images):
+        seen.add((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return forward(self, images)
+
+    monkeypatch.setattr(PatchEmbed, "forward", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--device", "cpu"]
+    script, more = {
+        "pages": (visualize_attention, "--pages heads rollout --layer_num 2"),
+        "html": (visualize_attention, "--format html"),
+        "analysis": (analyze_tokens, "--num_images 9 --ablate registers"), "objects": (discover_objects, "--img_num 0"),
+    }.get(what, (None, ""))  # fmt: skip
+    try:
+        if script:
+            assert run(script.main, [*argv, *more.split()], capsys)[0] == 0
+        elif what == "behaviour":
+            sweep_cells.behaviour(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
+        else:
+            assert sweep_pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
+        assert seen == {(False, "highest")}
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -47,7 +47,7 @@ def add_model_flags(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
         "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width): another "
-        "size than the model's own; its position embedding is resampled",
+        "size than the model's own, its position embedding is resampled; of a bare state dict that fits it, its size",
     )  # fmt: skip
     group = parser.add_argument_group("only for a bare state dict from elsewhere (its shapes tell the rest)")
     missing = dict(default=SUPPRESS)
@@ -105,12 +105,15 @@ def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, di
     if foreign_flags_may_rest and "model_args" in checkpoint:
         given = {}
     try:
-        model = model_from_checkpoint(checkpoint, **given)
+        model = model_from_checkpoint(checkpoint, img_size=args.input_size, **given)
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
     if not isinstance(model, DynamicViT):
         name = model.model_args["timm_name"]
         raise BadInput(f"{path} is timm's {name}; only this project's models can be looked at")
+    gh, gw = model.grid_size
+    if gh != gw and "model_args" not in checkpoint:
+        utils.say(f"note: the positions in {path} are taken for a grid of {gh}x{gw} patches, as --input_size says")
     data = _describe_data(path, checkpoint, model, args, foreign_flags_may_rest)
     if args.input_size:
         try:

@@ -214,6 +214,21 @@ def test_a_bare_state_dict(photo, tmp_path, capsys):
     assert "true: 7" in words(tmp_path / "attention_DIGITS_test0_block2.pdf")[0]
 
 
+def test_a_bare_state_dict_of_images_that_are_not_square(checkpoint, photo, tmp_path, capsys, drawn):
+    torch.save(utils.load_checkpoint(checkpoint)["model"], tmp_path / "bare.pth")
+    argv = ["--model_path", tmp_path / "bare.pth", "--image_path", photo, "--output_dir", tmp_path, "--device", "cpu"]
+    argv += "--num_heads 3 --cls_pos 2 --reg_pos 1 --tokens cls --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25".split()
+    status, _, err = run(main, argv, capsys)
+    assert status == 2
+    assert "24 rows, which may be 4x6 patches; give the size of the images that they are for, as in" in err
+    assert "--input_size 16x24" in err
+    status, out, _ = run(main, [*argv, "--input_size", "16x24"], capsys)
+    assert status == 0
+    assert "taken for a grid of 4x6 patches, as --input_size says" in out
+    expected, _ = expected_rows(checkpoint, photo, 2)
+    assert torch.allclose(drawn["block2_cls"][0].rows[0].cells[1].map, expected[0, 0], atol=1e-6)
+
+
 def test_a_checkpoint_takes_no_flags_of_the_model(checkpoint, photo, tmp_path, capsys):
     argv = ["--model_path", checkpoint, "--image_path", photo, "--num_heads", "6", "--output_dir", tmp_path]
     status, _, err = run(main, argv, capsys)
@@ -226,7 +241,11 @@ def test_weights_without_a_head(photo, tmp_path, capsys):
     assert model(noise(model)).shape == (2, 24)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     argv = ["--model_path", tmp_path / "bare.pth", "--num_heads", "3", "--image_path", photo, "--output_dir", tmp_path]
-    assert run(main, [*argv, "--device", "cpu"], capsys)[0] == 0
+    argv += ["--device", "cpu"]
+    status, _, err = run(main, argv, capsys)
+    assert status == 2
+    assert "16 rows, which may be 4x4 patches, or 3x5 patches behind 1 for tokens; give the size" in err
+    assert run(main, [*argv, "--input_size", "16"], capsys)[0] == 0
     (page,) = words(tmp_path / "attention_photo_block2.pdf")
     assert "predicted" not in page
 

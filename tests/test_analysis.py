@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -429,6 +430,51 @@ def test_any_model_on_files_of_any_shape(photos, tmp_path, capsys, kwargs):
     assert found["images"] == 26
     assert found["accuracy"] is None
     assert len(PdfReader(tmp_path / "new" / "analysis.pdf").pages) >= 4
+
+
+def test_unreadable_images_are_left_out_and_listed(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze_tokens, "BATCH", 4)
+    shutil.copytree(photos, tmp_path / "photos")
+    argv = ["--model_path", save(tiny(), tmp_path / "m.pth"), "--image_path", tmp_path / "photos"]
+    argv += ["--output_dir", tmp_path / "new", "--device", "cpu"]
+    for name in ("train/red/0.png", "test/blue/1.png"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    status, out, err = run(main, argv, capsys)
+    assert status == 1
+    assert "2 of 26 images could not be read, the others are done: cannot read the image" in err
+    assert err.count("\n") == 1
+    assert out.count("left out: cannot read the image") == 2
+    found = json.loads((tmp_path / "new" / "analysis.json").read_text())
+    assert found["images"] == 24
+    assert sum(found["norms"]["patches"][0]["histogram"]["counts"]) == 24 * 24
+    assert len(found["data"]["left_out"]) == 2
+    assert "24 images of" in PdfReader(tmp_path / "new" / "analysis.pdf").pages[0].extract_text()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    for file in (tmp_path / "photos").rglob("*.png"):
+        file.write_bytes(b"no image")
+    status, _, err = run(main, argv, capsys)
+    assert status == 2 and "none of the 26 images can be read" in err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
+
+
+def test_ablation_with_unreadable_images(photos, tmp_path, capsys):
+    """Of a data set in folders: each pass leaves out the same ones, and accuracies are of the others."""
+    shutil.copytree(photos, tmp_path / "data")
+    path = save(tiny(num_classes=2), tmp_path / "m.pth", classes=["blue", "red"])
+    for name in ("blue/0.png", "red/2.png"):
+        (tmp_path / "data" / "test" / name).write_bytes(b"no image")
+    argv = ["--model_path", path, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "new"]
+    argv += ["--ablate", "registers", "--device", "cpu"]
+    status, _, err = run(main, argv, capsys)
+    assert status == 1 and "2 of 6 images could not be read" in err
+    found = json.loads((tmp_path / "new" / "analysis.json").read_text())
+    assert found["images"] == found["ablation"]["images"] == 4
+    assert found["accuracy"] == found["ablation"]["clean"]
+    assert len(found["data"]["left_out"]) == 2
+    for name in ("blue/1.png", "blue/2.png", "red/0.png"):
+        (tmp_path / "data" / "test" / name).write_bytes(b"no image")
+    status, _, err = run(main, argv, capsys)
+    assert status == 2 and "only one can be read" in err
 
 
 def test_memory_does_not_grow_with_the_images():

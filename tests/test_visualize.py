@@ -194,6 +194,65 @@ def test_folders_and_equal_names(checkpoint, photo, tmp_path, capsys):
     assert {f.name for f in (tmp_path / "new").iterdir()} == {f"attention_photo{n}_block2.pdf" for n in ("", "_2")}
 
 
+@pytest.mark.parametrize("more", ["", "--format png", "--scale shared", "--pages rollout", "--compare"])
+def test_unreadable_images_are_left_out_and_listed(checkpoint, photo, tmp_path, capsys, more):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "c", "e"):
+        (folder / f"{name}.png").write_bytes(photo.read_bytes())
+    for name in ("b", "f"):
+        (folder / f"{name}.png").write_bytes(photo.read_bytes()[:60])
+    argv = ["--model_path", checkpoint, "--image_path", folder, "--output_dir", tmp_path / "new", "--device", "cpu"]
+    argv += ["--tokens", "cls", *more.split(), *[checkpoint] * (2 * (more == "--compare"))]
+    status, out, err = run(main, argv, capsys)
+    assert status == 1, err
+    assert "2 of 5 images could not be read, the others are done: cannot read the image" in err and "b.png" in err
+    assert err.count("\n") == 1
+    assert [line.count("f.png") for line in out.splitlines() if line.startswith("left out: ")] == [0, 1]
+    assert [file.name.split("_")[1] for file in sorted((tmp_path / "new").iterdir())] == ["a", "c", "e"]
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    argv[argv.index(tmp_path / "new")] = tmp_path / "other"
+    status, _, err = run(main, argv, capsys)
+    assert status == 2 and "none of the 5 images can be read" in err
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_names_that_are_too_long_and_images_of_a_pixel(tmp_path, capsys):
+    model = tiny(img_size=(4, 56), num_register_tokens=0)
+    about = {"name": "FOLDER", "classes": list("abcde"), "input_size": (4, 56), "crop_pct": 0.875, **MEAN}
+    about["interpolation"] = "bicubic"
+    utils.save_checkpoint(
+        tmp_path / "m.pth", {"model": model.state_dict(), "model_args": model.model_args, "data": about}
+    )
+    (tmp_path / "images").mkdir()
+    for name in ("猫" * 80, "x" * 250, "x" * 249 + "y", b"a\xe9\x1b[31m".decode(errors="surrogateescape")):
+        Image.new("RGB", (1, 90)).save(tmp_path / "images" / f"{name}.png")
+    argv = ["--model_path", tmp_path / "m.pth", "--image_path", tmp_path / "images", "--output_dir", tmp_path / "new"]
+    status, out, err = run(main, [*argv, "--tokens", "cls", "--device", "cpu"], capsys)
+    assert status == 0, err
+    assert "\x1b" not in out and out.encode()  # a terminal obeys none of it
+    names = {file.name for file in (tmp_path / "new").iterdir()}
+    assert names >= {f"attention_{name}_block2.pdf" for name in ("猫" * 33, "x" * 100, "x" * 100 + "_2")}
+    assert len(names) == 4
+
+
+def test_paths_of_images_are_looked_for_beforehand(checkpoint, photo, tmp_path, capsys):
+    argv = [
+        "--model_path",
+        checkpoint,
+        "--image_path",
+        photo,
+        tmp_path / "absent.png",
+        "--output_dir",
+        tmp_path / "new",
+    ]
+    status, _, err = run(main, [*argv, "--device", "cpu"], capsys)
+    assert status == 2
+    assert "there is no image or folder" in err and "absent.png" in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_bare_state_dict(photo, tmp_path, capsys):
     model = tiny(img_size=16, cls_pos=2, reg_pos=1, num_register_tokens=2)
     torch.save(model.state_dict(), tmp_path / "bare.pth")

@@ -9,6 +9,7 @@ ablation). Writes analysis.json with every figure and analysis.pdf with a page e
 """
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,14 +27,14 @@ BATCH = 64
 ATTENTION = 16_000_000  # numbers in the attention of a batch, at most (but for one image)
 
 
-def batches_of(pictures, model, data, device):
-    """A function: () -> (images, labels or None) batches, read as they are needed."""
+def batches_of(pictures, model, data, device, failed):
+    """A function: () -> (images, labels or None) batches, read as they are needed; `failed`: see `looking.readable`."""
     tokens = max(model.token_layout(i).length for i in range(model.depth))
     size = max(1, min(BATCH, ATTENTION // (model.model_args["num_heads"] * tokens**2)))
 
     def batches():
-        for start in range(0, len(pictures), size):
-            part = pictures[start : start + size]
+        there = looking.readable(pictures, failed)
+        while part := list(islice(there, size)):
             images = looking.model_input([picture.read() for picture in part], part, data, device)
             labels = None if part[0].label is None else torch.tensor([p.label for p in part], device=device)
             yield images, labels
@@ -53,6 +54,7 @@ def chosen_pictures(args, data, checkpoint):
     return found
 
 
+@utils.full_precision()
 def analyze(args) -> dict:
     """The figures that go to analysis.json."""
     device = utils.pick_device(args.device)
@@ -61,21 +63,24 @@ def analyze(args) -> dict:
         ablation.check(model, args.ablate)
     found = chosen_pictures(args, data, checkpoint)
     folder = utils.writable_folder(args.output_dir)
-    batches = batches_of(found, model.to(device), data, device)
+    failed = []
+    batches = batches_of(found, model.to(device), data, device, failed)
     statistics, right = TokenStatistics(model, args.readout_images), 0
     with tqdm(total=len(found), desc="analysing", unit="image", leave=False, disable=None) as bar:
         for images, labels in batches():
             logits = statistics.add(images, labels)
             right += 0 if labels is None or not model.num_classes else int((logits.argmax(dim=1) == labels).sum())
             bar.update(len(images))
+    if args.ablate and statistics.images < 2:
+        raise BadInput(f"--ablate takes what another image has, and only one can be read; {failed[0]}")
     labelled = found[0].label is not None
     figures = {
         "model": {"path": str(args.model_path), "is": describe(model), "args": model.model_args},
         "data": {
             "name": data["name"], "images": len(found), "seed": args.seed, "input_size": list(data["input_size"]),
-            "image_path": args.image_path, "chosen": [picture.name for picture in found[:10]],
+            "image_path": args.image_path, "chosen": [picture.name for picture in found[:10]], "left_out": failed,
         },
-        "accuracy": 100 * right / len(found) if labelled and model.num_classes else None,
+        "accuracy": 100 * right / statistics.images if labelled and model.num_classes else None,
         **statistics.result(),
         "readout": readouts(statistics.features, statistics.labels, model.depth) if statistics.labels else None,
         "ablation": ablation.ablate(model, batches, args.ablate) if args.ablate else None,
@@ -168,7 +173,9 @@ def main(argv=None):
     )  # fmt: skip
     looking.add_model_flags(parser)
     args = parser.parse_args(argv)
-    report(analyze(args), Path(args.output_dir))
+    figures = analyze(args)
+    report(figures, Path(args.output_dir))
+    looking.report_failed(figures["data"]["left_out"], figures["data"]["images"])
 
 
 if __name__ == "__main__":

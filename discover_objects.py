@@ -157,11 +157,7 @@ class Item:
 def find_items(args, data, checkpoint) -> list[Item]:
     """The images to look at, and what is annotated in them."""
     entries = read_annotations(Path(args.annotations)) if args.annotations else []
-    index = index_of(entries)
-    for path in map(Path, args.image_path or ()):
-        if not path.exists():
-            raise BadInput(f"there is no image or folder {path}; correct --image_path")
-    files = looking.files_of(args.image_path or ())
+    index, files = index_of(entries), looking.image_paths(args.image_path) if args.image_path else []
     if args.annotations and not args.image_path:
         place = _place_of_images(Path(args.annotations))
         files = [file for file in image_files(place) if entry_of(file, index)]
@@ -274,17 +270,19 @@ def report(args, figures, records):
 # Pages -----------------------------------------------------------------------------------------------------------
 
 
-def pages(items, examine, title, args):
+def pages(items, total, examine, title, args):
     """Figures of the first --max_drawn images, made while all are examined; `examine`: item -> (record, PIL image)."""
-    shown, total = [], min(len(items), args.max_drawn)
-    for done, item in enumerate(tqdm(items, "images", leave=False, disable=None), start=1):
+    shown = []
+    for done, item in enumerate(tqdm(items, "images", total, leave=False, disable=None), start=1):
         result, image = examine(item)
-        if done <= total:
+        if done <= args.max_drawn:
             image.thumbnail((SIDE, SIDE))
             shown.append((result, image))
-        if shown and (len(shown) == COLUMNS * ROWS or done == total):
+        if len(shown) == COLUMNS * ROWS:
             yield draw_page(title, shown, args.annotations is not None)
             shown = []
+    if shown:
+        yield draw_page(title, shown, args.annotations is not None)
 
 
 def draw_page(title, shown, annotated):
@@ -333,13 +331,14 @@ def draw_boxes(axes, result, image):
 # Wiring ----------------------------------------------------------------------------------------------------------
 
 
+@utils.full_precision()
 def discover(args):
     device = utils.pick_device(args.device)
     model, data, checkpoint = looking.load(args.model_path, args)
     (block,) = looking.chosen_blocks(model, [model.depth - 1 if args.layer_num is None else args.layer_num])
     model_for = model_sizes(model.to(device), args)
     items = find_items(args, data, checkpoint)
-    folder, records = utils.writable_folder(args.output_dir), []
+    folder, records, failed = utils.writable_folder(args.output_dir), [], []
 
     def examine(item):
         image = item.read()
@@ -351,15 +350,17 @@ def discover(args):
 
     name = short(printable(Path(args.model_path).name))
     title = f"LOST on the {args.features} of block {block}, bias {args.bias:g}: {name}"
-    with utils.full_precision(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of names in other scripts; objects.json has them
-        write_pdf(pages(items, examine, title, args), folder / "objects.pdf")
-    figures = summary(args, block, records)
+        there = looking.readable(items, failed)
+        write_pdf(pages(there, len(items), examine, title, args), folder / "objects.pdf")
+    figures = summary(args, block, records) | {"left_out": failed}
     lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
     content = f'{{"settings": {json.dumps(figures, indent=1)},\n"images": [\n{lines}\n]}}\n'
     utils.write_atomically(folder / "objects.json", lambda file: file.write(content.encode()))
     report(args, figures, records)
     utils.say(f"wrote {folder / 'objects.json'} ({len(records)} images) and {folder / 'objects.pdf'}")
+    looking.report_failed(failed, len(items))
 
 
 def main(argv=None):

@@ -1,9 +1,10 @@
 """What the scripts that look at a trained model share: their flags, the model, and the images to look at."""
 
+import os
 from argparse import SUPPRESS, ArgumentTypeError
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from datasets import (
     read_picture,
 )  # fmt: skip
 from models_dynamic import DynamicViT, at_size, model_from_checkpoint
-from utils import BadInput, number
+from utils import BadInput, RunFailed, number
 
 FOREIGN = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
 PICTURE_SIDE = 512  # pixels of the longer side of the picture on a page
+NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
 
 
 @dataclass
@@ -50,7 +52,7 @@ def add_model_flags(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
         "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width): another "
-        "size than the model's own; its position embedding is resampled",
+        "size than the model's own, its position embedding is resampled; of a bare state dict that fits it, its size",
     )  # fmt: skip
     group = parser.add_argument_group("only for a bare state dict from elsewhere (its shapes tell the rest)")
     missing = dict(default=SUPPRESS)
@@ -109,12 +111,15 @@ def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, di
     if foreign_flags_may_rest and "model_args" in checkpoint:
         given = {}
     try:
-        model = model_from_checkpoint(checkpoint, **given)
+        model = model_from_checkpoint(checkpoint, img_size=args.input_size, **given)
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
     if not isinstance(model, DynamicViT):
         name = model.model_args["timm_name"]
         raise BadInput(f"{path} is timm's {name}; only this project's models can be looked at")
+    gh, gw = model.grid_size
+    if gh != gw and "model_args" not in checkpoint:
+        utils.say(f"note: the positions in {path} are taken for a grid of {gh}x{gw} patches, as --input_size says")
     data = _describe_data(path, checkpoint, model, args, foreign_flags_may_rest)
     if args.input_size:
         try:
@@ -147,9 +152,7 @@ def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
     A data set whose classes are not known yet is asked for them.
     """
     if args.image_path:
-        files = files_of(args.image_path)
-        if not files:
-            raise BadInput(f"there are no images in {', '.join(args.image_path)}")
+        files = image_paths(args.image_path)
         return [
             Picture(name, partial(read_image, file, args.max_pixels)) for name, file in zip(_different(files), files)
         ]
@@ -170,23 +173,61 @@ def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
     ]
 
 
-def files_of(paths) -> list[Path]:
-    """Files, and the images of folders."""
+def image_paths(paths) -> list[Path]:
+    """The files of --image_path and those in its folders. Raises BadInput for a path that is missing, and for none."""
     files, left_out = [], Counter()
     for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise BadInput(f"there is no image or folder {path}; correct --image_path")
         files += image_files(path, left_out) if path.is_dir() else [path]
     note_left_out(" ".join(map(str, paths)), left_out)
+    if not files:
+        raise BadInput(f"there are no images in {', '.join(paths)}")
     return files
 
 
+def readable(pictures, failed: list[str]):
+    """Those of `pictures` that can be read, one after the other, with their image in memory.
+
+    What is wrong with the others is added to `failed`, once. Raises BadInput if there are no others.
+
+    Args:
+        pictures: `Picture`s, or anything else with `read`, made by a dataclass.
+    """
+    any_read, problem = False, None
+    for picture in pictures:
+        try:
+            image = picture.read()
+        except BadInput as error:
+            problem = str(error)
+            failed += [] if problem in failed else [problem]
+            continue
+        any_read = True
+        yield replace(picture, read=lambda image=image: image)
+    if not any_read:
+        words = f"none of the {len(pictures)} images can be read; the last one: " if len(pictures) > 1 else ""
+        raise BadInput(f"{words}{problem}")
+
+
+def report_failed(failed: list[str], count: int):
+    """List what was left out of `count` images, and raise RunFailed: at the end of a run that has done the others."""
+    if failed:
+        for problem in failed:
+            utils.say(utils.printable(f"left out: {problem}"))
+        raise RunFailed(f"{len(failed)} of {count} images could not be read, the others are done: {failed[0]}")
+
+
 def _different(files) -> list[str]:
-    """A name for each file: its own, and a number if it is not the first of that name."""
+    """A name for each file: its own, cut to NAME bytes, and a number if it is not the first of that name."""
     names, used = [], set()
     for file in files:
-        name, n = file.stem, 1
+        stem, n = file.stem, 1
+        if len(os.fsencode(stem)) > NAME:
+            stem = os.fsencode(stem)[:NAME].decode(errors="ignore")
+        name = stem
         while name in used:
             n += 1
-            name = f"{file.stem}_{n}"
+            name = f"{stem}_{n}"
         used.add(name)
         names.append(name)
     return names
@@ -209,7 +250,8 @@ def as_seen(image, picture, data, side=PICTURE_SIDE) -> Tensor:
         return _sized(image, picture, data)
     box = crop_box(image.width, image.height, data["input_size"], data.get("crop_pct", 1.0))
     scale = min(1, side / max(box[2] - box[0], box[3] - box[1]))
-    return fit_image(image, (round((box[3] - box[1]) * scale), round((box[2] - box[0]) * scale)), **_crop(data))
+    height, width = (max(1, round(side * scale)) for side in (box[3] - box[1], box[2] - box[0]))
+    return fit_image(image, (height, width), **_crop(data))
 
 
 def _crop(data) -> dict:

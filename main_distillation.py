@@ -252,7 +252,7 @@ def make_teacher(args, data, device):
         return None
     model, about = _teacher_model(args, data)
     if tuple(about["input_size"]) != tuple(data.input_size) and about["fixed"]:
-        wanted, here = (" x ".join(map(str, size)) for size in (about["input_size"], data.input_size))
+        wanted, here = (utils.flag_value(tuple(size)) for size in (about["input_size"], data.input_size))
         raise BadInput(f"the teacher sees images of {wanted} pixels, here they are {here}; give --input_size {wanted}")
     model = on_channels_last(model).to(device).eval().requires_grad_(False)
     if device.type == "cpu" and utils.amp_dtype(args.amp, device) is not None:

@@ -577,11 +577,21 @@ def _timm_state(checkpoint: dict, model: nn.Module) -> tuple[dict, list[str], li
     state = _bare(checkpoint)
     shapes = {n: t.shape for n, t in state.items()}
     if isinstance(model, VisionTransformer):
+        if "pos_embed" in state and model.pos_embed is not None:
+            _check_timm_resamples(state["pos_embed"], model)
         state = checkpoint_filter_fn(state, model)
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     names = [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
     return state, [n for n, t in state.items() if n in shapes and t.shape != shapes[n]], names
+
+
+def _check_timm_resamples(positions: Tensor, model: VisionTransformer):
+    """Raise ValueError for positions of another grid that is not square: timm would take them for square."""
+    theirs, own = positions.shape[1] if positions.dim() == 3 else 0, model.pos_embed.shape[1]
+    patches = theirs - (own - model.patch_embed.num_patches)
+    if theirs != own and math.isqrt(max(patches, 0)) ** 2 != patches:
+        raise ValueError(f"pos_embed has {theirs} rows, here {own}, and timm resamples only those of square images")
 
 
 def _shape(tensor) -> str:
@@ -599,8 +609,11 @@ def _bare(checkpoint: dict) -> dict:
     return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
 
 
-def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tuple[int, int] | None]:
-    """(weights under this project's names, grid of their position embedding). `like`: a grid to prefer if it fits."""
+def _translate(checkpoint: dict, like=None, img_size=None) -> tuple[dict, tuple[int, int] | None]:
+    """(weights under this project's names, grid of their position embedding).
+
+    `like`, or the grid of `img_size`, is preferred if it fits; see `_split_positions`.
+    """
     state = _bare(checkpoint)
     if "patch_embed.proj.weight" not in state:
         raise ValueError("these are no weights of a Vision Transformer: there is no patch_embed.proj.weight")
@@ -617,7 +630,10 @@ def _translate(checkpoint: dict, like: tuple[int, int] | None) -> tuple[dict, tu
     classes = ("cls_token" in state) + ("dist_token" in state)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     positions = state["pos_embed"]
-    prefix, grid = _split_positions(positions.shape[1], (0, classes, classes + registers), like)
+    patch = tuple(state["patch_embed.proj.weight"].shape[2:])
+    if img_size is not None and not any(side % p for side, p in zip(img_size, patch)):
+        like = (img_size[0] // patch[0], img_size[1] // patch[1])
+    prefix, grid = _split_positions(state, classes, registers, like)
     for row, name in enumerate(n for n in TOKENS[:2] if n in state):
         if prefix:
             state[name] = state[name] + positions[:, row : row + 1]
@@ -642,16 +658,36 @@ def _check_shapes(state: dict):
             raise ValueError(f"these are no weights of a Vision Transformer: {name} has the shape {found}")
 
 
-def _split_positions(length: int, prefixes, like) -> tuple[int, tuple[int, int]]:
-    """(number of leading rows that belong to tokens, grid of the rest)."""
+def _split_positions(state: dict, classes: int, registers: int, like) -> tuple[int, tuple[int, int]]:
+    """(number of leading rows of the positions that belong to tokens, grid of the rest), which no file says.
+
+    The grid `like` decides where the rows fit it, else the grid is square: after a row for each class token (DeiT,
+    timm, DINOv2), or without (DeiT III, timm's with registers, this project's). Raises ValueError where none is
+    square, and where the rows may be read in several ways.
+    """
+    length, prefixes = state["pos_embed"].shape[1], dict.fromkeys((0, classes, classes + registers))
     for prefix in prefixes:
         if like is not None and length - prefix == math.prod(like):
             return prefix, like
-    for prefix in prefixes:
-        side = math.isqrt(max(length - prefix, 0))
-        if side and side * side == length - prefix:
-            return prefix, (side, side)
-    raise ValueError(f"pos_embed has {length} rows, which is neither the model's grid nor a square one")
+    found = [(n, grid) for n in prefixes for grid in _grids(length - n) if grid[0] == grid[1]]
+    if classes and found and found[0][0] == 0:
+        # n * n rows are also one row and (n - 1) x (n + 1) patches: only the sort of model says that this is not meant.
+        no_rows = bool(registers) or "blocks.0.ls1.gamma" in state
+        found += [(classes, (h, w)) for h, w in _grids(length - classes) if not (no_rows and w - h == 2)]
+    if len(found) == 1:
+        return found[0]
+    found = found or [(n, grid) for n in prefixes for grid in _grids(length - n)]
+    words = ", or ".join(f"{h}x{w} patches" + f" behind {n} for tokens" * bool(n) for n, (h, w) in found[:4])
+    (ph, pw), (h, w) = state["patch_embed.proj.weight"].shape[2:], found[-1][1] if found else (1, length)
+    raise ValueError(
+        f"pos_embed has {length} rows, {f'which may be {words}' if words else 'of no usual grid'}; "
+        f"give the size of the images that they are for, as in --input_size {h * ph}x{w * pw}"
+    )
+
+
+def _grids(count: int) -> list[tuple[int, int]]:
+    """Grids (gh, gw) of `count` patches that are up to twice as wide as high."""
+    return [(h, count // h) for h in range(1, math.isqrt(max(count, 0)) + 1) if count % h == 0 and count <= 2 * h * h]
 
 
 def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.Module:
@@ -674,15 +710,19 @@ def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.
 _ABSENT = object()
 
 
-def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None) -> nn.Module:
+def model_from_checkpoint(
+    checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None, img_size=None
+) -> nn.Module:
     """The model that a checkpoint describes, with its weights, in eval mode.
 
     A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The
-    other arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes (a square image
-    is assumed): `num_heads` must be given, tokens enter at block 0 unless their position is.
+    other arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes: `num_heads`
+    must be given, tokens enter at block 0 unless their position is. If its positions have the number of patches of
+    `img_size` (h, w), that is the size of the model, else they must be those of a square image.
 
     Raises:
-        ValueError: the weights do not fit, or an argument is missing or contradicts the checkpoint.
+        ValueError: the weights do not fit, an argument is missing or contradicts the checkpoint, or the positions
+            may be read in several ways.
     """
     given = dict(num_heads=num_heads, reg_pos=reg_pos, dist_pos=dist_pos)
     given = {name: value for name, value in given.items() if value is not None}
@@ -695,7 +735,7 @@ def model_from_checkpoint(checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg
     elif num_heads is None:
         raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
-        build = partial(DynamicViT, **(_args_from_shapes(checkpoint) | given))
+        build = partial(DynamicViT, **(_args_from_shapes(checkpoint, img_size) | given))
     try:
         with torch.device("meta"):  # names and shapes: a model that the weights are not of takes no memory
             shapes = build()
@@ -779,9 +819,9 @@ _ARGUMENTS = {
 }  # fmt: skip
 
 
-def _args_from_shapes(checkpoint: dict) -> dict:
-    """Arguments of DynamicViT as far as a bare state dict's shapes show them."""
-    state, grid = _translate(checkpoint, None)
+def _args_from_shapes(checkpoint: dict, img_size) -> dict:
+    """Arguments of DynamicViT as far as a bare state dict's shapes show them; see `model_from_checkpoint`."""
+    state, grid = _translate(checkpoint, img_size=img_size)
     proj = state["patch_embed.proj.weight"]  # (D, C, patch, patch)
     width, channels, *patch = proj.shape
     if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:

@@ -199,7 +199,8 @@ def check_same_run(path, saved: dict, args):
     here = utils.plain_args(args) | {"processes": utils.world_size()}
     there = saved["args"] | {"processes": len(saved["processes"])}
     other = _differ(there, here)
-    said = [f"{'' if name == 'processes' else '--'}{name} was {there[name]}, is now {here[name]}" for name in other]
+    values = {name: [utils.flag_value(flags[name]) for flags in (there, here)] for name in other}
+    said = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
     if not set(other) <= set(LONGER) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
         raise BadInput(
             f"{path} is of another run ({'; '.join(said)}): give the same flags, or another --output_dir; --overwrite "

@@ -213,6 +213,7 @@ def _figures(mine, best, tested) -> dict:
     }  # fmt: skip
 
 
+@utils.full_precision()
 @torch.no_grad()
 def behaviour(model_path, data: ImageData, device) -> dict:
     """Shares of attention and of artefacts on held-out images, in per cent, of the weights that were tested.

@@ -162,6 +162,7 @@ def accuracy_and_flops(summary, about):
     return figure
 
 
+@utils.full_precision()
 @torch.no_grad()
 def attention_page(folder, records, summary, data: ImageData):
     """Maps of the class token in the best cell and in its 0/0 cell; None where there is no such pair."""

@@ -129,7 +129,7 @@ def _chosen_images(args, folder, model, val_batches) -> list[int]:
         with np.load(file) as saved:
             before = saved["images"].tolist()
         if before != numbers:
-            images = " ".join(map(str, before))
+            images = utils.flag_value(before)
             raise BadInput(f"{file} is of other images; give --viz_images {images}, or move that folder away")
     return numbers
 

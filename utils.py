@@ -177,6 +177,13 @@ def image_size(text):
     return number(int, 1)(height), number(int, 1)(width or height)
 
 
+def flag_value(value) -> str:
+    """A flag's value as the command line takes it: (48, 64) -> '48x64', [0, 3] -> '0 3', None -> 'none'."""
+    if isinstance(value, tuple | list):
+        return ("x" if isinstance(value, tuple) else " ").join(map(str, value))
+    return "none" if value is None else str(value)
+
+
 def position(text):
     """An argparse type: a block's number, or 'none'."""
     return None if text.lower() == "none" else number(int, 0)(text)
@@ -326,7 +333,10 @@ def autocast(device, dtype):
 
 @contextmanager
 def full_precision():
-    """Products and convolutions of float32 in float32, not in TF32."""
+    """Products and convolutions of float32 in float32, not in TF32: around all that computes a figure or a map.
+
+    Also a decorator: `@full_precision()`.
+    """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import looking
 import utils
-from attention_html import encode_picture, write_viewer
+from attention_html import check_size, encode_picture, packed_size, write_viewer
 from attention_pages import Cell, Page, Row, draw_page, write_pages
 from models_dynamic import AttentionMaps
 from utils import BadInput, number
@@ -249,16 +249,16 @@ def _short_names(paths) -> list[str]:
     return names
 
 
-def draw(args, found, blocks, pages):
-    """Write the pages of all pictures."""
+def draw(args, found, blocks, pages, failed):
+    """Write the pages of all pictures that can be read; see `looking.readable`."""
     from matplotlib import rcParams
 
     rcParams["text.parse_math"] = False  # names of classes and files are not TeX
     folder = utils.writable_folder(args.output_dir)
     shared = None
     if args.scale == "shared":
-        shared = max(page.largest() for picture in found for page in pages(picture))
-    for picture in found:
+        shared = max(page.largest() for picture in looking.readable(found, failed) for page in pages(picture))
+    for picture in looking.readable(found, failed):
         keys = []
 
         def figures(picture=picture, keys=keys):  # one at a time: a page takes megabytes
@@ -269,38 +269,42 @@ def draw(args, found, blocks, pages):
 
         stem = f"{'compared' if args.compare else 'attention'}_{picture.name}"
         if args.format == "pdf":
-            stem += f"_block{blocks[0]}" if len(blocks) == 1 else "_blocks" + "-".join(map(str, blocks))
+            numbers = "-".join(map(str, blocks))
+            stem += f"_{len(blocks)}_blocks" if len(numbers) > 100 else f"_block{'s' * (len(blocks) > 1)}{numbers}"
         for file in write_pages(figures(), folder / stem, args.format):
             drawn = [key.removeprefix(f"block{blocks[0]}_") if len(blocks) == 1 else key for key in keys]
             drawn = ", ".join(drawn) if len(drawn) <= 8 else f"{len(drawn)} pages"
-            utils.say(f"wrote {file}" + (f": {drawn}" if args.format == "pdf" else ""))
+            utils.say(utils.printable(f"wrote {file}" + (f": {drawn}" if args.format == "pdf" else "")))
 
 
-def write_html(args, model, data, found, blocks):
-    """All attention of all pictures in one file."""
+def write_html(args, model, data, found, blocks, failed):
+    """All attention of all pictures that can be read in one file; see `looking.readable`."""
+    layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
+    check_size(len(found) * packed_size(layouts, heads))
     folder, device = utils.writable_folder(args.output_dir), model.pos_embed.device
-    layouts, encoded = {i: model.token_layout(i) for i in blocks}, []
-    for picture in found:
-        image, attention = picture.read(), {}
+    for picture in looking.readable(found, failed):
+        attention = {}
 
         def keep(i, attn, attention=attention):
             if i in layouts:
                 attention[i] = attn[0].cpu()
 
-        images = looking.model_input([image], [picture], data, device)
+        images = looking.model_input([picture.read()], [picture], data, device)
         model.trace(images, attention=keep, last=max(blocks))
         looked = look(model, data, picture, [], [], False)
         encoded.append(encode_picture(picture.name, looked.caption, looked.shown, layouts, attention, model.grid_size))
     about = {
-        "depth": model.depth, "heads": model.model_args["num_heads"], "cls_pos": model.cls_pos,
+        "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos,
         "dist_pos": model.dist_pos, "reg_pos": model.reg_pos, "registers": model.num_register_tokens,
     }  # fmt: skip
-    name = found[0].name if len(found) == 1 else f"{len(found)}_images"
+    name = found[0].name if len(found) == 1 else f"{len(encoded)}_images"
     file = folder / f"attention_{name}.html"
     size = write_viewer(file, f"Attention of {Path(args.model_path).name}", about, encoded)
-    utils.say(f"wrote {file} ({size / 1e6:.1f} MB): {len(found)} images, blocks {', '.join(map(str, blocks))}")
+    words = f"({size / 1e6:.1f} MB): {len(encoded)} images, blocks {', '.join(map(str, blocks))}"
+    utils.say(utils.printable(f"wrote {file} {words}"))
 
 
+@utils.full_precision()
 def visualize(args):
     check(args)
     loaded = load_all(args)
@@ -310,11 +314,12 @@ def visualize(args):
     for _, other, _, _ in loaded:
         blocks = looking.chosen_blocks(other, args.layer_num)
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
-    found = looking.pictures(args, data, checkpoint, args.img_num)
+    found, failed = looking.pictures(args, data, checkpoint, args.img_num), []
     if args.format == "html":
-        write_html(args, model, data, found, blocks)
+        write_html(args, model, data, found, blocks, failed)
     else:
-        draw(args, found, blocks, pages)
+        draw(args, found, blocks, pages, failed)
+    looking.report_failed(failed, len(found))
 
 
 def token_list(text):

@@ -2,16 +2,23 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from pypdf import PdfReader
+from timm.layers import PatchEmbed
 
 import analyze_tokens
+import discover_objects
+import sweep_cells
+import sweep_pages
 import utils
+import visualize_attention
 from ablation import ablate
 from analyze_tokens import main, table
 from conftest import noise, run, shell, tiny
+from datasets import load_data
 from token_statistics import LOWEST, PER_DECADE, TokenStatistics, artefact_bin, bin_edge, quantile, readouts
 
 
@@ -425,6 +432,51 @@ def test_any_model_on_files_of_any_shape(photos, tmp_path, capsys, kwargs):
     assert len(PdfReader(tmp_path / "new" / "analysis.pdf").pages) >= 4
 
 
+def test_unreadable_images_are_left_out_and_listed(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze_tokens, "BATCH", 4)
+    shutil.copytree(photos, tmp_path / "photos")
+    argv = ["--model_path", save(tiny(), tmp_path / "m.pth"), "--image_path", tmp_path / "photos"]
+    argv += ["--output_dir", tmp_path / "new", "--device", "cpu"]
+    for name in ("train/red/0.png", "test/blue/1.png"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    status, out, err = run(main, argv, capsys)
+    assert status == 1
+    assert "2 of 26 images could not be read, the others are done: cannot read the image" in err
+    assert err.count("\n") == 1
+    assert out.count("left out: cannot read the image") == 2
+    found = json.loads((tmp_path / "new" / "analysis.json").read_text())
+    assert found["images"] == 24
+    assert sum(found["norms"]["patches"][0]["histogram"]["counts"]) == 24 * 24
+    assert len(found["data"]["left_out"]) == 2
+    assert "24 images of" in PdfReader(tmp_path / "new" / "analysis.pdf").pages[0].extract_text()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    for file in (tmp_path / "photos").rglob("*.png"):
+        file.write_bytes(b"no image")
+    status, _, err = run(main, argv, capsys)
+    assert status == 2 and "none of the 26 images can be read" in err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
+
+
+def test_ablation_with_unreadable_images(photos, tmp_path, capsys):
+    """Of a data set in folders: each pass leaves out the same ones, and accuracies are of the others."""
+    shutil.copytree(photos, tmp_path / "data")
+    path = save(tiny(num_classes=2), tmp_path / "m.pth", classes=["blue", "red"])
+    for name in ("blue/0.png", "red/2.png"):
+        (tmp_path / "data" / "test" / name).write_bytes(b"no image")
+    argv = ["--model_path", path, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "new"]
+    argv += ["--ablate", "registers", "--device", "cpu"]
+    status, _, err = run(main, argv, capsys)
+    assert status == 1 and "2 of 6 images could not be read" in err
+    found = json.loads((tmp_path / "new" / "analysis.json").read_text())
+    assert found["images"] == found["ablation"]["images"] == 4
+    assert found["accuracy"] == found["ablation"]["clean"]
+    assert len(found["data"]["left_out"]) == 2
+    for name in ("blue/1.png", "blue/2.png", "red/0.png"):
+        (tmp_path / "data" / "test" / name).write_bytes(b"no image")
+    status, _, err = run(main, argv, capsys)
+    assert status == 2 and "only one can be read" in err
+
+
 def test_memory_does_not_grow_with_the_images():
     """Everything that is kept has the size it had after the first images."""
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
@@ -484,3 +536,46 @@ def test_the_table_shows_what_is_absent():
     assert lines[-4].split()[3:5] == ["-", "-"]
     assert lines[-1].count("-") == 0
     assert analyze_tokens.BATCH >= 1
+
+
+def of_a_sweep(trained, folder):
+    """Finished cells with the same weights: CLS at 2 and at 0."""
+    records = []
+    for cls, reg in ((2, 1), (0, 0)):
+        records.append({"cls_pos": cls, "reg_pos": reg, "num_reg": 2, "seed": 0})
+        path = sweep_pages.path_of(folder, records[-1])
+        path.parent.mkdir(parents=True)
+        path.write_bytes((trained / "model.pth").read_bytes())
+    return folder, records, {"best": records[0]}
+
+
+@pytest.mark.parametrize("what", ["pages", "html", "analysis", "objects", "behaviour", "sweep page"])
+def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monkeypatch, capsys, what):
+    """As in `evaluate`, even where the program around it, or the user, allows TF32."""
+    seen, forward = set(), PatchEmbed.forward
+
+    def watched(self, images):
+        seen.add((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return forward(self, images)
+
+    monkeypatch.setattr(PatchEmbed, "forward", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--device", "cpu"]
+    script, more = {
+        "pages": (visualize_attention, "--pages heads rollout --layer_num 2"),
+        "html": (visualize_attention, "--format html"),
+        "analysis": (analyze_tokens, "--num_images 9 --ablate registers"), "objects": (discover_objects, "--img_num 0"),
+    }.get(what, (None, ""))  # fmt: skip
+    try:
+        if script:
+            assert run(script.main, [*argv, *more.split()], capsys)[0] == 0
+        elif what == "behaviour":
+            sweep_cells.behaviour(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
+        else:
+            assert sweep_pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
+        assert seen == {(False, "highest")}
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision(precision)

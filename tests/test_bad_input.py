@@ -1,5 +1,6 @@
 """Bad input: one line on standard error that says what to do, status 2, nothing touched. Imports and help."""
 
+import argparse
 import pickle
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import cifar_main
 import cifar_test
 import discover_objects
 import main_distillation
+import run_folder
 import utils
 import visualize_attention
 from conftest import ROOT, TINY, run, shell
@@ -220,6 +222,16 @@ def test_as_a_process(tmp_path):
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"{script}: error: ")
+
+
+def test_values_in_hints_are_as_the_flag_takes_them(tmp_path):
+    for text, kind in (("48x64", utils.image_size), ("none", utils.position), ("3", utils.position)):
+        assert utils.flag_value(kind(text)) == text
+    saved = {"args": {"input_size": (48, 48), "num_reg": 4}, "processes": [None]}
+    here = argparse.Namespace(input_size=(32, 64), num_reg=2, output_dir=str(tmp_path), overwrite=False)
+    with pytest.raises(utils.BadInput) as error:
+        run_folder.check_same_run(tmp_path / "checkpoint.pth", saved, here)
+    assert "--input_size was 48x48, is now 32x64; --num_reg was 4, is now 2" in str(error.value)
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

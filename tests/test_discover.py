@@ -436,14 +436,32 @@ def test_bad_input_is_found_before_anything_is_written(checkpoint, scenes, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def test_an_unreadable_image_leaves_older_files_whole(checkpoint, scenes, tmp_path, capsys):
+def test_unreadable_images_are_left_out_and_listed(checkpoint, scenes, tmp_path, capsys):
+    for name in ("aaa.png", "zzz.png"):
+        (scenes / name).write_bytes(b"no image")
+    status, out, err = run(main, flags(checkpoint, tmp_path, "--image_path", scenes), capsys)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "2 of 6 images could not be read, the others are done: cannot read the image" in err and "aaa.png" in err
+    left_out = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert ["aaa.png" in left_out[0], "zzz.png" in left_out[1]] == [True, True] and len(left_out) == 2
+    settings, images = result(tmp_path)
+    assert set(images) == set(SCENES)
+    assert settings["images"] == 4
+    assert [f"left out: {problem}" for problem in settings["left_out"]] == left_out
+    (page,) = PdfReader(tmp_path / "new" / "objects.pdf").pages
+    assert all(name in page.extract_text() for name in SCENES)
+
+
+def test_images_that_are_all_unreadable_leave_older_files_whole(checkpoint, scenes, tmp_path, capsys):
     argv = flags(checkpoint, tmp_path, "--image_path", scenes)
     assert run(main, argv, capsys)[0] == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
-    (scenes / "zzz.png").write_bytes(b"no image")
+    for file in scenes.iterdir():
+        file.write_bytes(b"no image")
     status, _, err = run(main, argv, capsys)
     assert status == 2
-    assert "zzz.png" in err
+    assert "none of the 4 images can be read; the last one: cannot read the image" in err
     assert err.count("\n") == 1
     assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
 

@@ -268,7 +268,7 @@ def test_teachers_that_do_not_fit(tmp_path, capsys, teacher, photos):
     assert "layer1.0.conv1.weight 64x64x3x3 is missing" in refused(*resnet, tmp_path / "cut.pth")
     err = refused("--teacher_path", teacher, "--data_set", "FOLDER", "--data_path", photos)
     assert "the data differ in their classes" in err and str(teacher) in err
-    assert "give --input_size 32 x 32" in refused("--teacher_path", teacher, "--input_size", "64")
+    assert "give --input_size 32x32" in refused("--teacher_path", teacher, "--input_size", "64")
     assert "is a DynamicViT" in refused("--teacher_path", teacher, "--teacher_model", "resnet10t")
     assert "give --teacher_model NAME" in refused("--teacher_path", tmp_path / "seven.pth")
     assert "timm has no model nonsense" in refused(

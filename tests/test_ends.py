@@ -129,7 +129,7 @@ def test_broken_images_end_all_processes(tmp_path, photos):
     argv = [*WORKERS, "--data_set", "FOLDER", "--data_path", bad, "--batch_size", "4", "--val_size", "4"]
     done = torchrun(2, "main_distillation.py", *argv, *"--epochs 1 --max_steps 1".split(), cwd=tmp_path, status=1)
     printed = [line for line in done.stderr.splitlines() if line.startswith("main_distillation.py")]
-    assert len(printed) == len(set(printed)) and all("cannot read the image" in line for line in printed), done.stderr
+    assert len(printed) == len(set(printed)) and all("cannot read" in line for line in printed), done.stderr
     assert "BadInput" not in done.stderr
 
 

@@ -1,6 +1,7 @@
 """The file of `visualize_attention.py --format html`, opened from disk in a headless Chromium."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -319,6 +320,40 @@ def test_size_of_a_vit_small(tmp_path):
     size = write_viewer(tmp_path / "a.html", "Attention", model_words(model), [picture])
     assert size == (tmp_path / "a.html").stat().st_size
     assert 1e6 < size < 5e6
+
+
+def html(trained, tmp_path, *more):
+    return ["--model_path", trained / "model.pth", "--format", "html", "--output_dir", tmp_path / "new", *more]
+
+
+def test_a_size_that_is_too_large_is_refused_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
+    model = model_from_checkpoint(utils.load_checkpoint(trained / "model.pth"))
+    size = attention_html.packed_size({i: model.token_layout(i) for i in range(3)}, 3)
+    argv = html(trained, tmp_path, "--img_num", 0, 1)
+    monkeypatch.setattr(attention_html, "LIMIT", 2 * size)
+    assert run(visualize_attention.main, argv, capsys)[0] == 0
+    shutil.rmtree(tmp_path / "new")
+    monkeypatch.setattr(attention_html, "LIMIT", 2 * size - 1)
+    monkeypatch.setattr(DynamicViT, "trace", lambda *_, **__: pytest.fail("attention was computed"))
+    monkeypatch.setattr(DynamicViT, "forward", lambda *_: pytest.fail("an image was classified"))
+    status, _, err = run(visualize_attention.main, argv, capsys)
+    assert status == 2
+    assert "choose fewer blocks (--layer_num), fewer images, or a smaller --input_size" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_unreadable_images_are_left_out_and_listed(trained, photos, tmp_path, capsys):
+    shutil.copytree(photos / "test" / "red", tmp_path / "images")
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
+    argv = html(trained, tmp_path, "--image_path", tmp_path / "images", "--layer_num", 2)
+    status, out, err = run(visualize_attention.main, argv, capsys)
+    assert status == 1
+    assert "1 of 3 images could not be read, the others are done: cannot read the image" in err and "1.png" in err
+    assert "2 images, blocks 2" in out
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.name == "attention_2_images.html"
+    about = re.search('id="about">(.*)</script>', file.read_text())[1]
+    assert [picture["name"] for picture in json.loads(about)["pictures"]] == ["0", "2"]
 
 
 def test_what_cannot_be_shown(tmp_path, monkeypatch):

@@ -194,6 +194,65 @@ def test_folders_and_equal_names(checkpoint, photo, tmp_path, capsys):
     assert {f.name for f in (tmp_path / "new").iterdir()} == {f"attention_photo{n}_block2.pdf" for n in ("", "_2")}
 
 
+@pytest.mark.parametrize("more", ["", "--format png", "--scale shared", "--pages rollout", "--compare"])
+def test_unreadable_images_are_left_out_and_listed(checkpoint, photo, tmp_path, capsys, more):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "c", "e"):
+        (folder / f"{name}.png").write_bytes(photo.read_bytes())
+    for name in ("b", "f"):
+        (folder / f"{name}.png").write_bytes(photo.read_bytes()[:60])
+    argv = ["--model_path", checkpoint, "--image_path", folder, "--output_dir", tmp_path / "new", "--device", "cpu"]
+    argv += ["--tokens", "cls", *more.split(), *[checkpoint] * (2 * (more == "--compare"))]
+    status, out, err = run(main, argv, capsys)
+    assert status == 1, err
+    assert "2 of 5 images could not be read, the others are done: cannot read the image" in err and "b.png" in err
+    assert err.count("\n") == 1
+    assert [line.count("f.png") for line in out.splitlines() if line.startswith("left out: ")] == [0, 1]
+    assert [file.name.split("_")[1] for file in sorted((tmp_path / "new").iterdir())] == ["a", "c", "e"]
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    argv[argv.index(tmp_path / "new")] = tmp_path / "other"
+    status, _, err = run(main, argv, capsys)
+    assert status == 2 and "none of the 5 images can be read" in err
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_names_that_are_too_long_and_images_of_a_pixel(tmp_path, capsys):
+    model = tiny(img_size=(4, 56), num_register_tokens=0)
+    about = {"name": "FOLDER", "classes": list("abcde"), "input_size": (4, 56), "crop_pct": 0.875, **MEAN}
+    about["interpolation"] = "bicubic"
+    utils.save_checkpoint(
+        tmp_path / "m.pth", {"model": model.state_dict(), "model_args": model.model_args, "data": about}
+    )
+    (tmp_path / "images").mkdir()
+    for name in ("猫" * 80, "x" * 250, "x" * 249 + "y", b"a\xe9\x1b[31m".decode(errors="surrogateescape")):
+        Image.new("RGB", (1, 90)).save(tmp_path / "images" / f"{name}.png")
+    argv = ["--model_path", tmp_path / "m.pth", "--image_path", tmp_path / "images", "--output_dir", tmp_path / "new"]
+    status, out, err = run(main, [*argv, "--tokens", "cls", "--device", "cpu"], capsys)
+    assert status == 0, err
+    assert "\x1b" not in out and out.encode()  # a terminal obeys none of it
+    names = {file.name for file in (tmp_path / "new").iterdir()}
+    assert names >= {f"attention_{name}_block2.pdf" for name in ("猫" * 33, "x" * 100, "x" * 100 + "_2")}
+    assert len(names) == 4
+
+
+def test_paths_of_images_are_looked_for_beforehand(checkpoint, photo, tmp_path, capsys):
+    argv = [
+        "--model_path",
+        checkpoint,
+        "--image_path",
+        photo,
+        tmp_path / "absent.png",
+        "--output_dir",
+        tmp_path / "new",
+    ]
+    status, _, err = run(main, [*argv, "--device", "cpu"], capsys)
+    assert status == 2
+    assert "there is no image or folder" in err and "absent.png" in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_bare_state_dict(photo, tmp_path, capsys):
     model = tiny(img_size=16, cls_pos=2, reg_pos=1, num_register_tokens=2)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
@@ -214,6 +273,21 @@ def test_a_bare_state_dict(photo, tmp_path, capsys):
     assert "true: 7" in words(tmp_path / "attention_DIGITS_test0_block2.pdf")[0]
 
 
+def test_a_bare_state_dict_of_images_that_are_not_square(checkpoint, photo, tmp_path, capsys, drawn):
+    torch.save(utils.load_checkpoint(checkpoint)["model"], tmp_path / "bare.pth")
+    argv = ["--model_path", tmp_path / "bare.pth", "--image_path", photo, "--output_dir", tmp_path, "--device", "cpu"]
+    argv += "--num_heads 3 --cls_pos 2 --reg_pos 1 --tokens cls --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25".split()
+    status, _, err = run(main, argv, capsys)
+    assert status == 2
+    assert "24 rows, which may be 4x6 patches; give the size of the images that they are for, as in" in err
+    assert "--input_size 16x24" in err
+    status, out, _ = run(main, [*argv, "--input_size", "16x24"], capsys)
+    assert status == 0
+    assert "taken for a grid of 4x6 patches, as --input_size says" in out
+    expected, _ = expected_rows(checkpoint, photo, 2)
+    assert torch.allclose(drawn["block2_cls"][0].rows[0].cells[1].map, expected[0, 0], atol=1e-6)
+
+
 def test_a_checkpoint_takes_no_flags_of_the_model(checkpoint, photo, tmp_path, capsys):
     argv = ["--model_path", checkpoint, "--image_path", photo, "--num_heads", "6", "--output_dir", tmp_path]
     status, _, err = run(main, argv, capsys)
@@ -226,7 +300,11 @@ def test_weights_without_a_head(photo, tmp_path, capsys):
     assert model(noise(model)).shape == (2, 24)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     argv = ["--model_path", tmp_path / "bare.pth", "--num_heads", "3", "--image_path", photo, "--output_dir", tmp_path]
-    assert run(main, [*argv, "--device", "cpu"], capsys)[0] == 0
+    argv += ["--device", "cpu"]
+    status, _, err = run(main, argv, capsys)
+    assert status == 2
+    assert "16 rows, which may be 4x4 patches, or 3x5 patches behind 1 for tokens; give the size" in err
+    assert run(main, [*argv, "--input_size", "16"], capsys)[0] == 0
     (page,) = words(tmp_path / "attention_photo_block2.pdf")
     assert "predicted" not in page
 

@@ -6,7 +6,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from conftest import noise, tiny
-from models_dynamic import DynamicViT, load_weights, model_from_checkpoint
+from models_dynamic import DynamicViT, load_weights, model_from_checkpoint, timm_model
 
 ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=7)
 
@@ -42,6 +42,60 @@ def test_distilled_deit():
     model = ours()
     assert load_weights(model, state).left_out == ["dist_token", "head_dist.weight", "head_dist.bias"]
     assert torch.allclose(model(images), theirs(images), atol=1e-5)
+
+
+KINDS = {
+    "DeiT": {}, "DeiT III": dict(no_embed_class=True, init_values=0.1), "DINOv2": dict(init_values=0.1),
+    "registers": dict(reg_tokens=4, no_embed_class=True), "registers with rows": dict(reg_tokens=3),
+    "no class token": dict(class_token=False, global_pool="avg", fc_norm=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bare_files_of_square_images_need_no_size(kind):
+    theirs, images = timm_vit(img_size=112, **KINDS[kind]), torch.randn(2, 3, 112, 112)
+    model = model_from_checkpoint(theirs.state_dict(), num_heads=4)
+    assert model.grid_size == (14, 14)
+    assert torch.allclose(model(images), theirs(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(48, 32), (120, 192), (64, 104), (104, 112)])  # 25, 361 and 105 rows: 24 is 4 x 6
+@pytest.mark.parametrize("kind", KINDS)
+def test_bare_files_of_images_that_are_not_square(kind, size):
+    theirs, images = timm_vit(img_size=size, **KINDS[kind]), torch.randn(2, 3, *size)
+    state = theirs.state_dict()
+    if not (size == (48, 32) and kind == "DINOv2"):  # 25 rows: taken for a DeiT III of 5 x 5 patches
+        with pytest.raises(ValueError, match="give the size of the images that they are for, as in --input_size"):
+            model_from_checkpoint(state, num_heads=4)
+        with pytest.raises(ValueError, match="give the size of the images"):  # whatever another model's grid is
+            load_weights(ours(num_register_tokens=theirs.num_reg_tokens, init_values=0.1), state)
+    model = model_from_checkpoint(state, num_heads=4, img_size=size)
+    assert torch.allclose(model(images), theirs(images), atol=1e-4)
+    same = DynamicViT(**model.model_args).eval()
+    load_weights(same, state)
+    assert torch.equal(same(images), model(images))
+
+
+def test_a_size_that_the_positions_are_not_for():
+    """A square file is then read at its own size; of what may be both, nothing."""
+    model = model_from_checkpoint(timm_vit().state_dict(), num_heads=4, img_size=(48, 64))
+    assert model.grid_size == (4, 4)
+    assert model_from_checkpoint(timm_vit().state_dict(), num_heads=4, img_size=(30, 64)).grid_size == (4, 4)
+    with pytest.raises(ValueError, match="may be 19x19 patches, or 15x24 patches behind 1 for tokens"):
+        model_from_checkpoint(timm_vit(img_size=(120, 192)).state_dict(), num_heads=4, img_size=(64, 64))
+    prime = timm_vit(img_size=(8, 184), class_token=False, global_pool="avg", fc_norm=False).state_dict()
+    with pytest.raises(ValueError, match="pos_embed has 23 rows, of no usual grid"):
+        model_from_checkpoint(prime, num_heads=4)
+
+
+def test_timm_resamples_only_square_positions():
+    model = timm_model("vit_tiny_patch16_224", 7, img_size=(64, 96), depth=1)
+    for size in ((32, 96), (240, 384)):
+        state = timm_model("vit_tiny_patch16_224", 7, img_size=size, depth=1).state_dict()
+        with pytest.raises(ValueError, match="rows, here 25, and timm resamples only those of square images"):
+            load_weights(model, state)
+    state = timm_model("vit_tiny_patch16_224", 7, img_size=(64, 64), depth=1).state_dict()
+    assert load_weights(model, state).resampled == ["pos_embed"]
 
 
 def test_another_resolution():

@@ -399,7 +399,7 @@ def test_what_is_left_out_is_noted_once(tmp_path, capsys):
     load_data("FOLDER", root, (8, 8))
     find_split("FOLDER", root, False)
     assert capsys.readouterr().out == "note: left out for their ending: .bak: 2, no ending: 1\n"
-    assert len(looking.files_of([str(root / "train" / "ant"), str(root / "test" / "ant" / "0.png")])) == 5
+    assert len(looking.image_paths([str(root / "train" / "ant"), str(root / "test" / "ant" / "0.png")])) == 5
     assert capsys.readouterr().out == "note: left out for their ending: .bak: 1\n"  # --image_path
 
 

@@ -15,6 +15,10 @@ import utils
 
 COLOURS = "viridis"
 ATTENTION = "share of the token's attention on each patch, in %, after softmax over all tokens"
+TIMES_PATCHES = (
+    "the token's attention on each patch, after softmax over all tokens, times the number of patches, which differ; "
+    "1 = uniform over patches"
+)
 LEFT, RIGHT, BOTTOM, SCALE = 0.35, 0.1, 0.45, 2.2  # inches: margins of a page, a colour scale in its head
 
 
@@ -40,11 +44,20 @@ class Page:
     rows: list[Row]
     caption: str = ""
     colour: str = ATTENTION  # what a map's colour means
+    times_patches: bool = False  # whether that is attention times the number of patches, and not in per cent
+
+    def shades(self, attention: Tensor) -> Tensor:
+        """What the colours of a map show: shares, or multiples of uniform attention."""
+        return attention * attention.numel() if self.times_patches else attention
+
+    @property
+    def unit(self) -> int:
+        """What a colour scale counts 1 as."""
+        return 1 if self.times_patches else 100
 
     def largest(self) -> float:
-        return max(
-            (float(cell.map.max()) for row in self.rows for cell in row.cells if cell.map is not None), default=0
-        )
+        maps = [cell.map for row in self.rows for cell in row.cells if cell.map is not None]
+        return max((float(self.shades(attention).max()) for attention in maps), default=0)
 
 
 def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
@@ -52,7 +65,7 @@ def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
 
     Args:
         overlay: maps over the picture.
-        vmax: the share that the brightest colour stands for; None: each map's own largest.
+        vmax: what the brightest colour stands for (see `Page.shades`); None: each map's own largest.
         scope: what `vmax` is the largest of, for the reader: 'page' or 'all pages'.
     """
     from matplotlib.figure import Figure
@@ -86,7 +99,7 @@ def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
                 _draw_picture(axes, row.shown, label, width, 8 if one_row else 7)
                 _frame_patch(axes, row.cells[0], row.shown)
                 continue
-            drawn = _draw_map(axes, row.cells[c - 1], row.shown, overlay, vmax, one_row)
+            drawn = _draw_map(axes, page, row.cells[c - 1], row.shown, overlay, vmax)
             if bars and drawn is not None:
                 scale = figure.add_axes(((left + map_w + 0.06) / page_w, box[1], 0.09 / page_w, box[3]))
                 _draw_scale(scale, drawn.norm.vmax or 1)
@@ -118,7 +131,9 @@ def _write_margins(figure, page, title, caption, vmax, scope, one_row):
     if vmax is not None:
         left, width = page_w - RIGHT - SCALE + 0.25, SCALE - 0.45
         scale = figure.add_axes((left / page_w, 1 - 0.3 / page_h, width / page_w, 0.09 / page_h))
-        _draw_scale(scale, 100 * vmax or 1, across=True)
+        _draw_scale(scale, page.unit * vmax or 1, across=True)
+        if page.times_patches:
+            scale.xaxis.set_major_formatter("{x:g}×")
 
 
 def _draw_picture(axes, shown, label, letters, size):
@@ -128,9 +143,10 @@ def _draw_picture(axes, shown, label, letters, size):
     axes.set_title("\n".join(lines[:3]), fontsize=size, loc="left")
 
 
-def _draw_map(axes, cell, shown, overlay, vmax, one_row):
+def _draw_map(axes, page, cell, shown, overlay, vmax):
     from matplotlib.patches import Rectangle
 
+    one_row = len(page.rows) == 1
     height, width = shown.shape[1:]
     extent, size = (0, width, height, 0), 8 if one_row else 6.5
     if cell.map is None:
@@ -141,8 +157,8 @@ def _draw_map(axes, cell, shown, overlay, vmax, one_row):
     if overlay:
         axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=extent)
     drawn = axes.imshow(
-        100 * cell.map.numpy(), interpolation="nearest", extent=extent, cmap=COLOURS,
-        alpha=0.6 if overlay else 1.0, vmin=0, vmax=None if vmax is None else 100 * vmax,
+        page.unit * page.shades(cell.map).numpy(), interpolation="nearest", extent=extent, cmap=COLOURS,
+        alpha=0.6 if overlay else 1.0, vmin=0, vmax=None if vmax is None else page.unit * vmax,
     )  # fmt: skip
     _frame_patch(axes, cell, shown)
     total = f"{100 * float(cell.map.sum()):.0f}%"
@@ -165,7 +181,7 @@ def _percent(share) -> str:
 
 
 def _draw_scale(axes, top, across=False):
-    """A colour scale from 0 to `top` per cent. One image; matplotlib's own colour bar is 256 small areas, which take
+    """A colour scale from 0 to `top`. One image; matplotlib's own colour bar is 256 small areas, which take
     longer to write than all of the page."""
     levels = [[level] for level in range(256)]
     if across:

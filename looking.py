@@ -1,5 +1,6 @@
 """What the scripts that look at a trained model share: their flags, the model, and the images to look at."""
 
+import copy
 import os
 from argparse import SUPPRESS, ArgumentTypeError
 from collections import Counter
@@ -46,8 +47,8 @@ class Picture:
 # Flags -----------------------------------------------------------------------------------------------------------
 
 
-def add_model_flags(parser):
-    """Which checkpoint, and what a bare state dict does not tell."""
+def add_model_flags(parser, several=False):
+    """Which checkpoint, and what a bare state dict does not tell; `several`: for each of several, see `of_file`."""
     parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
@@ -55,7 +56,7 @@ def add_model_flags(parser):
         "size than the model's own, its position embedding is resampled; of a bare state dict that fits it, its size",
     )  # fmt: skip
     group = parser.add_argument_group("only for a bare state dict from elsewhere (its shapes tell the rest)")
-    missing = dict(default=SUPPRESS)
+    missing = dict(default=SUPPRESS, nargs="+" if several else None)
     group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; needed", **missing)
     group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
     group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
@@ -71,6 +72,23 @@ def add_image_flags(parser):
     parser.add_argument("--image_path", nargs="+", metavar="FILE", help="images, or folders of them")
     parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
     flags.add_max_pixels(parser)
+
+
+def of_file(args, i, count):
+    """The flags for file `i` of `count`: of those in `FOREIGN`, the value for all, or its own.
+
+    Raises BadInput for another number of values.
+    """
+    mine = copy.copy(args)
+    for flag in FOREIGN:
+        values = getattr(args, flag, None)
+        if values is not None:
+            if len(values) not in (1, count):
+                raise BadInput(
+                    f"--{flag} has {len(values)} values for {count} files; give one for all, or one for each"
+                )
+            setattr(mine, flag, values[i if len(values) > 1 else 0])
+    return mine
 
 
 def block(text):

@@ -5,6 +5,7 @@ or as one HTML file to explore by hand.
     python visualize_attention.py --image_path my_photo.jpg --layer_num 0 5 11 --tokens cls --overlay
     python visualize_attention.py --img_num 0 3 7 --pages blocks tokens rollout --layer_num all
     python visualize_attention.py --compare early.pth late.pth --layer_num 8 --img_num 3
+    python visualize_attention.py --compare small.pth base.pth --num_heads 6 12 --image_path photo.jpg
     python visualize_attention.py --image_path my_photos --layer_num all --format html
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
@@ -12,6 +13,7 @@ One PDF an image. The maps are the attention that the model used: softmaxed over
 columns of the patches.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch import Tensor
 import looking
 import utils
 from attention_html import check_size, encode_picture, packed_size, write_viewer
-from attention_pages import Cell, Page, Row, draw_page, write_pages
+from attention_pages import ATTENTION, TIMES_PATCHES, Cell, Page, Row, draw_page, write_pages
 from models_dynamic import AttentionMaps
 from utils import BadInput, number
 
@@ -168,8 +170,13 @@ def _cells(token, maps, patches) -> list[Cell]:
     return [Cell(name, attention, mark=token.mark) for name, attention in named]
 
 
-def compared_pages(names, models, looks, asked, blocks, patches):
-    """The same image, block and token under several models, one a row."""
+def compared_pages(names, models, looks, asked, blocks, patches, one_scale):
+    """The same image, block and token under several models, one a row.
+
+    `one_scale`: it shows attention times the number of patches where models have different ones, or those with few
+    patches would leave the others black.
+    """
+    times_patches = one_scale and len({math.prod(model.grid_size) for model in models}) > 1
     kinds = [k for k in KINDS if any(entry_blocks(model)[k] is not None for model in models) and k in (asked or KINDS)]
     of_models = [{token.key: token for token in tokens_of(model, kinds, patches)} for model in models]
     keys = {key: token.name for tokens in of_models for key, token in tokens.items()}  # in order, each once
@@ -181,7 +188,8 @@ def compared_pages(names, models, looks, asked, blocks, patches):
                 predicted = looked.caption.split("\n")[-1]
                 rows.append(Row(f"{label}\n{predicted}", looked.shown, _cells(token, looked.maps[block], patches)))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
-            yield Page(f"block{block}_{key}", title, rows)
+            colour = TIMES_PATCHES if times_patches else ATTENTION
+            yield Page(f"block{block}_{key}", title, rows, colour=colour, times_patches=times_patches)
 
 
 # Wiring ----------------------------------------------------------------------------------------------------------
@@ -207,7 +215,8 @@ def load_all(args):
     """[(name, model, data, checkpoint)] of --model_path or --compare, on the device."""
     device = utils.pick_device(args.device)
     paths = args.compare or [args.model_path]
-    found = [(path, *looking.load(path, args, foreign_flags_may_rest=len(paths) > 1)) for path in paths]
+    flags = [looking.of_file(args, i, len(paths)) for i in range(len(paths))]
+    found = [(p, *looking.load(p, mine, foreign_flags_may_rest=len(paths) > 1)) for p, mine in zip(paths, flags)]
     for _, model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
@@ -229,7 +238,7 @@ def page_maker(args, loaded, blocks):
 
         def compared(picture):
             looks = [look(model, data, picture, blocks, patches, False) for _, model, data, _ in loaded]
-            return compared_pages(names, models, looks, args.tokens, blocks, patches)
+            return compared_pages(names, models, looks, args.tokens, blocks, patches, args.scale != "map")
 
         return compared
     _, model, data, _ = loaded[0]
@@ -360,13 +369,14 @@ def main(argv=None):
         "pages of this call (default: map; page with --compare)",
     )  # fmt: skip
     parser.add_argument(
-        "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, in place of --model_path"
-    )
+        "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, in place of --model_path; flags "
+        "for a bare state dict take one value for all of them, or one for each",
+    )  # fmt: skip
     parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
     parser.add_argument(
         "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
     )
-    looking.add_model_flags(parser)
+    looking.add_model_flags(parser, several=True)
     visualize(parser.parse_args(argv))
 
 

@@ -434,6 +434,56 @@ def test_models_side_by_side(checkpoint, photo, tmp_path, capsys, drawn):
     assert "bare.pth" in err
 
 
+def test_bare_files_of_other_head_counts_side_by_side(photo, tmp_path, capsys, drawn):
+    heads, flags = (2, 6), {"--num_heads": (2, 6), "--cls_pos": (3, 1)}
+    models = [tiny(img_size=16, num_heads=h, cls_pos=p, num_register_tokens=2) for h, p in zip(*flags.values())]
+    for i, model in enumerate(models):
+        torch.save(model.state_dict(), tmp_path / f"{i}.pth")
+    argv = ["--compare", tmp_path / "0.pth", tmp_path / "1.pth", "--image_path", photo, "--output_dir", tmp_path]
+    argv += ["--device", "cpu", "--layer_num", 3, "--mean", *[0.5] * 3, "--std", *[0.25] * 3]
+    status, _, err = run(main, [*argv, *"--num_heads 2 6 --cls_pos 3 1 --reg_pos 0".split()], capsys)
+    assert status == 0, err
+    images = eval_transform(fit_image(read_image(photo), (16, 16))[None], {"input_size": (16, 16), **MEAN})
+    for row, model, count in zip(drawn["block3_cls"][0].rows, models, heads, strict=True):
+        expected = model.attention_maps(images, [3])[3].cls[0]
+        assert [cell.name for cell in row.cells] == ["mean over heads", *(f"head {i}" for i in range(count))]
+        assert torch.allclose(torch.stack([cell.map for cell in row.cells[1:]]), expected, atol=1e-6)
+    status, _, err = run(main, [*argv, "--num_heads", 2, 6, 3], capsys)
+    assert status == 2
+    assert "--num_heads has 3 values for 2 files; give one for all, or one for each" in err
+
+
+def test_one_scale_for_models_of_other_numbers_of_patches(checkpoint, photo, tmp_path, capsys, drawn):
+    """Of 4 x 6 and of 37 x 37 patches: in per cent all of the second row would be black."""
+    fine = tiny(img_size=148, num_register_tokens=0)
+    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (148, 148), **MEAN}
+    saved = {"model": fine.state_dict(), "model_args": fine.model_args, "data": data}
+    utils.save_checkpoint(tmp_path / "fine.pth", saved)
+    argv = ["--image_path", photo, "--layer_num", 3, "--output_dir", tmp_path / "new", "--device", "cpu", "--compare"]
+    both = [*argv, checkpoint, tmp_path / "fine.pth"]
+    for scale in ("page", "shared"):
+        assert run(main, [*both, "--scale", scale, "--tokens", "cls"], capsys)[0] == 0
+        (page, vmax), (text,) = drawn["block3_cls"], words(tmp_path / "new" / "compared_photo_block3.pdf")
+        maps = [[cell.map for cell in row.cells] for row in page.rows]
+        assert vmax == pytest.approx(max(float(m.max()) * m.numel() for row in maps for m in row))
+        figure = draw_page(page, vmax=vmax)
+        pictures = [axes.images[0] for axes in figure.axes if not axes.axison and axes.get_title("left")[:4] != "m.pt"]
+        shown = [p for p in pictures if p.get_array().ndim == 2]
+        for picture, attention in zip(shown, [m for row in maps for m in row], strict=True):
+            assert torch.allclose(torch.as_tensor(picture.get_array()), attention * attention.numel())
+            assert (picture.norm.vmin, picture.norm.vmax) == (0, vmax)
+        assert max(float(m.max()) * m.numel() for m in maps[1]) > vmax / 4
+        (scale_of_page,) = [axes.images[0] for axes in figure.axes if axes.axison]
+        assert list(scale_of_page.get_extent()[:2]) == [0, vmax]
+        assert "0×" in text
+        flat = " ".join(text.split())
+        assert "times the number of patches, which differ; 1 = uniform over patches" in flat and "in %" not in flat
+    for others in ([*both, "--scale", "map"], [*argv, checkpoint, checkpoint]):
+        assert run(main, [*others, "--tokens", "cls"], capsys)[0] == 0
+        assert not drawn["block3_cls"][0].times_patches
+        assert "in %" in words(tmp_path / "new" / "compared_photo_block3.pdf")[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -72,7 +72,7 @@ def test_model(model_path, data_path=None, device=None, batch_size=256, per_clas
     """`score` a checkpoint and print the result.
 
     Returns:
-        `evaluate`'s figures.
+        `evaluate`'s figures; in a single process also `hits` (M,), whether each image was classified correctly.
 
     Raises:
         BadInput: no checkpoint of this project, or its images are not there.
@@ -82,6 +82,8 @@ def test_model(model_path, data_path=None, device=None, batch_size=256, per_clas
     result, labels = score(model, checkpoint, data_path, device or utils.pick_device(), batch_size, 0, True)
     accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
     say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
+    if utils.world_size() == 1:
+        result["hits"] = result["predictions"] == labels
     if (per_class or confusion) and utils.world_size() == 1:
         _print_confusion(labels, result["predictions"], data["classes"], per_class, confusion)
     return result

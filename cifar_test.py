@@ -76,7 +76,7 @@ def test_model(
     """`score` a checkpoint and print the result.
 
     Returns:
-        `evaluate`'s figures.
+        `evaluate`'s figures; in a single process also `hits` (M,), whether each image was classified correctly.
 
     Raises:
         BadInput: no checkpoint of this project, or its images are not there.
@@ -88,6 +88,8 @@ def test_model(
     )  # fmt: skip
     accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
     say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
+    if utils.world_size() == 1:
+        result["hits"] = result["predictions"] == labels
     if (per_class or confusion) and utils.world_size() == 1:
         _print_confusion(labels, result["predictions"], data["classes"], per_class, confusion)
     return result

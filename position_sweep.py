@@ -103,9 +103,20 @@ def parse(argv=None):
         raise BadInput("a cell is trained by one process; start without torchrun, with --gpus N for N GPUs")
     if bool(args.shard) + bool(args.gpus) + bool(args.launcher) > 1:
         raise BadInput("--shard, --gpus and --launcher each divide the work; give one of them")
-    if args.gpus and args.gpus > torch.cuda.device_count():
-        raise BadInput(f"--gpus {args.gpus}: there are {torch.cuda.device_count()} GPUs here")
+    if (args.gpus or args.launcher) and args.device.startswith("cuda:"):
+        raise BadInput(f"--device {args.device} is one GPU, and here each process has its own; leave it out")
+    if args.gpus and args.gpus > len(visible_gpus()):
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        listed = "" if given is None else f" (CUDA_VISIBLE_DEVICES={given})"
+        raise BadInput(f"--gpus {args.gpus}: there are {len(visible_gpus())} GPUs here{listed}; give at most as many")
     return args
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers, or UUIDs."""
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if given is None else (name.strip() for name in given.split(","))
+    return [name for name in names if name][:count]  # CUDA ignores what follows a name that is none
 
 
 # What a user sees ------------------------------------------------------------------------------------------------
@@ -190,10 +201,10 @@ def on_gpus(args, argv, data, cells):
     workers = []
     try:
         with stopping.signals_raise("what was trained is saved; the same command goes on"):
-            for gpu in range(args.gpus):
-                log = logs / f"gpu{gpu}.log"
+            for i, gpu in enumerate(visible_gpus()[: args.gpus]):
+                log = logs / f"gpu{i}.log"
                 with open(log, "w") as file:
-                    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
                     begun = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
                 workers.append((begun, log))
             say(f"{args.gpus} processes; what they print goes to {logs}")

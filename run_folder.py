@@ -138,20 +138,19 @@ def save(folder, checkpoint: dict, keep: int):
             file.unlink(missing_ok=True)
 
 
-def newest_whole(folder) -> Path:
-    """The newest checkpoint that can be read; damaged ones are told and moved aside. Raises BadInput if none can."""
-    found = checkpoints(folder)
-    for path in found:
+def newest_whole(folder) -> Path | None:
+    """The newest checkpoint that can be read, None without one. Damaged ones are reported and moved aside."""
+    for path in checkpoints(folder):
         try:
             utils.load_checkpoint(path)
             return path
         except BadInput as error:
             aside = path.with_suffix(".damaged")
             os.replace(path, aside)
-            say(f"{str(error).partition(';')[0]}; it is {aside.name} now, and the one before it is taken")
-    if found:
-        raise BadInput(f"--resume: no checkpoint in {folder} is whole; --overwrite begins anew")
-    raise BadInput(f"--resume: there is no {Path(folder) / NEWEST}; leave out --resume to begin")
+            older = checkpoints(folder)
+            then = f", and {older[0].name} is tried" if older else ""
+            say(f"{str(error).partition(';')[0]}; it is {aside.name} now{then}")
+    return None
 
 
 def choose(args, best_path):
@@ -166,7 +165,12 @@ def choose(args, best_path):
 def _choose(args, folder, best_path):
     again, found = started_again(folder), checkpoints(folder)
     if args.resume == "" or (again and found):
-        return str(newest_whole(folder))
+        path = newest_whole(folder)
+        if path is not None:
+            return str(path)
+        if found:
+            raise BadInput(f"no checkpoint in {folder} is whole; --overwrite trains anew")
+        raise BadInput(f"--resume: there is no {folder / NEWEST}; leave out --resume to begin")
     if args.resume:
         if not Path(args.resume).is_file():
             raise BadInput(f"--resume: there is no {args.resume}; leave out --resume to begin")

@@ -4,6 +4,7 @@
 <output_dir>/cells/cls6_reg3_x4_seed0/result.json   there once the cell is finished, and never half written
 """
 
+import base64
 import copy
 import hashlib
 import json
@@ -11,6 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import flags
@@ -73,7 +75,7 @@ def cell_args(cell: GridCell, args):
     mine, folder = copy.copy(args), folder_of(cell, args)
     mine.cls_pos, mine.reg_pos, mine.num_reg, mine.seed = cell.cls_pos, cell.reg_pos or 0, cell.num_reg, cell.seed
     mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
-    mine.overwrite, mine.resume = True, "" if run_folder.checkpoints(folder) else None
+    mine.overwrite, mine.resume = True, None
     if args.equal_flops:
         first = GridCell(0, 0 if cell.num_reg else None, cell.num_reg, cell.seed)
         mine.repeats = args.repeats * flops(first, args) / flops(cell, args)
@@ -148,11 +150,33 @@ def read_record(file) -> dict:
             kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(MAY_LACK, (int, float, type(None)))
             kinds |= dict.fromkeys(PLACE, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
             wrong = [name for name, kind in kinds.items() if type(record.get(name, "")) not in kind]
+            hits = hits_of(record) if not wrong else None
+            if hits is not None and not abs(100 * hits.mean() - record["test_top1"]) < 1e-6:
+                wrong = ["test_hits"]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} missing or wrong")
         return record
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
+
+
+def packed(hits) -> str:
+    """Booleans (n,) as text: one bit for each, in base64. `hits_of` reads it."""
+    return base64.b64encode(np.packbits(hits)).decode()
+
+
+def hits_of(record) -> np.ndarray | None:
+    """Which of the test images a cell classified correctly, (n,) booleans; None for a cell of an earlier revision.
+
+    Raises ValueError for a record that has hits of another number of images.
+    """
+    if "test_hits" not in record:
+        return None
+    count, text = record["test_images"], record["test_hits"]
+    data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    if type(count) is not int or count < 1 or len(data) != -(-count // 8):
+        raise ValueError("test_hits missing or wrong")
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
 
 
 # Work -------------------------------------------------------------------------------------------------------------
@@ -191,7 +215,15 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
     utils.write_atomically(begun, lambda file: file.write(json.dumps(here, indent=1).encode()))
     mine = cell_args(cell, args)
-    best = train_from_flags(mine, device, data)
+    mine.resume = resumable(folder)
+    try:
+        best = train_from_flags(mine, device, data)
+    except BadInput as error:
+        if mine.resume is None or mine.resume not in str(error):
+            raise
+        what = str(error).removeprefix("--resume: ")
+        what = what.rpartition(";")[0] or what  # without advice on flags that a sweep does not have
+        raise BadInput(f"{what}; move that file away, and the same command takes an older one or begins anew") from None
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_figures(mine, best, tested), **behaviour(mine.model_path, data, device)}
@@ -201,6 +233,24 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
         file.unlink()
 
 
+def resumable(folder) -> str | None:
+    """The checkpoint that a cell resumes from; None to train it from its beginning, reported if it was begun before.
+
+    Damaged checkpoints are moved aside. Without the best weights so far, a resumed cell would not be the cell that was
+    never stopped.
+    """
+    begun, path = run_folder.checkpoints(folder), run_folder.newest_whole(folder)
+    try:
+        if path is not None and utils.load_checkpoint(path).get("best"):
+            utils.load_checkpoint(folder / "model.pth")
+    except BadInput as error:
+        say(str(error).partition(";")[0])
+        path = None
+    if path is None and begun:
+        say(f"{folder.name} cannot be resumed; it is trained from its beginning")
+    return None if path is None else str(path)
+
+
 def _figures(mine, best, tested) -> dict:
     epochs = [r for r in utils.read_json_lines(Path(mine.output_dir) / "log.txt") if "epoch" in r]
     model, _ = load_model(mine.model_path)
@@ -208,6 +258,7 @@ def _figures(mine, best, tested) -> dict:
     return {
         "val_top1": best["val_top1"], "best_epoch": best["epoch"], "test_top1": tested["top1"],
         "test_top5": tested["top5"], "test_loss": tested["loss"], "test_images": tested["images"],
+        "test_hits": packed(tested["hits"]),
         "params": sum(p.numel() for p in model.parameters()), "flops": model.forward_flops(), "repeats": mine.repeats,
         "images_per_s": sum(e["images_per_s"] * e["seconds"] for e in epochs) / seconds, "train_seconds": seconds,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from attention_pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, writ
 from cifar_test import load_model
 from datasets import ImageData, Loader
 from sweep_cells import GridCell
-from sweep_results import baseline_of, collect, grouped, key_of, label, margins, place, summarise
+from sweep_results import MIN_SEEDS, baseline_of, collect, grouped, key_of, label, margins, place, summarise
 from training_maps import token_maps
 
 PICTURES = 3  # on the page of attention maps
@@ -109,11 +109,11 @@ def _draw_cell(axes, row, x, y, scale, best):
 
 
 def marginal_curves(records, about):
-    """Accuracy over one position, averaged over the other, with confidence intervals over seeds."""
+    """Accuracy over one position, averaged over the other, with confidence intervals."""
     reading = (
         "Mean over all values of the other position, then over the seeds that have all of these cells; bars: 95 % "
-        "interval of that mean over seeds (Student's t; none with one seed). Overlapping intervals do not say that "
-        "there is no difference: seeds are paired, see the table."
+        f"interval of each such mean over seeds and test images (none with fewer than {MIN_SEEDS} seeds). Bars do not "
+        "compare: cells share seeds and test images, so their differences are paired, see the table."
     )
     figure = _figure("One position at a time", about, reading, (9.5, 5))
     axes = figure.subplots(1, 2, sharey=True)

@@ -1,7 +1,7 @@
-"""What the finished cells of a sweep say: tables, and statistics that admit what seeds alone would do.
+"""What the finished cells of a sweep say: tables, and intervals that contain the noise of seeds and of test images.
 
-Groups are cells that differ only in their seed. The best one is chosen on held-out training images; what it reaches is
-told on the test images. Differences between groups are taken seed by seed, with Student's t.
+Groups are cells that differ only in their seed. The best one is chosen on held-out training images; its accuracy is
+that on the test images. Groups are compared seed by seed and image by image.
 """
 
 import csv
@@ -14,14 +14,17 @@ import numpy as np
 from scipy import stats
 
 import utils
-from sweep_cells import read_record
+from sweep_cells import hits_of, read_record
 
 COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
     "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
     "train_seconds", "test_images", "artefacts_begin_at",
 )  # fmt: skip
-LEVEL = 0.05  # of intervals and verdicts
+LEVEL = 0.05  # of all intervals of a table together
+MIN_SEEDS = 3  # for an interval: two values say next to nothing about their variance
+TIED = 1e-9  # points of held-out accuracy
+TIES_NAMED = 3  # in the verdict; results.json has all
 
 
 def collect(folder) -> list[dict]:
@@ -49,26 +52,68 @@ def grouped(records) -> dict[tuple, dict[int, dict]]:
 
 
 def mean_of(values) -> dict:
-    """`mean_of` the differences of two groups, seed by seed, with "p" (two-sided); None if no seed is in both."""
-    values, n = np.asarray(values, float), len(values)
-    mean, sd = float(values.mean()), float(values.std(ddof=1)) if n > 1 else None
-    half = None if sd is None else float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * sd / math.sqrt(n)
-    low, high = (None, None) if half is None else (mean - half, mean + half)
-    return {"n": n, "mean": mean, "sd": sd, "low": low, "high": high}
+    """{"n", "mean", "sd"}: "sd" is None for a single value."""
+    values = np.asarray(values, float)
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"n": len(values), "mean": float(values.mean()), "sd": sd}
 
 
-def paired(group, baseline, figure="test_top1") -> dict | None:
-    """`mean_of` the differences of two groups, seed by seed, and "p" (two-sided); None without a common seed."""
+def half_width(values, least, largest, comparisons=1) -> np.ndarray:
+    """Half the width of a confidence interval for means over seeds and test images, both of which are samples.
+
+    For normal seed and image effects it covers with at least 1 - LEVEL / comparisons, whatever their variances are
+    (Banerjee 1960, "On confidence interval for two-means problem based on separate estimates of variances"). The
+    approximation of Welch and Satterthwaite does not: with 3 seeds, up to a fifth of simulated sweeps of equal cells
+    had an interval without 0.
+
+    Args:
+        values: (..., S, n), of S >= 2 seeds and n images.
+        least, largest: what a value can be. One more image with each of them counts in the variance (compare Agresti
+            and Min 2005), so that it is never 0.
+        comparisons: intervals that are to hold together (Bonferroni).
+
+    Returns:
+        (...), in the unit of `values`.
+    """
+    seeds, images = values.shape[-2:]
+    by_seed, by_image = values.mean(-1), values.mean(-2)
+    by_image = np.concatenate([by_image, np.broadcast_to((least, largest), (*by_image.shape[:-1], 2))], -1)
+    variances = by_seed.var(-1, ddof=1) / seeds, by_image.var(-1, ddof=1) / images
+    t = stats.t.isf(LEVEL / comparisons / 2, [seeds - 1, images + 1])
+    return np.sqrt(t[0] ** 2 * variances[0] + t[1] ** 2 * variances[1])
+
+
+def paired(group, baseline, comparisons=1) -> dict | None:
+    """The difference of two groups in points of test accuracy; None without a common seed.
+
+    Returns:
+        `mean_of` the differences, seed by seed, "seeds", and the interval "low" to "high", which holds together with
+        those of all `comparisons`. Where there is none, both are None and "lacks" says why.
+    """
     seeds = sorted(group.keys() & baseline.keys())
     if not seeds:
         return None
-    found = mean_of([group[s][figure] - baseline[s][figure] for s in seeds])
-    p = None
-    if found["sd"] == 0:
-        p = float(found["mean"] == 0)
-    elif found["sd"] is not None:
-        p = 2 * float(stats.t.sf(abs(found["mean"]) * math.sqrt(found["n"]) / found["sd"], found["n"] - 1))
-    return found | {"seeds": seeds, "p": p}
+    found = mean_of([group[s]["test_top1"] - baseline[s]["test_top1"] for s in seeds]) | {"seeds": seeds}
+    lacks = _lacks([*(group[s] for s in seeds), *(baseline[s] for s in seeds)], len(seeds))
+    if lacks:
+        return found | {"low": None, "high": None, "lacks": lacks}
+    hits = [np.array([hits_of(one[s]) for s in seeds], np.float32) for one in (group, baseline)]
+    half = 100 * float(half_width(hits[0] - hits[1], -1, 1, comparisons))
+    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "lacks": None}
+
+
+def _lacks(records, seeds) -> str | None:
+    """Why there is no interval of these records."""
+    if seeds < MIN_SEEDS:
+        return f"it needs {MIN_SEEDS} common seeds, here are {seeds}; add {MIN_SEEDS - seeds} to --seeds"
+    if any(hits_of(record) is None for record in records):
+        return (
+            "it needs the hits on each test image, which cells of an earlier revision do not have; train them again, "
+            "in another --output_dir"
+        )
+    if len({record["test_images"] for record in records}) > 1:
+        return "the cells were tested on different images; train them again, in another --output_dir"
+    return None
 
 
 def baseline_of(key) -> tuple:
@@ -77,23 +122,37 @@ def baseline_of(key) -> tuple:
 
 
 def summarise(records) -> dict:
-    """Every group's figures, the best one, and what is to be said of it."""
+    """Every group's figures, the best one, those that tie with it, and the verdict."""
     groups = grouped(records)
+    others = {key: groups[baseline_of(key)] for key in groups if baseline_of(key) in groups.keys() - {key}}
     rows = []
     for key, group in groups.items():
-        base = groups.get(baseline_of(key))
         rows.append({
             "cls_pos": key[0], "reg_pos": key[1], "num_reg": key[2], "seeds": sorted(group),
             "val_top1": mean_of([r["val_top1"] for r in group.values()]),
             "test_top1": mean_of([r["test_top1"] for r in group.values()]),
-            "against_0_0": paired(group, base) if base and key != baseline_of(key) else None,
+            "against_0_0": paired(group, others[key], len(others)) if key in others else None,
             **{name: _mean(group, name) for name in COLUMNS[8:15]},
         })  # fmt: skip
     if not rows:
-        return {"groups": [], "best": None, "verdict": "No cell is finished."}
+        return {"groups": [], "best": None, "tied": [], "comparisons": 0, "verdict": "No cell is finished."}
+    best, *tied = best_of(rows)
+    return {
+        "groups": rows, "best": _place(best), "tied": [_place(row) for row in tied], "comparisons": len(others),
+        "verdict": verdict(best, tied, len(others)),
+    }  # fmt: skip
+
+
+def best_of(rows) -> list[dict]:
+    """The row that is best on the held-out images, then those that are as good there and need more FLOPs."""
     most = max(row["val_top1"]["n"] for row in rows)  # a mean of fewer seeds would win by its luck
-    best = max((row for row in rows if row["val_top1"]["n"] == most), key=lambda row: row["val_top1"]["mean"])
-    return {"groups": rows, "best": {name: best[name] for name in COLUMNS[:3]}, "verdict": verdict(best, rows)}
+    rows = [row for row in rows if row["val_top1"]["n"] == most]
+    highest = max(row["val_top1"]["mean"] for row in rows)
+    return sorted((row for row in rows if row["val_top1"]["mean"] >= highest - TIED), key=lambda row: row["flops"])
+
+
+def _place(row) -> dict:
+    return {name: row[name] for name in COLUMNS[:3]}
 
 
 def _mean(group, name):
@@ -101,29 +160,33 @@ def _mean(group, name):
     return None if None in values else float(np.mean(values))
 
 
-def verdict(best, rows) -> str:
-    """Whether the best cell is better than 0/0 beyond what seeds do.
+def verdict(best, tied, comparisons) -> str:
+    """Whether the best cell is better than 0/0 beyond what seeds and test images do.
 
-    The best of many cells looks better than it is, since its luck was chosen with it: p is multiplied by the number of
-    cells that could have been the best (Bonferroni).
+    The best of many cells looks better than it is, since its luck was chosen with it: its interval is one of those
+    that hold together for all cells.
     """
-    tested = best["test_top1"]
-    words = f"Best on the held-out images: {label(best)}, {told(tested)}% of the test images ({_seeds(tested['n'])})."
+    words = f"Best on the held-out images: {label(best)}"
+    if tied:
+        more = f"; and {len(tied) - TIES_NAMED} more" if len(tied) > TIES_NAMED else ""
+        named = "; ".join(map(label, tied[:TIES_NAMED]))
+        words += f" (tied with {named}{more}: the one with the fewest FLOPs is taken)"
+    words += f", {told(best['test_top1'])}% of the test images ({_seeds(best['test_top1']['n'])})."
     if (best["cls_pos"], best["reg_pos"], best["num_reg"]) == baseline_of((0, 0, best["num_reg"])):
-        return f"{words} No cell with tokens that enter later is better."
+        return f"{words} No cell with tokens that enter later is better there."
     against = best["against_0_0"]
     if against is None:
         return f"{words} There is no 0/0 cell with as many registers and a common seed to compare it with."
     difference = f"{words} That is {against['mean']:+.2f} points against 0/0"
-    if against["n"] < 2:
-        return f"{difference}, of one seed: it cannot be told from the noise between seeds; add --seeds."
-    p = min(1.0, against["p"] * (len(rows) - 1))
-    interval = f"95 % interval {against['low']:+.2f} to {against['high']:+.2f}, paired over {_seeds(against['n'])}"
-    corrected = f"p = {p:.2g} after correction for the choice among {len(rows)} cells"
-    if p >= LEVEL:
-        return f"{difference} ({interval}): no difference beyond seed noise ({corrected})."
-    which = "better" if against["mean"] > 0 else "worse"
-    return f"{difference} ({interval}): {which} beyond seed noise ({corrected})."
+    if against["lacks"]:
+        return f"{difference}; no verdict: {against['lacks']}."
+    interval = (
+        f"95 % interval {against['low']:+.2f} to {against['high']:+.2f} over {_seeds(against['n'])} and the test "
+        f"images, corrected for {_comparisons(comparisons)}"
+    )
+    if against["low"] <= 0 <= against["high"]:
+        return f"{difference} ({interval}): no difference beyond seed and image noise."
+    return f"{difference} ({interval}): {'better' if against['mean'] > 0 else 'worse'} beyond seed and image noise."
 
 
 def label(row) -> str:
@@ -140,22 +203,38 @@ def _seeds(n) -> str:
     return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
+def _comparisons(n) -> str:
+    return "1 comparison" if n == 1 else f"{n} comparisons"
+
+
 def margins(records, along) -> dict[int, dict]:
-    """{num_reg: {position: `mean_of` over seeds}}: means over the other position, of seeds that have all of the cells.
+    """Mean test accuracy over the other position, of the seeds that have all of the cells.
 
     Args:
         along: "cls_pos" or "reg_pos".
+
+    Returns:
+        {num_reg: {position: `mean_of` over seeds, and the interval "low" to "high", None where `paired` has none}}.
     """
     other, found = {"cls_pos": "reg_pos", "reg_pos": "cls_pos"}[along], {}
     for count in sorted({r["num_reg"] for r in records}):
         mine = [r for r in records if r["num_reg"] == count]
         xs = sorted({r[along] for r in mine}, key=place)
         ys = {r[other] for r in mine}
-        there = {(r[along], r[other], r["seed"]): r["test_top1"] for r in mine}
+        there = {(r[along], r[other], r["seed"]): r for r in mine}
         whole = [s for s in sorted({r["seed"] for r in mine}) if all((x, y, s) in there for x in xs for y in ys)]
         if whole:
-            found[count] = {x: mean_of([np.mean([there[x, y, s] for y in ys]) for s in whole]) for x in xs}
+            found[count] = {x: _margin([[there[x, y, s] for y in ys] for s in whole]) for x in xs}
     return found
+
+
+def _margin(by_seed: list[list[dict]]) -> dict:
+    point = mean_of([np.mean([r["test_top1"] for r in one]) for one in by_seed])
+    if _lacks([r for one in by_seed for r in one], len(by_seed)):
+        return point | {"low": None, "high": None}
+    hits = np.array([np.mean([hits_of(r) for r in one], 0) for one in by_seed])  # (S, n)
+    half = 100 * float(half_width(hits, 0, 1))
+    return point | {"low": point["mean"] - half, "high": point["mean"] + half}
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -192,7 +271,11 @@ def markdown(summary) -> str:
             "-" if row["cls_to_registers"] is None else f"{row['cls_to_registers']:.1f} %",
         ]  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
-    return "\n".join([*lines, "", summary["verdict"], ""])
+    note = (
+        f"Intervals: 95 % for all {_comparisons(summary['comparisons'])} together, over seeds and test images, paired; "
+        f"from {MIN_SEEDS} common seeds on."
+    )
+    return "\n".join([*lines, "", *([note, ""] if summary["comparisons"] else []), summary["verdict"], ""])
 
 
 def _word(position) -> str:

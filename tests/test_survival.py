@@ -182,8 +182,9 @@ def test_no_checkpoint_is_whole(tmp_path, capsys):
     for name in ("checkpoint.pth", "checkpoint_1.pth"):
         (tmp_path / name).write_bytes(b"nothing")
     status, out, err = run(cifar_main.main, [*DIGITS, "--model_path", tmp_path / "m.pth", "--resume"], capsys)
-    assert status == 2 and "is whole; --overwrite begins anew" in err
-    assert "checkpoint.damaged" in out
+    assert status == 2 and "is whole; --overwrite trains anew" in err
+    assert "checkpoint.damaged now, and checkpoint_1.pth is tried" in out
+    assert "checkpoint_1.damaged now\n" in out  # there is none before it
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from scipy import stats
 
 import cifar_main
+import cifar_train
 import forked
 import position_sweep
 import sweep_cells
@@ -44,11 +46,18 @@ def epochs_of(folder):
             for file in folder.glob("cells/*/log.txt")}  # fmt: skip
 
 
-def record(cls, reg, count, seed, test, val=None):
+IMAGES = 400  # a quarter of a point each
+
+
+def record(cls, reg, count, seed, test, val=None, hits=None):
+    """`test` % of the test images are hits, the first ones, if `hits` are not given."""
+    hits = np.arange(IMAGES) < round(test * IMAGES / 100) if hits is None else hits
+    test = 100 * float(np.mean(hits))
     return {
         "cls_pos": cls, "reg_pos": reg, "num_reg": count, "seed": seed, "val_top1": test if val is None else val,
         "test_top1": test, "flops": 1000 - (cls or 0), "params": 10, "images_per_s": 5.0, "artefact_share": 0.0,
-        "cls_to_patches": 90.0, "cls_to_registers": None, "cls_to_itself": 10.0,
+        "cls_to_patches": 90.0, "cls_to_registers": None, "cls_to_itself": 10.0, "test_images": len(hits),
+        "test_hits": sweep_cells.packed(hits),
     }  # fmt: skip
 
 
@@ -63,20 +72,40 @@ def test_cells_that_are_the_same_model_are_one():
     assert [cell.name for cell in cells[:3]] == ["cls0_x0_seed0", "cls2_x0_seed0", "clsnone_x0_seed0"]
 
 
-def test_means_and_paired_differences_by_hand():
-    """90, 92, 97: mean 93, deviations -3, -1, 4, variance 26 / 2; Student's t for 2 degrees of freedom is 4.3027."""
-    found = sweep_results.mean_of([90, 92, 97])
-    half = 4.302653 * 13**0.5 / 3**0.5
-    assert (found["n"], found["mean"]) == (3, 93)
-    assert [found[k] for k in ("sd", "low", "high")] == pytest.approx([13**0.5, 93 - half, 93 + half])
-    assert sweep_results.mean_of([5]) == {"n": 1, "mean": 5, "sd": None, "low": None, "high": None}
+def test_means_and_intervals_by_hand():
+    """90, 92, 97: mean 93, deviations -3, -1, 4, variance 26 / 2."""
+    assert sweep_results.mean_of([90, 92, 97]) == {"n": 3, "mean": 93, "sd": 13**0.5}
+    assert sweep_results.mean_of([5]) == {"n": 1, "mean": 5, "sd": None}
+    differences = np.array([[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, -1, 0]])  # 3 seeds, 4 images
+    seeds = stats.ttest_1samp(differences.mean(1), 0).confidence_interval(0.99)
+    images = np.var([2 / 3, 0, -1 / 3, 1 / 3, -1, 1], ddof=1) / 4  # one more image each way
+    half = (((seeds.high - seeds.low) / 2) ** 2 + stats.t.ppf(0.995, 5) ** 2 * images) ** 0.5
+    assert sweep_results.half_width(differences, -1, 1, comparisons=5) == pytest.approx(half)
+
+
+def test_paired_differences():
     late = {s: record(2, 0, 1, s, test) for s, test in ((0, 91), (1, 94), (2, 98), (7, 0))}
     base = {s: record(0, 0, 1, s, test) for s, test in ((0, 90), (1, 92), (2, 95), (9, 0))}
     found = sweep_results.paired(late, base)  # 1, 2, 3; the seeds that only one has are left out
-    assert (found["seeds"], found["mean"], found["sd"]) == ([0, 1, 2], 2, 1)
-    assert found["p"] == pytest.approx(stats.ttest_rel([91, 94, 98], [90, 92, 95]).pvalue)
+    assert (found["seeds"], found["mean"], found["sd"]) == ([0, 1, 2], pytest.approx(2), pytest.approx(1))
+    differences = np.array([sweep_cells.hits_of(late[s]) ^ sweep_cells.hits_of(base[s]) for s in (0, 1, 2)])
+    half = 100 * sweep_results.half_width(differences, -1, 1)
+    assert [found["low"], found["high"]] == pytest.approx([2 - half, 2 + half]) and half > 2.4841  # of seeds alone
+    wider = sweep_results.paired(late, base, comparisons=11)
+    assert wider["high"] > found["high"] and wider["mean"] == found["mean"]
     assert sweep_results.paired({1: late[1]}, {2: base[2]}) is None
-    assert sweep_results.paired({1: late[1]}, base)["p"] is None
+    del late[7], late[2]
+    assert "add 1 to --seeds" in sweep_results.paired(late, base)["lacks"]
+
+
+def test_hits_as_text():
+    hits = np.random.default_rng(0).random(361) < 0.5
+    text = json.loads(json.dumps(sweep_cells.packed(hits)))
+    assert np.array_equal(sweep_cells.hits_of({"test_images": 361, "test_hits": text}), hits) and len(text) < 70
+    assert sweep_cells.hits_of({"test_images": 361}) is None
+    for count, wrong in ((352, text), (370, text), (361, text[:-4]), (361, 3), (0, ""), (361.0, text)):
+        with pytest.raises(ValueError, match="test_hits"):
+            sweep_cells.hits_of({"test_images": count, "test_hits": wrong})
 
 
 def summary_of(*groups):
@@ -88,19 +117,50 @@ def summary_of(*groups):
 
 
 def test_the_verdict():
-    clear = summary_of((0, [90.0, 91.0, 92.0]), (2, [95.0, 96.1, 97.0]), (4, [80.0, 80.0, 80.0]))
-    assert clear["best"] == {"cls_pos": 2, "reg_pos": 0, "num_reg": 4}
-    assert "+5.03 points against 0/0" in clear["verdict"] and "better beyond seed noise" in clear["verdict"]
+    clear = summary_of((0, [80.0, 81.0, 82.0]), (2, [95.0, 96.25, 97.0]), (4, [70.0, 70.0, 70.0]))
+    assert clear["best"] == {"cls_pos": 2, "reg_pos": 0, "num_reg": 4} and clear["comparisons"] == 2
+    assert "+15.08 points against 0/0" in clear["verdict"] and "corrected for 2 comparisons" in clear["verdict"]
+    assert "better beyond seed and image noise" in clear["verdict"]
     noise = summary_of((0, [90.0, 95.0, 92.0]), (2, [93.0, 92.0, 94.0]))
-    assert "no difference beyond seed noise" in noise["verdict"]
-    # p = 0.03 for one comparison, but it was the best of six
-    close = [(0, [90.0, 91.0, 92.0]), (2, [91.0, 92.4, 92.9])]
+    assert "no difference beyond seed and image noise" in noise["verdict"]
+    # enough for one comparison, but it was the best of six
+    close = [(0, [80.0, 81.0, 82.0]), (2, [82.0, 83.5, 84.0])]
     assert "better beyond" in summary_of(*close)["verdict"]
     others = [(cls, [50.0, 50.0, 50.0]) for cls in (3, 4, 5, 6)]
     assert "no difference beyond" in summary_of(*close, *others)["verdict"]
     assert "No cell with tokens that enter later is better" in summary_of((0, [90, 91]), (2, [80, 81]))["verdict"]
-    assert "of one seed" in summary_of((0, [90]), (2, [95]))["verdict"]
     assert "no 0/0 cell" in summary_of((1, [90, 92]), (2, [95, 96]))["verdict"]
+
+
+def test_the_table_and_the_verdict_have_one_interval():
+    summary = summary_of((0, [80.0, 81.0, 82.0]), (2, [95.0, 96.25, 97.0]), (4, [70.0, 70.0, 70.0]))
+    found = next(row["against_0_0"] for row in summary["groups"] if row["cls_pos"] == 2)
+    low, high = f"{found['low']:+.2f}", f"{found['high']:+.2f}"
+    assert f"{low} to {high}" in summary["verdict"] and f"({low} to {high})" in sweep_results.markdown(summary)
+    assert "95 % for all 2 comparisons together, over seeds and test images" in sweep_results.markdown(summary)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_or_two_seeds_give_no_verdict(seeds):
+    """One image better with each seed: the differences have no variance at all."""
+    summary = summary_of((0, [90.0] * seeds), (2, [90.25] * seeds))
+    assert f"+0.25 points against 0/0; no verdict: it needs 3 common seeds, here are {seeds}" in summary["verdict"]
+    assert f"add {3 - seeds} to --seeds" in summary["verdict"] and "beyond" not in summary["verdict"]
+    assert "| +0.25 |" in sweep_results.markdown(summary).replace("*", "")
+    three = summary_of((0, [90.0] * 3), (2, [90.25] * 3))["verdict"]
+    assert "no difference beyond seed and image noise" in three and "+0.25 to +0.25" not in three
+
+
+def test_cells_without_hits_give_no_verdict():
+    """Those that an earlier revision finished, and those that were tested on other images."""
+    records = [record(cls, 0, 4, s, 80 + 5 * cls) for cls in (0, 2) for s in (0, 1, 2)]
+    assert "better beyond" in sweep_results.summarise(records)["verdict"]
+    fewer = [record(0, 0, 4, 0, 0, hits=np.arange(8) < 5), *records[1:]]
+    assert "no verdict: the cells were tested on different images" in sweep_results.summarise(fewer)["verdict"]
+    del records[0]["test_hits"]
+    found = sweep_results.summarise(records)
+    assert "no verdict: it needs the hits on each test image" in found["verdict"] and "+10.00" in found["verdict"]
+    assert sweep_results.margins(records, "cls_pos")[4][0]["low"] is None
 
 
 def test_the_best_cell_is_chosen_on_held_out_images():
@@ -113,14 +173,71 @@ def test_the_best_cell_is_one_of_those_with_most_seeds():
     assert found["best"]["cls_pos"] == 2
 
 
+def test_a_tie_is_named_and_fewer_flops_win():
+    """0.1 + 0.2 is not 0.3, but as good."""
+    found = summary_of((0, [90, 90], [0.3, 0]), (2, [99, 99], [0.1, 0.2]), (4, [60, 60], [0, 0.3]), (5, [9, 9], [0, 0]))
+    assert found["best"]["cls_pos"] == 4 and [row["cls_pos"] for row in found["tied"]] == [2, 0]
+    assert (
+        "CLS at 4, 4 registers at 0 (tied with CLS at 2, 4 registers at 0; CLS at 0, 4 registers at 0: the one with "
+        "the fewest FLOPs is taken), 60.00" in found["verdict"]
+    )
+    many = summary_of(*((cls, [90, 90]) for cls in range(6)))
+    assert len(many["tied"]) == 5 and "CLS at 2, 4 registers at 0; and 2 more: the one" in many["verdict"]
+    assert "tied" not in summary_of((0, [90, 90]), (2, [99, 99]))["verdict"]
+
+
+def simulated(rng, seeds, better=0.0, cells=6, images=360):
+    """The records of a grid of equal cells, or of one that is better by `better` in its logits.
+
+    Logits of a hit: how easy an image is, for all cells and for each; how lucky a seed is, for all cells and for each,
+    on test and held-out images alike. A third of the grids have little of a kind, a third much.
+    """
+    of_image, of_seed = rng.choice((0, 0.5, 2), 2)
+    logits = rng.normal(3, 2, images) + rng.normal(0, of_image, (cells, 1, images))
+    luck = rng.normal(0, 0.3, (seeds, 1)) + rng.normal(0, of_seed / 4, (cells, seeds, 1))
+    luck[1] += better
+    hits = rng.random((cells, seeds, images)) < 1 / (1 + np.exp(-logits - luck))
+    held_out = hits.mean(-1) + luck[..., 0] / 20 + rng.normal(0, 0.02, (cells, seeds))
+    return [record(c, 0, 4, s, 0, 100 * held_out[c, s], hits[c, s]) for c in range(cells) for s in range(seeds)]
+
+
+def found_different(summary):
+    """Whether the verdict, or an interval of the table, says that cells differ."""
+    rows = [row["against_0_0"] for row in summary["groups"] if row["against_0_0"]]
+    outside = any(row["low"] is not None and not row["low"] <= 0 <= row["high"] for row in rows)
+    return outside or "better beyond" in summary["verdict"] or "worse beyond" in summary["verdict"]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_of_1000_grids_of_equal_cells_few_are_found_different(seeds):
+    rng = np.random.default_rng(seeds)
+    false = sum(found_different(sweep_results.summarise(simulated(rng, seeds))) for _ in range(1000))
+    assert false <= (0 if seeds < 3 else 50)
+
+
+def test_a_difference_is_found():
+    """Accuracies of about 84 and 94 %, 5 seeds: most sweeps say so, and of the right cell."""
+    rng = np.random.default_rng(0)
+    verdicts = [sweep_results.summarise(simulated(rng, 5, better=2.5))["verdict"] for _ in range(100)]
+    right = [v for v in verdicts if "images: CLS at 1," in v and "better beyond seed and image noise" in v]
+    assert len(right) >= 80 and not any("worse beyond" in v for v in verdicts)
+
+
 def test_margins():
     """Seed 1 lacks a cell, so it does not count."""
     tests = {(0, 0): 10, (0, 2): 20, (4, 0): 30, (4, 2): 60}
-    records = [record(c, r, 4, s, t + s) for (c, r), t in tests.items() for s in (0, 1, 2) if (c, r, s) != (4, 2, 1)]
+    every = [record(c, r, 4, s, t + s) for (c, r), t in tests.items() for s in (0, 1, 2)]
+    records = [r for r in every if (r["cls_pos"], r["reg_pos"], r["seed"]) != (4, 2, 1)]
     found = sweep_results.margins(records, "cls_pos")[4]
-    assert {x: (point["n"], point["mean"]) for x, point in found.items()} == {0: (2, 16), 4: (2, 46)}
+    assert {x: (point["n"], point["mean"], point["low"]) for x, point in found.items()} == {
+        0: (2, pytest.approx(16), None), 4: (2, pytest.approx(46), None)
+    }  # fmt: skip
     found = sweep_results.margins(records, "reg_pos")[4]
-    assert {x: point["mean"] for x, point in found.items()} == {0: 21, 2: 41}
+    assert {x: point["mean"] for x, point in found.items()} == {0: pytest.approx(21), 2: pytest.approx(41)}
+    point = sweep_results.margins(every, "cls_pos")[4][0]  # of three seeds, there are intervals
+    hits = [[np.arange(IMAGES) < 4 * (t + s) for t in (10, 20)] for s in (0, 1, 2)]
+    half = 100 * sweep_results.half_width(np.mean(hits, 1), 0, 1)
+    assert [point["low"], point["high"]] == pytest.approx([16 - half, 16 + half])
 
 
 # Sweeps -----------------------------------------------------------------------------------------------------------
@@ -215,12 +332,33 @@ def test_shards_and_submitit(tmp_path, capsys):
 
 
 def test_a_process_for_each_gpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    """Of those that the job was given."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5a,7")
+    begin, given = subprocess.Popen, []
+
+    def begins(*args, env=None, **kwargs):
+        given.extend([] if env is None else [env["CUDA_VISIBLE_DEVICES"]])
+        return begin(*args, env=env, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", begins)
     argv = [*RECIPE, *"--epochs 1 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
     sweep(capsys, tmp_path, *argv, "--gpus", "2")
-    assert len(results(tmp_path)) == 2
+    assert given == ["4", "GPU-5a"] and len(results(tmp_path)) == 2
     said = "".join(file.read_text() for file in sorted((tmp_path / "workers").glob("gpu?.log")))
     assert said.count("Test accuracy") == 2
+
+
+def test_gpus_that_a_process_may_use(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for listed, names in (("4,5", ["4", "5"]), ("MIG-1/2, 3", ["MIG-1/2", "3"]), ("0,1,-1,2", ["0", "1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert position_sweep.visible_gpus() == names
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    status, _, err = run(position_sweep.main, ["--gpus", "3"], capsys)
+    assert status == 2 and "--gpus 3: there are 2 GPUs here (CUDA_VISIBLE_DEVICES=4,5)" in err
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert position_sweep.visible_gpus() == ["0", "1"]
 
 
 def test_workers_of_a_sweep_that_is_stopped_save_and_end(tmp_path):
@@ -228,6 +366,7 @@ def test_workers_of_a_sweep_that_is_stopped_save_and_end(tmp_path):
 
     def two_gpus():
         torch.cuda.device_count = lambda: 2
+        os.environ["CUDA_VISIBLE_DEVICES"] = "4,5"
 
     argv = [*RECIPE, *"--epochs 3000 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0 --gpus 2 --output_dir".split()]
 
@@ -271,7 +410,7 @@ def test_other_settings_are_refused_unless_mixed(tmp_path, capsys, monkeypatch):
     ):  # fmt: skip
         err = sweep(capsys, tmp_path, *one, *change, status=2)
         assert words in err and "--mix" in err and err.count("\n") == 1
-    monkeypatch.setattr(utils, "environment", lambda: {"git": "another"})
+    monkeypatch.setattr(utils, "git_revision", lambda: "another")
     assert "code was" in sweep(capsys, tmp_path, *one, status=2)
     assert "Test accuracy" not in sweep(capsys, tmp_path, *one, "--mix")  # finished is finished
     sweep(capsys, tmp_path, *one, "--cls_pos", "0", "1", "--mix")
@@ -286,6 +425,80 @@ def test_an_unfinished_cell_of_other_settings_begins_anew(tmp_path, capsys):
     (folder / "model.pth").rename(folder / "checkpoint.pth")  # nothing to resume from, if it were tried
     sweep(capsys, tmp_path, *one, "--lr", "1e-3", "--mix")
     assert epochs_of(tmp_path) == {"cls0_x0_seed0": 2} and len(results(tmp_path)) == 1
+
+
+ONE = [*RECIPE, *"--cls_pos 0 --reg_pos 0 --num_reg 0 --seeds 0".split()]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A sweep of one cell, killed after the first of its two epochs."""
+    folder, work, calls = tmp_path_factory.mktemp("begun"), cifar_train.train_one_epoch, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar_train, "train_one_epoch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            position_sweep.main([*ONE, "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("damaged", ["checkpoint.pth", "model.pth"])
+def test_a_damaged_cell_is_trained_from_its_beginning(tmp_path, capsys, begun, damaged):
+    """No checkpoint, or none of the best weights so far. What is damaged can still be looked at."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    cell = tmp_path / "cells" / "cls0_x0_seed0"
+    os.truncate(cell / damaged, 9000)
+    out = sweep(capsys, tmp_path, *ONE)
+    assert f"{damaged} is no checkpoint, or a damaged one" in out and "epoch 1/2" in out
+    assert "cls0_x0_seed0 cannot be resumed; it is trained from its beginning" in out
+    assert "is tried" not in out and "--" not in out.partition("Best on")[0].replace("|---", "")
+    assert (cell / "checkpoint.damaged").exists() == (damaged == "checkpoint.pth")
+    assert epochs_of(tmp_path) == {"cls0_x0_seed0": 2} and len(results(tmp_path)) == 1
+
+
+def test_a_damaged_cell_resumes_from_the_checkpoint_before(tmp_path, capsys, begun):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    cell = tmp_path / "cells" / "cls0_x0_seed0"
+    (cell / "checkpoint.pth").rename(cell / "checkpoint_1.pth")
+    (cell / "checkpoint.pth").write_bytes(b"nothing")
+    out = sweep(capsys, tmp_path, *ONE)
+    assert "it is checkpoint.damaged now, and checkpoint_1.pth is tried" in out
+    assert "epoch 1/2" not in out and "cannot be resumed" not in out and len(results(tmp_path)) == 1
+
+
+def test_a_checkpoint_that_is_none_of_the_cell_is_refused_without_flags_of_other_scripts(tmp_path, capsys, begun):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "cells" / "cls0_x0_seed0" / "checkpoint.pth"
+    saved = utils.load_checkpoint(newest)
+    for change, words in (
+        ({"step": -1}, "is damaged"), ({"data": saved["data"] | {"name": "another"}}, "differs: name is another"),
+        ({"optimizer": None}, "is damaged"),
+    ):  # fmt: skip
+        torch.save(saved | change, newest)
+        err = sweep(capsys, tmp_path, *ONE, status=2)
+        assert words in err and "move that file away" in err and err.count("\n") == 1
+        assert not re.search("--resume|--overwrite|--model_path|give another checkpoint", err) and newest.is_file()
+    newest.unlink()
+    assert "epoch 1/2" in sweep(capsys, tmp_path, *ONE)
+
+
+def test_a_damaged_result_is_refused_and_one_of_an_earlier_revision_is_not(tmp_path, capsys):
+    sweep(capsys, tmp_path, *ONE, "--epochs", "1")
+    file = tmp_path / "cells" / "cls0_x0_seed0" / "result.json"
+    record = json.loads(file.read_text())
+    assert 100 * np.mean(sweep_cells.hits_of(record)) == pytest.approx(record["test_top1"])
+    file.write_text(json.dumps(record | {"test_hits": sweep_cells.packed(~sweep_cells.hits_of(record))}))
+    err = sweep(capsys, tmp_path, *ONE, "--epochs", "1", status=2)
+    assert "test_hits missing or wrong" in err and f"remove {file.parent}" in err
+    del record["test_hits"]
+    file.write_text(json.dumps(record))
+    assert "Best on the held-out images" in sweep(capsys, tmp_path, *ONE, "--epochs", "1")
 
 
 def test_a_cell_whose_loss_is_not_finite_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
@@ -311,7 +524,7 @@ def test_a_cell_whose_loss_is_not_finite_does_not_stop_the_others(tmp_path, caps
         (["--cls_pos", "0", "7"], "CLS at 7"), (["--reg_pos", "none"], "--reg_pos"), (["--seeds"], "--seeds"),
         (["--val_size", "0"], "held-out"), (["--shard", "4/4"], "--shard"), (["--shard", "x"], "--shard"),
         (["--gpus", "9"], "--gpus 9: there are 0 GPUs"), (["--from", "no.pth"], "no.pth"),
-        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "0"], "--epochs"), (["--gpus", "2", "--device", "cuda:1"], "cuda:1 is one GPU"),
         (["--launcher", "submitit", "--shard", "0/2"], "give one of them"), (["--data_path", "nowhere"], "nowhere"),
     ],
 )  # fmt: skip

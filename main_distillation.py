@@ -188,21 +188,27 @@ def resolve(args, given):
         args.hflip = 0.0 if args.data_set == "DIGITS" else 0.5
     if given.warmup_epochs is None:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    if args.warmup_epochs >= args.epochs:
-        raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     if args.no_aug:
         args.mixup = args.cutmix = args.reprob = 0.0
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise BadInput(f"--batch_size {args.batch_size} must be even for MixUp and CutMix, which pair images")
-    if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
-        raise BadInput("distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard")
-    learns = args.distillation_type != "none" or args.eval or args.throughput
-    if getattr(args, "dist_pos", None) is not None and not learns:
-        raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
+    flags.check_training(args)
+    if not (args.eval or args.throughput):
+        check_distillation(args)
     if args.num_workers is None:
         args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.resume == "" and args.eval:
         args.resume = str(Path(args.output_dir) / run_folder.NEWEST)
+    if args.eval:  # what was asked for, whatever a file says
+        asked = {"crop_pct": given.eval_crop_ratio, "interpolation": given.interpolation}
+        args.asked_crop = {name: value.replace("random", "bicubic") if isinstance(value, str) else value
+                           for name, value in asked.items() if value is not None}  # fmt: skip
+
+
+def check_distillation(args):
+    """Raise BadInput unless there is a teacher where one is needed, and only there."""
+    if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
+        raise BadInput("distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard")
+    if getattr(args, "dist_pos", None) is not None and args.distillation_type == "none":
+        raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
 
 
 def input_size(args) -> tuple[int, int]:
@@ -226,8 +232,9 @@ def read_data(args):
 def make_model(args, num_classes):
     """The model of the flags, with the weights of --finetune, on the CPU."""
     utils.seed_everything(args.seed)
-    model = flags.build_model(args, num_classes)
-    new = flags.load_finetune(model, args.finetune) if args.finetune else []  # also to go on: see --attn_only
+    model, new = flags.build_model(args, num_classes), []
+    if args.finetune and (args.attn_only or not args.resume):  # a resumed run has its own weights
+        new = flags.load_finetune(model, args.finetune).new
     if args.attn_only:
         trained = ("head", "pos_embed", *new)
         for name, parameter in model.named_parameters():
@@ -331,12 +338,9 @@ def _train(args, device):
         seed=args.seed, **share,
     )  # fmt: skip
     val_batches = PictureLoader(data.val, description, **share) if data.val else None
-    try:
-        optimizer, scheduler = make_optimizer(
-            model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
-        )
-    except (ValueError, AssertionError) as error:
-        raise BadInput(f"--opt {args.opt}: {error}") from None
+    optimizer, scheduler = make_optimizer(
+        model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
+    )
     mixup, criterion = make_mixup_and_loss(
         args, batches.batch_size, len(data.classes), args.mix_switch_prob, args.bce_loss
     )

@@ -54,22 +54,23 @@ def erase(images: Tensor, generator, probability, area=(0.02, 0.4), aspect=(0.3,
     return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
-# Augmentation policies: the operations, and the magnitude of each at the highest level, 30. Images stay uint8, and the
-# arithmetic is torchvision's, but every image has a magnitude of its own.
+# Augmentation policies: the operations, and the magnitude of each at the highest level, 30. A translation is in pixels,
+# below 1 a share of the width or height. Images stay uint8, and the arithmetic is torchvision's, but every image has a
+# magnitude of its own.
 TRIVIAL = dict(
     identity=0, shear_x=0.99, shear_y=0.99, translate_x=32, translate_y=32, rotate=135, brightness=0.99, color=0.99,
     contrast=0.99, sharpness=0.99, posterize=6, solarize=255, autocontrast=0, equalize=0,
 )  # fmt: skip
 RAND = TRIVIAL | dict(
-    shear_x=0.3, shear_y=0.3, translate_x=14.5, translate_y=14.5, rotate=30, brightness=0.9, color=0.9, contrast=0.9,
-    sharpness=0.9, posterize=4,
+    shear_x=0.3, shear_y=0.3, translate_x=150 / 331, translate_y=150 / 331, rotate=30, brightness=0.9, color=0.9,
+    contrast=0.9, sharpness=0.9, posterize=4,
 )  # fmt: skip
 WARPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
 def random_operation(images: Tensor, generator, policy: dict, level: int | None) -> Tensor:
     """Apply one operation of the policy, drawn for each image, at `level` of 30 (None: drawn too, 0..30)."""
-    B = len(images)
+    B, _, h, w = images.shape
     drawn = torch.randint(len(policy), (B,), generator=generator)
     levels = torch.randint(31, (B,), generator=generator) if level is None else torch.full((B,), level)
     sign = torch.randint(2, (B,), generator=generator) * 2 - 1
@@ -78,6 +79,8 @@ def random_operation(images: Tensor, generator, policy: dict, level: int | None)
         chosen = (drawn == i).nonzero()[:, 0]
         if name == "identity" or not len(chosen):
             continue
+        if name.startswith("translate") and largest < 1:
+            largest *= w if name == "translate_x" else h
         magnitude = levels[chosen] * (largest / 30)
         if name not in ("posterize", "solarize"):
             magnitude = magnitude * sign[chosen]

@@ -120,9 +120,10 @@ def run_epochs(
             try:
                 trained = train_one_epoch(
                     wrapped, batches, criterion, optimizer, scheduler, step=state.step, last_step=args.max_steps,
-                    accum_steps=args.accum_steps, mixup=mixup, teacher=teacher, amp_dtype=amp_dtype, scaler=scaler,
-                    clip_grad=args.clip_grad, skip_bad=args.skip_bad_steps - state.skipped, on_step=checks.after_step,
-                    done=state.batch, sums=state.sums, title=title,
+                    first_update=epoch * updates_per_epoch(len(batches), args), accum_steps=args.accum_steps,
+                    mixup=mixup, teacher=teacher, amp_dtype=amp_dtype, scaler=scaler, clip_grad=args.clip_grad,
+                    skip_bad=max(args.skip_bad_steps - state.skipped, 0), on_step=checks.after_step, done=state.batch,
+                    sums=state.sums, title=title,
                 )  # fmt: skip
             except NotFinite as error:
                 raise _told(error, title, state) from None
@@ -243,7 +244,8 @@ def _told(error: NotFinite, title, state: TrainingState) -> RunFailed:
     """The error for the user, with the batch that led to it in a file."""
     path = Path(state.args.output_dir) / f"bad_batch_step{error.batch['step']}_process{utils.rank()}.pth"
     utils.save_checkpoint(path, error.batch)
-    return RunFailed(f"{title}: {error}; {path} has that batch, {state.kept}. Try a lower --lr, or --clip_grad 1")
+    has = "that batch" if "images" in error.batch else "its numbers (a GPU keeps only the newest batch)"
+    return RunFailed(f"{title}: {error}; {path} has {has}, {state.kept}. Try a lower --lr, or --clip_grad 1")
 
 
 def _loaders(data, description, args, device) -> tuple[Loader, Loader | None]:
@@ -255,14 +257,27 @@ def _loaders(data, description, args, device) -> tuple[Loader, Loader | None]:
     return train, Loader(data.val.to(device), description, **share) if data.val else None
 
 
+def updates_per_epoch(batches, args) -> int:
+    return -(-batches // args.accum_steps)
+
+
 def make_optimizer(model, args, batches_per_epoch, *, opt, lr, warmup_lr, min_lr):
-    """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps."""
+    """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps.
+
+    Raises BadInput if there is no such optimizer.
+    """
     device = next(model.parameters()).device
     fused = {"fused": True} if opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
-    optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=args.weight_decay, **fused)
+    try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
+        optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=args.weight_decay or 1.0, **fused)
+    except (ValueError, AssertionError) as error:
+        raise BadInput(f"--opt {opt}: {error}") from None
+    if not args.weight_decay:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
     scheduler, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=warmup_lr,
-        min_lr=min_lr, step_on_epochs=False, updates_per_epoch=-(-batches_per_epoch // args.accum_steps),
+        min_lr=min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch(batches_per_epoch, args),
     )  # fmt: skip
     return optimizer, scheduler
 
@@ -271,8 +286,7 @@ def make_mixup_and_loss(args, batch_size, classes, switch_prob=0.5, bce=False):
     """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two."""
     mixup, smoothing = None, args.smoothing
     if args.mixup or args.cutmix:
-        if batch_size % 2:
-            raise BadInput("MixUp and CutMix pair images, and here is only one; give --mixup 0 --cutmix 0")
+        flags.check_pairs(args, batch_size)
         mixup = Mixup(
             args.mixup, args.cutmix, prob=args.mix_prob, switch_prob=switch_prob, label_smoothing=args.smoothing,
             num_classes=classes,

@@ -15,7 +15,11 @@ LAG = 4  # steps that a GPU may be behind with its answer whether a step was fin
 
 
 class NotFinite(RunFailed):
-    """A loss or a gradient that is not finite. `batch`: what led to it, as tensors and plain values."""
+    """A loss or a gradient that is not finite.
+
+    `batch`: what led to it, as plain values (`loss`, `grad_norm`, `batch`, its number, `step`, `lr`), and its `images`
+    and `labels` if it was the newest batch, or on a CPU.
+    """
 
     def __init__(self, message, batch):
         super().__init__(message)
@@ -30,6 +34,7 @@ def train_one_epoch(
     scheduler,
     *,
     step=0,
+    first_update=None,
     last_step=None,
     accum_steps=1,
     mixup=None,
@@ -50,8 +55,11 @@ def train_one_epoch(
         batches: sized iterable of (images (B, 3, h, w), labels (B,)) on the model's device.
         criterion: (what the model returns, labels (B,) or, after `mixup`, class shares (B, K)) -> mean loss. With
             a `teacher`, images -> logits (B, K), those are its third argument.
-        scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step.
+        scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step, to that of
+            `first_update` + the step's place in the epoch.
         step: optimizer steps taken so far; `last_step`: stop when so many are taken.
+        first_update: the place in the schedule at which this epoch begins: the steps of so many epochs like this one,
+            whatever the batch size and the number of processes of those before it. None: the steps that were taken.
         accum_steps: batches for one optimizer step.
         skip_bad: leave out so many steps whose loss or gradient is not finite; they count as steps for the schedule.
         on_step: called after each step, not after one that was left out, with the number of steps taken and the
@@ -72,6 +80,8 @@ def train_one_epoch(
     watch = _Watch(title, optimizer, skip_bad, sums["skipped"] if sums else 0)
     progress = _Progress(title, len(batches), optimizer, watch, done, sums)
     group = []
+    if first_update is None:
+        first_update = step - done // accum_steps
     for i, (images, labels) in enumerate(progress.timed(batches), done):
         if last_step is not None and step >= last_step:
             break
@@ -84,9 +94,10 @@ def train_one_epoch(
                 more = () if teacher is None else (_logits_of(teacher, images),)
                 loss = criterion(model(images), labels, *more)
             (loss if scaler is None else scaler.scale(loss)).div(size).backward()
-        group.append((i, images, labels, loss.detach()))
+        group.append((i, len(images), loss.detach()))
+        watch.sees(i, images, labels, loss.detach())
         if complete:
-            scheduler.step_update(step)
+            scheduler.step_update(first_update + i // accum_steps)
             norm = _gradient_norm(model, optimizer, scaler, clip_grad)
             good = watch.allows(step, group, norm, overflow_is_usual=scaler is not None)
             _optimizer_step(optimizer, scaler, good)
@@ -125,12 +136,18 @@ def _optimizer_step(optimizer, scaler, good):
 class _Watch:
     """Looks whether loss and gradient of each step are finite, without waiting for a GPU, whose answer comes later.
 
-    With `skip_bad` it waits: a step to be left out must be known before it is taken.
+    With `skip_bad` it waits: a step to be left out must be known before it is taken. Of the steps that a GPU has not
+    answered for it keeps numbers, and of the batches only the newest: several of them could fill its memory.
     """
 
     def __init__(self, title, optimizer, skip_bad, skipped=0):
         self.title, self.optimizer, self.skip_bad = title, optimizer, skip_bad
-        self.skipped, self.waiting = skipped, deque()
+        self.skipped, self.waiting, self.batch = skipped, deque(), None
+
+    def sees(self, i, images, labels, loss):
+        """Keep batch `i` in place of the one before it, unless that is known to be the bad one of this step."""
+        if self.batch is None or loss.device.type != "cpu" or self.batch[3].isfinite():
+            self.batch = (i, images, labels, loss)
 
     def allows(self, step, group, norm, overflow_is_usual) -> bool:
         """Whether to take the step. `overflow_is_usual`: of gradients, in float16; its scaler leaves such steps out."""
@@ -142,7 +159,7 @@ class _Watch:
         if self.skip_bad:  # all processes leave out the same steps
             bad = sum_over_ranks(bad.float()).bool().item()
             if bad and self.skipped < self.skip_bad:
-                self.skipped += 1
+                self.skipped, self.batch = self.skipped + 1, None
                 say(f"{self.title}: {self._words(*about)}; skipped, {self.skipped} of {self.skip_bad}")
             elif bad:
                 raise self._error(*about)
@@ -171,23 +188,22 @@ class _Watch:
         self._look(0)
 
     def _words(self, step, group, norm, lr) -> str:
-        i, *_, loss = _worst(group)
+        i, _, loss = _worst(group)
         return f"the loss is {float(loss):.4g} in batch {i} (step {step}), norm of the gradient {float(norm):.3g}, " + (
             f"learning rate {lr:.3g}"
         )
 
     def _error(self, step, group, norm, lr) -> NotFinite:
-        i, images, labels, loss = _worst(group)
-        batch = {
-            "images": images.cpu(), "labels": labels.cpu(), "loss": float(loss), "grad_norm": float(norm), "batch": i,
-            "step": step, "lr": lr,
-        }  # fmt: skip
+        i, _, loss = _worst(group)
+        batch = {"loss": float(loss), "grad_norm": float(norm), "batch": i, "step": step, "lr": lr}
+        if self.batch is not None and self.batch[0] == i:
+            batch = {"images": self.batch[1].cpu(), "labels": self.batch[2].cpu()} | batch
         return NotFinite(self._words(step, group, norm, lr), batch)
 
 
 def _worst(group):
-    """The batch of a step whose loss is not finite, else the last one."""
-    return next((entry for entry in group if not entry[3].isfinite()), group[-1])
+    """(number, images, loss) of the batch of a step whose loss is not finite, else of the last one."""
+    return next((entry for entry in group if not entry[2].isfinite()), group[-1])
 
 
 class _Progress:
@@ -231,9 +247,9 @@ class _Progress:
         finite = norm.isfinite()  # with float16, a step whose gradient is not is left out by the scaler
         self.norm_sum = self.norm_sum + torch.where(finite, norm, 0.0)
         self.norms = self.norms + finite
-        for _, images, _, loss in group if good else ():
-            self.loss_sum = self.loss_sum + loss * len(images)
-            self.images += len(images)
+        for _, images, loss in group if good else ():
+            self.loss_sum = self.loss_sum + loss * images
+            self.images += images
         self.done += len(group)
         self.bar.update(len(group))
         if time.monotonic() - self.shown >= self.interval:

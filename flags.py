@@ -9,7 +9,7 @@ from timm.layers import to_2tuple
 
 import utils
 from datasets import BAD_IMAGES, DATA_SETS, MAX_PIXELS, TEST_SIZE, detect_data_set
-from models_dynamic import SIZES, DynamicViT, load_weights, timm_model
+from models_dynamic import SIZES, DynamicViT, LoadReport, load_weights, timm_model
 from utils import BadInput, number
 
 # Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
@@ -157,11 +157,25 @@ def resolve(args):
     args.aug = args.aug or ("none" if digits else "trivial")
     args.hflip = (0.0 if digits else 0.5) if args.hflip is None else args.hflip
     args.warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs
+    check_training(args)
+
+
+def check_training(args):
+    """Raise BadInput for flags that training cannot do together; where nothing is trained, they do not matter."""
+    if getattr(args, "eval", False) or getattr(args, "throughput", False):
+        return
     if args.warmup_epochs >= args.epochs:
         raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
+    check_pairs(args, args.batch_size)
+
+
+def check_pairs(args, images):
+    """Raise BadInput where MixUp or CutMix is to pair the images of batches of an odd number of `images`."""
+    if (args.mixup or args.cutmix) and images % 2:
+        few = "" if images == args.batch_size else f", and there are too few images for more than {images} in a batch"
         raise BadInput(
             f"--batch_size {args.batch_size} must be even for MixUp and CutMix, which pair the images of a batch"
+            f"{few}; or give --mixup 0 --cutmix 0"
         )
 
 
@@ -229,8 +243,8 @@ def _check_memory(img_size, patch_size, embed_dim, depth, mlp_ratio=4.0, num_reg
         )
 
 
-def load_finetune(model, path) -> list[str]:
-    """Put the weights in the file `path` into `model`, say what went where, and return the names of the new ones."""
+def load_finetune(model, path) -> LoadReport:
+    """Put the weights in the file `path` into `model`, and print what went where."""
     try:
         report = load_weights(model, utils.load_checkpoint(path))
     except ValueError as error:
@@ -238,7 +252,7 @@ def load_finetune(model, path) -> list[str]:
     for what, names in zip(("resampled", "left out", "new"), (report.resampled, report.left_out, report.new)):
         utils.say(f"--finetune: {what}: {', '.join(names) or 'nothing'}")
     utils.say(f"--finetune: loaded {len(report.loaded)} of the model's {len(model.state_dict())} tensors as they are")
-    return report.new
+    return report
 
 
 def check_timm_model(args):

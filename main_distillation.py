@@ -17,6 +17,7 @@ from statistics import median
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch.nn.parallel import DistributedDataParallel
 
 import flags
@@ -28,7 +29,7 @@ from cifar_train import make_mixup_and_loss, make_optimizer, run_epochs
 from datasets import DATA_SETS, PictureLoader, check_classes, load_pictures, picture_transform
 from engine import train_one_epoch
 from losses import DistillationLoss
-from models_dynamic import SIZES, DynamicViT, load_weights, set_fused_attention, timm_model
+from models_dynamic import SIZES, TOKENS, DynamicViT, LoadReport, load_weights, set_fused_attention, timm_model
 from utils import BadInput, number, say
 
 # Defaults of the flags. Where a recipe was published for a number of images a step, `step_images` says so.
@@ -58,6 +59,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 BEST = "best_checkpoint.pth"
+WHOLE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how images are resized for a checkpoint that does not say it
 COMMAND = "torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distributed"
 
 
@@ -98,8 +100,8 @@ def get_parser():
     group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for DIGITS)")
     group.add_argument("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
     group.add_argument(
-        "--interpolation", "--train_interpolation", default="bicubic",
-        choices=("bicubic", "bilinear", "lanczos", "random"), help="of resizing; in evaluation, random is bicubic",
+        "--interpolation", "--train_interpolation", choices=("bicubic", "bilinear", "lanczos", "random"),
+        help="of resizing (default: bicubic); in evaluation, random is bicubic",
     )  # fmt: skip
     group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
     group.add_argument("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
@@ -167,7 +169,7 @@ def parse(argv=None):
     if first.model not in SIZES:
         recipe.pop("init_values", None)  # timm's model has LayerScale if its name says so
     step_images = recipe.pop("step_images", None)
-    parser.set_defaults(**recipe)
+    parser.set_defaults(interpolation="bicubic", **recipe)
     args = parser.parse_args(argv)
     resolve(args, first)
     images = args.batch_size * args.accum_steps * int(os.environ.get("WORLD_SIZE", 1))
@@ -189,21 +191,27 @@ def resolve(args, given):
         args.hflip = 0.0 if args.data_set == "DIGITS" else 0.5
     if given.warmup_epochs is None:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    if args.warmup_epochs >= args.epochs:
-        raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     if args.no_aug:
         args.mixup = args.cutmix = args.reprob = 0.0
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise BadInput(f"--batch_size {args.batch_size} must be even for MixUp and CutMix, which pair images")
-    if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
-        raise BadInput("distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard")
-    learns = args.distillation_type != "none" or args.eval or args.throughput
-    if getattr(args, "dist_pos", None) is not None and not learns:
-        raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
+    flags.check_training(args)
+    if not (args.eval or args.throughput):
+        check_distillation(args)
     if args.num_workers is None:
         args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.resume == "" and args.eval:
         args.resume = str(Path(args.output_dir) / run_folder.NEWEST)
+    if args.eval:  # what was asked for, whatever a file says
+        asked = {"crop_pct": given.eval_crop_ratio, "interpolation": given.interpolation}
+        args.asked_crop = {name: value.replace("random", "bicubic") if isinstance(value, str) else value
+                           for name, value in asked.items() if value is not None}  # fmt: skip
+
+
+def check_distillation(args):
+    """Raise BadInput unless there is a teacher where one is needed, and only there."""
+    if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
+        raise BadInput("distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard")
+    if getattr(args, "dist_pos", None) is not None and args.distillation_type == "none":
+        raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
 
 
 def input_size(args) -> tuple[int, int]:
@@ -226,8 +234,9 @@ def read_data(args):
 def make_model(args, num_classes):
     """The model of the flags, with the weights of --finetune, on the CPU."""
     utils.seed_everything(args.seed)
-    model = flags.build_model(args, num_classes)
-    new = flags.load_finetune(model, args.finetune) if args.finetune else []  # also to go on: see --attn_only
+    model, new = flags.build_model(args, num_classes), []
+    if args.finetune and (args.attn_only or not args.resume):  # a resumed run has its own weights
+        new = flags.load_finetune(model, args.finetune).new
     if args.attn_only:
         trained = ("head", "pos_embed", *new)
         for name, parameter in model.named_parameters():
@@ -274,18 +283,18 @@ def _teacher_model(args, data):
     checkpoint = utils.load_checkpoint(path) if path else {}
     if "model_args" in checkpoint:
         model, _ = load_model(path)
-        check_classes(checkpoint["data"]["classes"], data.classes, f"the teacher {path}", "the data")
+        about = images_of(checkpoint, name, data, f"the teacher {path}")
         its_name = model.model_args.get("timm_name", "a DynamicViT")
         if name not in (None, its_name):
             raise BadInput(f"--teacher_model {name}: {path} is {its_name}; leave that flag out")
         fixed = isinstance(model, DynamicViT) or "img_size" in model.model_args
-        return model, checkpoint["data"] | {"fixed": fixed}
+        return model, about | {"fixed": fixed}
     if name is None:
         raise BadInput(f"{path} does not say its model; give --teacher_model NAME")
     if not timm.is_model(name):
         raise BadInput(f"--teacher_model: timm has no model {name}")
     config, classes = timm.get_pretrained_cfg(name), len(data.classes)
-    about = {"mean": config.mean, "std": config.std, "input_size": config.input_size[1:], "fixed": False}
+    about = images_of(checkpoint, name, data, f"the teacher {path}") | {"fixed": False}
     if path is None:
         try:
             model = timm.create_model(name, pretrained=True)
@@ -299,10 +308,33 @@ def _teacher_model(args, data):
         report = load_weights(model, checkpoint)
     except ValueError as error:
         raise BadInput(f"the teacher {name} of {path}: {error}") from None
-    if report.left_out or report.new:
-        names = ", ".join(report.left_out or report.new)
-        raise BadInput(f"the teacher {name} of {path} is not for the {classes} classes of the data: see its {names}")
+    check_whole(report, f"the teacher {name} of {path}", classes)
     return model, about
+
+
+def images_of(checkpoint, name, data, whose) -> dict:
+    """What a model wants of its images, as in a description of data: a checkpoint of this project says it, timm says it
+    of its model `name`, else it is what training on `data` would want.
+
+    Raises BadInput for a checkpoint of other classes than those of the data.
+    """
+    if {"data", "model_args"} <= checkpoint.keys():
+        check_classes(checkpoint["data"]["classes"], data.classes, whose, "the data")
+        return WHOLE | checkpoint["data"]
+    config = None if name in SIZES else timm.get_pretrained_cfg(name)
+    if config is None:
+        return data.description()
+    return {"mean": config.mean, "std": config.std, "input_size": config.input_size[1:]}
+
+
+def check_whole(report: LoadReport, whose, classes):
+    """Raise BadInput unless all weights of a file went into the model, and the model has no others."""
+    names = [name for name in report.left_out if name != "mask_token"] or report.new
+    names += [name for name in report.resampled if name == "register_tokens"]
+    if set(names) & set(TOKENS):
+        raise BadInput(f"{whose} has other tokens than the model of the flags: see {', '.join(names)}; give its flags")
+    if names:
+        raise BadInput(f"{whose} is not for the {classes} classes of the data: see its {', '.join(names)}")
 
 
 def train(args, device):
@@ -331,12 +363,9 @@ def _train(args, device):
         seed=args.seed, **share,
     )  # fmt: skip
     val_batches = PictureLoader(data.val, description, **share) if data.val else None
-    try:
-        optimizer, scheduler = make_optimizer(
-            model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
-        )
-    except (ValueError, AssertionError) as error:
-        raise BadInput(f"--opt {args.opt}: {error}") from None
+    optimizer, scheduler = make_optimizer(
+        model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
+    )
     mixup, criterion = make_mixup_and_loss(
         args, batches.batch_size, len(data.classes), args.mix_switch_prob, args.bce_loss
     )
@@ -353,7 +382,27 @@ def test(path, args, device, data_path=None):
     model, checkpoint = load_model(path)
     if args.data_set not in (None, checkpoint["data"]["name"]):
         raise BadInput(f"{path} is of {checkpoint['data']['name']}, not {args.data_set}; leave out --data_set")
+    if args.eval:
+        check_asked(path, checkpoint, args)
+        if args.asked_crop:
+            checkpoint["data"] = WHOLE | checkpoint["data"] | args.asked_crop
     _print_scores(model, checkpoint, args, device, data_path)
+
+
+def check_asked(path, checkpoint, args):
+    """Raise BadInput where flags describe another model than that of a checkpoint, which needs none of them."""
+    there = {"img_size": checkpoint["data"]["input_size"]} | checkpoint["model_args"]
+    asked = flags.given_model_args(args)
+    if args.model not in SIZES:
+        asked["timm_name"] = args.model
+    elif args.model != get_parser().get_default("model"):
+        asked = SIZES[args.model] | asked
+    for name in ("drop_path_rate", "init_values", "num_classes"):  # of training, perhaps a recipe's; the data's
+        asked.pop(name, None)
+    asked |= {name: to_2tuple(asked[name]) for name in ("img_size", "patch_size") if name in asked}
+    other = [f"{name} is {there.get(name)}, not {value}" for name, value in asked.items() if there.get(name) != value]
+    if other:
+        raise BadInput(f"{path} is another model than the flags ask for ({'; '.join(other)}); leave these flags out")
 
 
 def _print_scores(model, checkpoint, args, device, data_path):
@@ -371,10 +420,27 @@ def _print_scores(model, checkpoint, args, device, data_path):
 def evaluate_only(args, device):
     if args.finetune and not args.resume:
         data = read_data(args)
-        model = make_model(args, len(data.classes))
-        _print_scores(model, {"data": data.description()}, args, device, args.data_path)
+        model, description = _finetuned(args, data)
+        _print_scores(model, {"data": description}, args, device, args.data_path)
     else:
         test(args.resume or Path(args.output_dir) / BEST, args, device, args.data_path)
+
+
+def _finetuned(args, data):
+    """(the model of the flags with the weights of --finetune, a description of the data as it wants them).
+
+    Raises BadInput unless the file has all of that model, for the classes of the data.
+    """
+    checkpoint, whose = utils.load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
+    about = images_of(checkpoint, args.model, data, whose)
+    model = flags.build_model(args, len(data.classes))
+    for name, value in checkpoint.get("model_args", {}).items():  # what the shapes of weights do not show
+        here = model.model_args.get(name, value)
+        if name in ("num_heads", "timm_name") and here != value:
+            raise BadInput(f"{whose}: its {name} is {value}, here {here}; give the flags of its model")
+    check_whole(flags.load_finetune(model, args.finetune), whose, len(data.classes))
+    wanted = {key: about[key] for key in ("mean", "std", "crop_pct", "interpolation") if key in about}
+    return on_channels_last(model), data.description() | wanted | args.asked_crop
 
 
 def throughput(args, device, rounds=5, steps=5):

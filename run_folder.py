@@ -28,6 +28,8 @@ FREE = (
     "max_pixels", "bad_images",
 )  # fmt: skip
 LONGER = ("epochs", "warmup_epochs")  # may change, and it is said
+# What decides which images are in which batch: the same within an epoch.
+BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
 
 
 class InUse(BadInput):
@@ -199,12 +201,26 @@ def job() -> str | None:
 
 
 def check_same_run(path, saved: dict, args):
-    """Raise BadInput unless a checkpoint of this folder is of a run with these flags, and as many processes."""
+    """Raise BadInput unless a checkpoint of this folder is of a run with these flags, and as many processes.
+
+    With --overwrite, or from another folder, it may be of other flags, if these can take effect from there on.
+    """
     here = utils.plain_args(args) | {"processes": utils.world_size()}
     there = saved["args"] | {"processes": len(saved["processes"])}
     other = _differ(there, here)
     values = {name: [utils.flag_value(flags[name]) for flags in (there, here)] for name in other}
     said = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
+    if "finetune" in other and args.finetune:
+        raise BadInput(
+            f"--resume: --finetune was {there['finetune']}, is now {args.finetune}, but the weights are those of "
+            f"{path}; give the same --finetune, or leave out --resume"
+        )
+    if saved["batch"] and set(other) & set(BATCHES):
+        of_batches = "; ".join(words for name, words in zip(other, said) if name in BATCHES)
+        raise BadInput(
+            f"{path} is in the middle of an epoch, whose batches are of other images now ({of_batches}): give the "
+            "same, or resume from a checkpoint at the end of an epoch"
+        )
     if not set(other) <= set(LONGER) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
         raise BadInput(
             f"{path} is of another run ({'; '.join(said)}): give the same flags, or another --output_dir; --overwrite "

@@ -62,7 +62,7 @@ class TrainingState:
         try:
             self._check_kinds(saved)
             self._check(path, saved)
-            self._restore(saved)
+            self._restore(path, saved)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
         self.kept = self._words(path)
@@ -95,22 +95,33 @@ class TrainingState:
             if other:
                 raise BadInput(f"--resume: the {what} of {path} differs: {'; '.join(other)}; give the same flags")
         run_folder.check_same_run(path, saved, self.args)
-        if saved["batch"] and len(saved["processes"]) != utils.world_size():
-            raise BadInput(
-                f"{path} is in the middle of an epoch of {len(saved['processes'])} processes, here are "
-                f"{utils.world_size()}; start as many, or give a checkpoint from the end of an epoch"
-            )
 
-    def _restore(self, saved):
+    def _restore(self, path, saved):
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self._restore_optimizer(path, saved)
         if self.scaler is not None and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         for name in ("epoch", "step", "batch", "skipped", "metrics", "best"):
             setattr(self, name, saved[name])
-        if len(saved["processes"]) == utils.world_size():
+        if len(saved["processes"]) == utils.world_size() and saved["args"].get("seed") == self.args.seed:
             mine = saved["processes"][utils.rank()]
             self.sums = mine["sums"]
             utils.set_random_states(mine["random"])
+
+    def _restore_optimizer(self, path, saved):
+        """Its state, with what flags say now of its groups; no state where that is of another optimizer."""
+        there, here = saved["args"], utils.plain_args(self.args)
+        changed = [name for name in ("opt", "attn_only", "finetune") if there.get(name) != here.get(name)]
+        old, groups = saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
+        other = [len(group["params"]) for group in old] != [len(group["params"]) for group in groups]
+        if "opt" in changed or (other and changed):
+            say(f"note: --{changed[0]} was {there.get(changed[0])}: the optimizer begins with a fresh state")
+            return
+        if other:
+            raise BadInput(f"{path} cannot be resumed from: an earlier revision of this project wrote its optimizer")
+        # Of the rest some, like Lookahead's steps, is state; the rate is set before each step.
+        flagged = ("initial_lr", "weight_decay", "fused")
+        groups = [was | {key: now[key] for key in flagged if key in now} for was, now in zip(old, groups)]
+        self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})

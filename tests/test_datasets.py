@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin, TiffImagePlugin
+from torchvision.transforms import RandAugment, TrivialAugmentWide
 
 import augment
 import cifar_main
@@ -87,6 +88,36 @@ def test_operations_are_torchvisions_with_a_magnitude_for_each_image(name):
     else:
         assert difference.max() <= 1
     assert found.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("policy", "theirs"), [("TRIVIAL", TrivialAugmentWide()), ("RAND", RandAugment())])
+@pytest.mark.parametrize("size", [(32, 32), (90, 150)])
+def test_magnitudes_are_torchvisions_for_images_of_any_size(monkeypatch, policy, theirs, size):
+    """Each operation of both policies at each level: the magnitudes that the operation is called with."""
+    policy, names = getattr(augment, policy), list(augment.TRIVIAL)
+    space = (31, size) if isinstance(theirs, RandAugment) else (31,)
+    space = {name.lower(): magnitudes for name, (magnitudes, _) in theirs._augmentation_space(*space).items()}
+    assert {name.replace("_", "") for name in names} == space.keys() and list(policy) == names
+    called = {}
+
+    def applied(name, images, magnitude):
+        called.setdefault(name, magnitude.abs().flatten())
+        return images
+
+    monkeypatch.setattr(augment, "apply_operation", applied)
+    images = torch.zeros(200, 3, *size, dtype=torch.uint8)
+    for level in range(31):
+        called.clear()
+        augment.random_operation(images, seeded(), policy, level)
+        assert called.keys() == set(names) - {"identity"}
+        for name, found in called.items():
+            their = space[name.replace("_", "")]
+            wanted = float(their[level]) if their.ndim else 0.0
+            if name == "solarize":
+                found = 255 - found
+            elif name == "posterize":
+                found = 8 - found.round()
+            assert found.tolist() == pytest.approx([wanted] * len(found), abs=1e-4), (name, level)
 
 
 def test_each_image_has_a_draw_of_its_own():

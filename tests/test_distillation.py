@@ -361,9 +361,10 @@ def test_evaluation_tells_the_ema_apart(tmp_path, capsys):
         assert line.endswith(f"top-1 {figures['top1']:.2f} top-5 {figures['top5']:.2f} on 360 images")
 
 
-def test_resumed_runs_end_as_unstopped_ones(tmp_path, capsys, monkeypatch):
-    """The same rate at each step, the same weights."""
-    argv = "--recipe deit --epochs 2 --batch_size 64 --ema 0.9 --amp off --seed 3".split()
+@pytest.mark.parametrize("more", ["", "--opt lookahead_adamw", "--opt lamb --weight_decay 0"])
+def test_resumed_runs_end_as_unstopped_ones(tmp_path, capsys, monkeypatch, more):
+    """The same rate at each step, the same weights; what optimizers count in their groups is counted on."""
+    argv = f"--recipe deit --epochs 2 --batch_size 64 --ema 0.9 --amp off --seed 3 {more}".split()
     train(capsys, tmp_path / "whole", *argv)
     step = cifar_train.train_one_epoch
     stopped = []
@@ -463,6 +464,106 @@ def test_a_finetuned_file_is_tested_without_training(tmp_path, capsys, trained):
     top1, top5 = re.search(r"accuracy: ([\d.]+)% \(top-5 ([\d.]+)%\)", alone).groups()
     assert f"Accuracy: top-1 {top1} top-5 {top5} on 360 images" in out
     assert not (tmp_path / "none").exists()
+
+
+def scored(monkeypatch):
+    """The descriptions of the data that models are scored on from here on."""
+    descriptions, work = [], main_distillation.score
+
+    def score(model, checkpoint, *args, **kwargs):
+        descriptions.append(checkpoint["data"])
+        return work(model, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(main_distillation, "score", score)
+    return descriptions
+
+
+def test_a_file_is_tested_on_images_as_it_wants_them(tmp_path, capsys, monkeypatch, teacher):
+    """Mean and deviation, crop and interpolation are those of the file, unless a flag says otherwise."""
+    checkpoint = utils.load_checkpoint(teacher)
+    checkpoint["data"] |= {"mean": [0.6, 0.3, 0.3], "std": [0.3, 0.3, 0.6]}
+    utils.save_checkpoint(tmp_path / "other.pth", checkpoint)
+    alone = run(cifar_test.main, ["--model_path", tmp_path / "other.pth"], capsys)[1]
+    assert alone != run(cifar_test.main, ["--model_path", teacher], capsys)[1]
+    used = scored(monkeypatch)
+    out = train(capsys, tmp_path, "--eval", "--finetune", tmp_path / "other.pth")
+    assert re.search(r"accuracy: ([\d.]+)%", alone)[1] in out
+    assert (used[-1]["mean"], used[-1]["crop_pct"]) == ([0.6, 0.3, 0.3], 1.0)
+
+    checkpoint["data"] |= {"crop_pct": 0.5, "interpolation": "bilinear"}
+    utils.save_checkpoint(tmp_path / "other.pth", checkpoint)
+    for how in ("--finetune", "--resume"):
+        argv = ["--eval", how, tmp_path / "other.pth"]
+        train(capsys, tmp_path, *argv)
+        assert (used[-1]["crop_pct"], used[-1]["interpolation"]) == (0.5, "bilinear")
+        train(capsys, tmp_path, *argv, "--eval_crop_ratio", "0.9", "--interpolation", "random")
+        assert (used[-1]["crop_pct"], used[-1]["interpolation"], used[-1]["std"]) == (0.9, "bicubic", [0.3, 0.3, 0.6])
+
+
+def test_weights_of_a_model_of_timms_are_tested_with_its_normalisation(tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "vit.pth")
+    used = scored(monkeypatch)
+    argv = ["--eval", "--finetune", tmp_path / "vit.pth", "--model", "vit_tiny_patch16_224", "--input_size", "32"]
+    argv += ["--data_set", "DIGITS", "--num_workers", "0", "--device", "cpu"]
+    assert run(main_distillation.main, argv, capsys)[0] == 0
+    assert used[0]["mean"] == network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_files_that_are_not_for_the_data_or_the_flags_are_not_tested(tmp_path, capsys, trained, teacher, photos):
+    def refused(path, *argv):
+        return train(capsys, tmp_path / "none", "--eval", "--finetune", path, *argv, status=2)
+
+    tokens, of_photos = ["--cls_pos", "2", "--reg_pos", "1"], ["--data_set", "FOLDER", "--data_path", photos]
+    err = refused(trained / "model.pth", *tokens, *of_photos)
+    assert "only the data have blue, red" in err and "differ in their classes" in err
+    checkpoint = utils.load_checkpoint(trained / "model.pth")
+    state = checkpoint["model"]
+    torch.save(state, tmp_path / "bare.pth")
+    assert "is not for the 2 classes of the data: see its head.weight" in refused(
+        tmp_path / "bare.pth", *tokens, *of_photos
+    )
+    torch.save({name: t for name, t in state.items() if not name.startswith("head")}, tmp_path / "headless.pth")
+    assert "is not for the 10 classes of the data: see its head.weight" in refused(tmp_path / "headless.pth", *tokens)
+    for more, name in ((["--num_reg", "3"], "register_tokens"), (["--num_reg", "0"], "register_tokens"),
+                       (["--cls_pos", "none"], "cls_token"), (["--dist_pos", "1"], "dist_token")):  # fmt: skip
+        err = refused(tmp_path / "bare.pth", *tokens, *more)
+        assert f"other tokens than the model of the flags: see {name}" in err
+    assert "its num_heads is 3, here 2; give the flags" in refused(trained / "model.pth", *tokens, "--num_heads", "2")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_of_another_model_than_asked_for_is_not_tested(capsys, trained):
+    argv = ["--eval", "--resume", trained / "model.pth", "--num_workers", "0", "--device", "cpu"]
+    for asked, wrong in (
+        (["--cls_pos", "0"], "cls_pos is 2, not 0"),
+        (["--input_size", "64"], "img_size is (32, 32), not (64, 64)"),
+        (["--model", "dynamic_vit_small_patch16_224"], "embed_dim is 24, not 384"),
+        (["--model", "resnet10t"], "timm_name is None, not resnet10t"),
+    ):
+        status, out, err = run(main_distillation.main, [*argv, *asked], capsys)
+        assert status == 2 and wrong in err and out == ""
+    for asked in ([], ["--cls_pos", "2", "--recipe", "deit3"]):
+        assert run(main_distillation.main, [*argv, *asked], capsys)[0] == 0
+
+
+def test_what_only_training_needs_is_not_asked_of_a_test(tmp_path, capsys, trained):
+    """An even batch for Mixup, a warm-up shorter than the run, a teacher; and --opt is checked where it is used."""
+    argv = "--batch_size 361 --epochs 1 --warmup_epochs 2".split()
+    for more in (["--teacher_path", "x.pth"], ["--distillation_type", "soft"]):
+        train(capsys, tmp_path, "--eval", "--resume", trained / "model.pth", *argv, *more)
+    status, _, err = run(cifar_main.main, [*argv, "--eval", "--model_path", trained / "model.pth"], capsys)
+    assert status == 0, err
+    train(capsys, tmp_path, "--throughput", "--batch_size", "1", *argv[2:])
+    assert "--opt nonsense" in train(capsys, tmp_path, "--throughput", "--opt", "nonsense", status=2)
+    for main in (cifar_main.main, main_distillation.main):
+        for flag, wrong in (("--batch_size", "--batch_size 361 must be even"), ("--epochs", "must be less than")):
+            given = argv[:2] if flag == "--batch_size" else argv[2:]
+            status, _, err = run(main, ["--data_set", "DIGITS", *given, "--output_dir", tmp_path], capsys)
+            assert status == 2 and wrong in err
+    with pytest.raises(utils.BadInput, match="too few images for more than 1 in a batch; or give --mixup 0 --cutmix 0"):
+        cifar_train.make_mixup_and_loss(argparse.Namespace(mixup=1, cutmix=0, batch_size=8, smoothing=0.1), 1, 5)
 
 
 @pytest.mark.parametrize(

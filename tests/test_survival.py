@@ -401,7 +401,7 @@ class Late:
 
 def test_a_gpu_is_not_waited_for_until_it_is_far_behind():
     watch = engine._Watch("", sgd(tiny())[0], skip_bad=0)
-    about = (3, [(3, torch.zeros(1), torch.zeros(1), torch.tensor(float("nan")))], torch.tensor(1.0), 0.1)
+    about = (3, [(3, 1, torch.tensor(float("nan")))], torch.tensor(1.0), 0.1)
     answers = [Late(100) for _ in range(engine.LAG)]
     for answer in answers:
         watch.waiting.append((torch.tensor(False), answer, about))
@@ -412,6 +412,63 @@ def test_a_gpu_is_not_waited_for_until_it_is_far_behind():
     assert answers[0].waited and not answers[1].waited
     with pytest.raises(NotFinite, match="batch 3"):
         watch.finish()
+
+
+def never_answers(monkeypatch):
+    """A CPU that is as a GPU far behind: whether steps were finite is known when the epoch ends."""
+    look = engine._Watch._look
+    monkeypatch.setattr(engine._Watch, "_look", lambda watch, lag: look(watch, lag) if lag == 0 else None)
+    monkeypatch.setattr(engine._Watch, "sees", lambda watch, *batch: setattr(watch, "batch", batch))
+
+
+@pytest.mark.parametrize("accum_steps", [1, 8])
+def test_the_watch_keeps_one_batch(monkeypatch, accum_steps):
+    """Of the steps that a GPU has not answered for there are numbers; 32 batches could fill its memory."""
+    import weakref
+
+    never_answers(monkeypatch)
+    model, made, kept = tiny(), [], []
+
+    class Batches:
+        def __len__(self):
+            return 16
+
+        def __iter__(self):
+            for _ in range(16):
+                images = noise(model)
+                made.append(weakref.ref(images))
+                yield images, torch.tensor([0, 1])
+                del images
+                kept.append(sum(image() is not None for image in made))
+
+    train_one_epoch(model, Batches(), torch.nn.CrossEntropyLoss(), *sgd(model), accum_steps=accum_steps)
+    assert max(kept) == 1
+
+
+def test_an_older_batch_that_was_not_finite_is_reported_in_numbers(tmp_path, monkeypatch, capsys):
+    never_answers(monkeypatch)
+    with pytest.raises(NotFinite, match=r"the loss is nan in batch 2 \(step 2\)") as error:
+        train_one_epoch(tiny(), batches_with(tiny(), 2), torch.nn.CrossEntropyLoss(), *sgd(tiny()))
+    assert "images" not in error.value.batch and error.value.batch["batch"] == 2
+    with pytest.raises(NotFinite) as error:  # the newest one
+        train_one_epoch(tiny(), batches_with(tiny(), 4), torch.nn.CrossEntropyLoss(), *sgd(tiny()))
+    assert error.value.batch["images"].isnan().all()
+    planted(monkeypatch, 3)
+    argv = [*DIGITS, "--mixup", "0", "--cutmix", "0", "--model_path", tmp_path / "m.pth", "--save_steps", "100"]
+    status, _, err = run(cifar_main.main, argv, capsys)
+    path = tmp_path / "bad_batch_step3_process0.pth"
+    assert status == 1 and f"{path} has its numbers (a GPU keeps only the newest batch), " in err, err
+    assert utils.load_checkpoint(path)["lr"] > 0
+
+
+def test_a_bad_batch_in_the_middle_of_a_group_is_kept_on_a_cpu():
+    for bad in (4, 5, 6):
+        with pytest.raises(NotFinite, match=rf"in batch {bad} \(step 1\)") as error:
+            train_one_epoch(
+                tiny(), batches_with(tiny(), 1, bad, count=8), torch.nn.CrossEntropyLoss(), *sgd(tiny()),
+                accum_steps=4, skip_bad=1,
+            )  # fmt: skip
+        assert error.value.batch["images"].isnan().all() and error.value.batch["batch"] == bad
 
 
 def planted(monkeypatch, *bad):

@@ -54,7 +54,7 @@ def get_parser():
     group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK", help="or none")
     group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
     group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
-    group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1], dest="seeds")
+    group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1, 2], dest="seeds")
     group.add_argument(
         "--equal_flops",
         action="store_true",

@@ -67,7 +67,7 @@ class TrainingState:
             raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
         self.kept = self._words(path)
         if self.epoch >= self.args.epochs:
-            say(f"{path} has all {self.epoch} epochs; --epochs with a larger number goes on")
+            say(f"{path} has all {self.epoch} epochs; a larger --epochs resumes it")
         else:
             say(f"going on after epoch {self.epoch}{f' and {self.batch} batches' * bool(self.batch)} of {path}")
 

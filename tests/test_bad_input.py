@@ -227,7 +227,7 @@ def test_as_a_process(tmp_path):
 def test_values_in_hints_are_as_the_flag_takes_them(tmp_path):
     for text, kind in (("48x64", utils.image_size), ("none", utils.position), ("3", utils.position)):
         assert utils.flag_value(kind(text)) == text
-    saved = {"args": {"input_size": (48, 48), "num_reg": 4}, "processes": [None]}
+    saved = {"args": {"input_size": (48, 48), "num_reg": 4}, "processes": [None], "batch": 0}
     here = argparse.Namespace(input_size=(32, 64), num_reg=2, output_dir=str(tmp_path), overwrite=False)
     with pytest.raises(utils.BadInput) as error:
         run_folder.check_same_run(tmp_path / "checkpoint.pth", saved, here)

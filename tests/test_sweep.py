@@ -536,5 +536,5 @@ def test_bad_input(tmp_path, capsys, argv, words):
 
 def test_the_script_says_its_defaults(tmp_path):
     out = shell("position_sweep.py", "--dry_run", "--device", "cpu", cwd=tmp_path).stdout
-    assert len(re.findall(r"^to do", out, re.M)) == 12 and "12 cells, 12 to do: about" in out
+    assert len(re.findall(r"^to do", out, re.M)) == 18 and "18 cells, 18 to do: about" in out
     assert np.all([word in out for word in ("CLS at 4, 4 registers at 2, seed 1", "MFLOPs")])

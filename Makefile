@@ -1,5 +1,5 @@
 # make demo: train, test and draw on data that need no download.   make sweep: a small grid of positions on them.
-# make test: the tests.   make faults: runs that are killed, starved of disk, ...   make lint: ruff.
+# make test: the tests.   make faults: runs that are killed, starved of disk, ...   make lint: ruff, and imports.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -28,6 +28,7 @@ faults: .venv/run
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/test_house.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

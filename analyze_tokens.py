@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import ablation
-import looking
 import utils
-from flags import describe
-from token_pages import data_name, draw_pages
-from token_statistics import TokenStatistics, readouts
+from inspection import inputs, interventions
+from inspection.statistics import TokenStatistics, readouts
+from inspection.statistics_pages import data_name, draw_pages
+from training.run_log import environment
+from training.setup import describe
 from utils import BadInput, number, say
 
 BATCH = 64
@@ -33,9 +33,9 @@ def batches_of(pictures, model, data, device, failed):
     size = max(1, min(BATCH, ATTENTION // (model.model_args["num_heads"] * tokens**2)))
 
     def batches():
-        there = looking.readable(pictures, failed)
+        there = inputs.readable(pictures, failed)
         while part := list(islice(there, size)):
-            images = looking.model_input([picture.read() for picture in part], part, data, device)
+            images = inputs.model_input([picture.read() for picture in part], part, data, device)
             labels = None if part[0].label is None else torch.tensor([p.label for p in part], device=device)
             yield images, labels
 
@@ -44,7 +44,7 @@ def batches_of(pictures, model, data, device, failed):
 
 def chosen_pictures(args, data, checkpoint):
     """--num_images of the images, in random order: a part of one class folder after another would be of few classes."""
-    found = looking.pictures(args, data, checkpoint)
+    found = inputs.pictures(args, data, checkpoint)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(args.seed)).tolist()
     found = [found[i] for i in order[: args.num_images or None]]
     if args.ablate and found[0].label is None:
@@ -58,9 +58,9 @@ def chosen_pictures(args, data, checkpoint):
 def analyze(args) -> dict:
     """The figures that go to analysis.json."""
     device = utils.pick_device(args.device)
-    model, data, checkpoint = looking.load(args.model_path, args)
+    model, data, checkpoint = inputs.load(args.model_path, args)
     if args.ablate:
-        ablation.check(model, args.ablate)
+        interventions.check(model, args.ablate)
     found = chosen_pictures(args, data, checkpoint)
     folder = utils.writable_folder(args.output_dir)
     failed = []
@@ -83,8 +83,8 @@ def analyze(args) -> dict:
         "accuracy": 100 * right / statistics.images if labelled and model.num_classes else None,
         **statistics.result(),
         "readout": readouts(statistics.features, statistics.labels, model.depth) if statistics.labels else None,
-        "ablation": ablation.ablate(model, batches, args.ablate) if args.ablate else None,
-        "environment": utils.environment(device),
+        "ablation": interventions.ablate(model, batches, args.ablate) if args.ablate else None,
+        "environment": environment(device),
     }  # fmt: skip
     write(figures, folder)
     return figures
@@ -148,7 +148,7 @@ def report(figures, folder):
     say()
     begins = figures["artefacts"]["begins_at_block"]
     say("Artefacts: none at any block" if begins is None else f"Artefacts: from block {begins} on")
-    for kind in ablation.KINDS if figures["ablation"] else ():
+    for kind in interventions.KINDS if figures["ablation"] else ():
         if kind in figures["ablation"]:
             changes = (f"{name} {f['accuracy']:.2f}%" for name, f in figures["ablation"][kind].items())
             say(f"Accuracy with {kind} replaced: {', '.join(changes)}; as it is {figures['ablation']['clean']:.2f}%")
@@ -160,7 +160,7 @@ def report(figures, folder):
 def main(argv=None):
     parser = utils.ArgumentParser(description="Measure what the tokens of a trained model do, over many images.")
     parser.add_argument("--output_dir", default="./analysis", help="folder for analysis.json and analysis.pdf")
-    looking.add_image_flags(parser)
+    inputs.add_image_flags(parser)
     parser.add_argument("--num_images", type=number(int, 0), default=1000, help="how many, at random; 0: all")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of that choice")
     parser.add_argument(
@@ -168,14 +168,14 @@ def main(argv=None):
         "tokens; their tokens are kept in memory; 0: no read-outs",
     )  # fmt: skip
     parser.add_argument(
-        "--ablate", nargs="+", choices=ablation.KINDS, help="also the accuracy with these replaced by zero, by the "
-        "mean over images and by another image's",
+        "--ablate", nargs="+", choices=interventions.KINDS, help="also the accuracy with these replaced by zero, by "
+        "the mean over images and by another image's",
     )  # fmt: skip
-    looking.add_model_flags(parser)
+    inputs.add_model_flags(parser)
     args = parser.parse_args(argv)
     figures = analyze(args)
     report(figures, Path(args.output_dir))
-    looking.report_failed(figures["data"]["left_out"], figures["data"]["images"])
+    inputs.report_failed(figures["data"]["left_out"], figures["data"]["images"])
 
 
 if __name__ == "__main__":

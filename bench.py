@@ -23,9 +23,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import utils
-from datasets import Loader, Split, TrainTransform
+from checkpoints.files import save_checkpoint
+from datasets import Split
 from engine import train_one_epoch
+from loading.memory import Loader, TrainTransform
 from models_dynamic import SIZES, DynamicViT, set_fused_attention
+from training.run_log import environment
 
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 SMALL, CIFAR = "dynamic_vit_small_patch16_224", "dynamic_vit_cifar"
@@ -379,7 +382,7 @@ def photo_command(folder: Path) -> list[str]:
 
     model = ours(SMALL, "cpu", num_classes=10)
     data = DATA | {"name": "FOLDER", "classes": list("abcdefghij"), "input_size": (224, 224)}
-    utils.save_checkpoint(folder / "m.pth", {"model": model.state_dict(), "model_args": model.model_args, "data": data})
+    save_checkpoint(folder / "m.pth", {"model": model.state_dict(), "model_args": model.model_args, "data": data})
     pixels = F.interpolate(smooth_images(1).float(), size=(480, 640), mode="bicubic")[0].clamp(0, 255).to(torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / "photo.jpg")
     paths = ["--model_path", folder / "m.pth", "--image_path", folder / "photo.jpg", "--output_dir", folder]
@@ -458,7 +461,7 @@ def main(argv=None):
         show(found)
         rows += found
     if args.json:
-        record = {"rows": rows, "rounds": args.rounds, "device": str(device), **utils.environment(device)}
+        record = {"rows": rows, "rounds": args.rounds, "device": str(device), **environment(device)}
         utils.write_atomically(args.json, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 

@@ -10,12 +10,12 @@ Each run has a folder of its own. The same command again tests the model that is
 
 from pathlib import Path
 
-import flags
-import run_folder
-import training_maps
 import utils
-from cifar_test import load_model, test_model
+from checkpoints.models import load_model
+from cifar_test import test_model
 from cifar_train import train_from_flags
+from training import film, flags, run_folder
+from training.setup import build_model, describe, start
 from utils import BadInput, say
 
 
@@ -49,7 +49,7 @@ def check_same_model(args, data_given, everything):
     """Refuse to test a model that is not what the flags ask for; all of them, or only those that were given."""
     model, checkpoint = load_model(args.model_path)
     there = checkpoint["model_args"]
-    wanted = flags.build_model(args, there["num_classes"], "meta").model_args
+    wanted = build_model(args, there["num_classes"], "meta").model_args
     if not everything:
         given = flags.given_model_args(args).keys() - {"drop_path_rate"}  # has a default, and tests do not feel it
         wanted = {name: wanted[name] for name in given}
@@ -61,14 +61,14 @@ def check_same_model(args, data_given, everything):
             f"{args.model_path} is another model than these flags ask for ({'; '.join(other)}): "
             "give another --model_path, or --overwrite to train anew"
         )
-    say(f"{args.model_path} ({flags.describe(model)}): epoch {checkpoint['epoch']} of {checkpoint['args']['epochs']}")
+    say(f"{args.model_path} ({describe(model)}): epoch {checkpoint['epoch']} of {checkpoint['args']['epochs']}")
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
     data_path, data_given = args.data_path, bool(args.data_path or args.data_set)
     resolve(args)
-    device = flags.start(args)
+    device = start(args)
     begins = args.overwrite or args.resume is not None or not Path(args.model_path).is_file()
     trains = not args.eval and (begins or run_folder.started_again(args.output_dir))
     if trains:
@@ -81,7 +81,7 @@ def main(argv=None):
             say("It is only tested now: --overwrite trains anew, --resume goes on with its training.")
     test_model(args.model_path, data_path, device, args.batch_size, max_pixels=args.max_pixels)
     if trains:
-        training_maps.write_film(args)
+        film.write_film(args)
 
 
 if __name__ == "__main__":

@@ -6,68 +6,14 @@
 Prints `Test accuracy: NN.NN% (top-5 NN.NN%) on N images of CIFAR10`.
 """
 
-import os
-
 import torch
 
-import flags
 import utils
-from datasets import MAX_PIXELS, Loader, PictureLoader, check_classes, find_split, read_split
-from engine import evaluate
-from models_dynamic import model_from_checkpoint
-from utils import BadInput, say
-
-
-def load_model(path):
-    """(model in eval mode, checkpoint) from a checkpoint of this project. Raises BadInput if it is none."""
-    checkpoint = utils.load_checkpoint(path)
-    lacks = {"model", "model_args", "data", "args", "epoch"} - checkpoint.keys()
-    if lacks:
-        raise BadInput(f"{path} was not written by this project's training: it lacks {', '.join(sorted(lacks))}")
-    try:
-        return model_from_checkpoint(checkpoint), checkpoint
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}") from None
-
-
-def data_folder(checkpoint, given):
-    """The folder of a checkpoint's images: `given`, else the one that the checkpoint names. None: the usual one.
-
-    Raises BadInput where CIFAR would be downloaded to a folder that only the checkpoint names.
-    """
-    path, name = checkpoint.get("args", {}).get("data_path"), checkpoint["data"]["name"]
-    if given or path is None:
-        return given
-    if name in ("CIFAR10", "CIFAR100"):
-        import torchvision
-
-        folder = os.path.join(path, getattr(torchvision.datasets, name).base_folder)
-        if not os.path.isdir(folder):
-            raise BadInput(f"there is no {folder}, where training had the images; give --data_path")
-    return path
-
-
-def score(
-    model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False, max_pixels=MAX_PIXELS
-):  # fmt: skip
-    """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
-
-    Returns:
-        `evaluate`'s figures, and the true labels of all images.
-    """
-    data, path = checkpoint["data"], data_folder(checkpoint, data_path)
-    share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
-    if "crop_pct" in data:
-        split, classes = find_split(data["name"], path, False, data, max_pixels)
-        batches = PictureLoader(split, data, device=device, workers=workers, **share)
-    else:
-        split, classes = read_split(data["name"], path, False, data["input_size"], data, max_pixels)
-        batches = Loader(split.to(device), data, **share)
-    check_classes(classes, data["classes"], "the test images", "the model")
-    there = data.get("images", {}).get("test", len(split))
-    if len(split) != there:
-        say(f"note: {len(split)} test images are here, {there} were there in training")
-    return evaluate(model.to(device), batches, keep_predictions), split.labels
+from checkpoints.models import load_model
+from datasets import MAX_PIXELS
+from loading.decode import add_max_pixels
+from training.scoring import score
+from utils import say
 
 
 def test_model(
@@ -117,7 +63,7 @@ def main(argv=None):
     parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its data set's test images.")
     parser.add_argument("--model_path", default="./models/best_model.pth", help="checkpoint")
     parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
-    flags.add_max_pixels(parser)
+    add_max_pixels(parser)
     parser.add_argument("--batch_size", type=utils.number(int, 1), default=256, help="images at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--per_class", action="store_true", help="print the accuracy of each class")

@@ -20,16 +20,28 @@ import torch
 from timm.layers import to_2tuple
 from torch.nn.parallel import DistributedDataParallel
 
-import flags
-import run_folder
-import training_maps
 import utils
-from cifar_test import load_model, score
-from cifar_train import make_mixup_and_loss, make_optimizer, run_epochs
-from datasets import DATA_SETS, PictureLoader, check_classes, load_pictures, picture_transform
+from checkpoints.files import load_checkpoint
+from checkpoints.models import load_model
+from datasets import DATA_SETS
 from engine import train_one_epoch
-from losses import DistillationLoss
-from models_dynamic import SIZES, TOKENS, DynamicViT, LoadReport, load_weights, set_fused_attention, timm_model
+from loading.files import PictureLoader, load_pictures, picture_transform
+from models_dynamic import SIZES, set_fused_attention
+from training import film, flags, run_folder
+from training.loop import run_epochs
+from training.losses import DistillationLoss
+from training.scoring import score
+from training.setup import (
+    build_model,
+    check_timm_model,
+    describe,
+    load_finetune,
+    make_mixup_and_loss,
+    make_optimizer,
+    say_what,
+    start,
+)
+from training.teachers import WHOLE, check_whole, images_of, make_teacher, on_channels_last
 from utils import BadInput, number, say
 
 # Defaults of the flags. Where a recipe was published for a number of images a step, `step_images` says so.
@@ -59,7 +71,6 @@ RECIPES = {
     ),
 }  # fmt: skip
 BEST = "best_checkpoint.pth"
-WHOLE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how images are resized for a checkpoint that does not say it
 COMMAND = "torchrun --nnodes=1 --nproc_per_node=4 main_distillation.py --distributed"
 
 
@@ -217,8 +228,8 @@ def check_distillation(args):
 def input_size(args) -> tuple[int, int]:
     """Of the model that the flags describe; wrong flags show here, before any data are read."""
     if args.model in SIZES:
-        return flags.build_model(args, 10, "meta").model_args["img_size"]
-    flags.check_timm_model(args)
+        return build_model(args, 10, "meta").model_args["img_size"]
+    check_timm_model(args)
     return getattr(args, "input_size", None) or timm.get_pretrained_cfg(args.model).input_size[1:]
 
 
@@ -234,9 +245,9 @@ def read_data(args):
 def make_model(args, num_classes):
     """The model of the flags, with the weights of --finetune, on the CPU."""
     utils.seed_everything(args.seed)
-    model, new = flags.build_model(args, num_classes), []
+    model, new = build_model(args, num_classes), []
     if args.finetune and (args.attn_only or not args.resume):  # a resumed run has its own weights
-        new = flags.load_finetune(model, args.finetune).new
+        new = load_finetune(model, args.finetune).new
     if args.attn_only:
         trained = ("head", "pos_embed", *new)
         for name, parameter in model.named_parameters():
@@ -250,93 +261,6 @@ def make_model(args, num_classes):
     return on_channels_last(model)
 
 
-def on_channels_last(model):
-    """Convolutions are faster with the channels last; a DynamicViT has only one of them."""
-    return model if isinstance(model, DynamicViT) else model.to(memory_format=torch.channels_last)
-
-
-def make_teacher(args, data, device):
-    """Images -> the teacher's logits, or None. Raises BadInput for a teacher that does not fit the data."""
-    if args.distillation_type == "none":
-        return None
-    model, about = _teacher_model(args, data)
-    if tuple(about["input_size"]) != tuple(data.input_size) and about["fixed"]:
-        wanted, here = (utils.flag_value(tuple(size)) for size in (about["input_size"], data.input_size))
-        raise BadInput(f"the teacher sees images of {wanted} pixels, here they are {here}; give --input_size {wanted}")
-    model = on_channels_last(model).to(device).eval().requires_grad_(False)
-    if device.type == "cpu" and utils.amp_dtype(args.amp, device) is not None:
-        set_fused_attention(model, False)  # see `run_epochs`
-    here, there = (
-        torch.tensor([mean, std], device=device)[:, :, None, None]
-        for mean, std in ((data.mean, data.std), (about["mean"], about["std"]))
-    )
-    if torch.equal(here, there):
-        return model
-    # Images come as the student wants them normalised.
-    scale, shift = here[1] / there[1], (here[0] - there[0]) / there[1]
-    return lambda images: model(images * scale + shift)
-
-
-def _teacher_model(args, data):
-    """(model, mean, std, input_size and whether that is fixed)."""
-    name, path = args.teacher_model, args.teacher_path
-    checkpoint = utils.load_checkpoint(path) if path else {}
-    if "model_args" in checkpoint:
-        model, _ = load_model(path)
-        about = images_of(checkpoint, name, data, f"the teacher {path}")
-        its_name = model.model_args.get("timm_name", "a DynamicViT")
-        if name not in (None, its_name):
-            raise BadInput(f"--teacher_model {name}: {path} is {its_name}; leave that flag out")
-        fixed = isinstance(model, DynamicViT) or "img_size" in model.model_args
-        return model, about | {"fixed": fixed}
-    if name is None:
-        raise BadInput(f"{path} does not say its model; give --teacher_model NAME")
-    if not timm.is_model(name):
-        raise BadInput(f"--teacher_model: timm has no model {name}")
-    config, classes = timm.get_pretrained_cfg(name), len(data.classes)
-    about = images_of(checkpoint, name, data, f"the teacher {path}") | {"fixed": False}
-    if path is None:
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # many kinds: no network, no such weights
-            raise BadInput(f"cannot download the teacher {name} ({error}); give --teacher_path FILE") from None
-        if model.num_classes != classes:
-            raise BadInput(f"the teacher {name} knows {model.num_classes} classes, the data have {classes}")
-        return model, about | {"fixed": config.fixed_input_size}
-    try:
-        model = timm_model(name, classes, img_size=data.input_size)
-        report = load_weights(model, checkpoint)
-    except ValueError as error:
-        raise BadInput(f"the teacher {name} of {path}: {error}") from None
-    check_whole(report, f"the teacher {name} of {path}", classes)
-    return model, about
-
-
-def images_of(checkpoint, name, data, whose) -> dict:
-    """What a model wants of its images, as in a description of data: a checkpoint of this project says it, timm says it
-    of its model `name`, else it is what training on `data` would want.
-
-    Raises BadInput for a checkpoint of other classes than those of the data.
-    """
-    if {"data", "model_args"} <= checkpoint.keys():
-        check_classes(checkpoint["data"]["classes"], data.classes, whose, "the data")
-        return WHOLE | checkpoint["data"]
-    config = None if name in SIZES else timm.get_pretrained_cfg(name)
-    if config is None:
-        return data.description()
-    return {"mean": config.mean, "std": config.std, "input_size": config.input_size[1:]}
-
-
-def check_whole(report: LoadReport, whose, classes):
-    """Raise BadInput unless all weights of a file went into the model, and the model has no others."""
-    names = [name for name in report.left_out if name != "mask_token"] or report.new
-    names += [name for name in report.resampled if name == "register_tokens"]
-    if set(names) & set(TOKENS):
-        raise BadInput(f"{whose} has other tokens than the model of the flags: see {', '.join(names)}; give its flags")
-    if names:
-        raise BadInput(f"{whose} is not for the {classes} classes of the data: see its {', '.join(names)}")
-
-
 def train(args, device):
     """Train, and leave the best weights in best_checkpoint.pth."""
     with run_folder.held(args.output_dir):
@@ -348,7 +272,7 @@ def _train(args, device):
     data = read_data(args)
     teacher = make_teacher(args, data, device)
     model = make_model(args, len(data.classes))
-    flags.say_what(model, data)
+    say_what(model, data)
     utils.seed_everything(args.seed + utils.rank())
     model.to(device)
 
@@ -431,14 +355,14 @@ def _finetuned(args, data):
 
     Raises BadInput unless the file has all of that model, for the classes of the data.
     """
-    checkpoint, whose = utils.load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
+    checkpoint, whose = load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
     about = images_of(checkpoint, args.model, data, whose)
-    model = flags.build_model(args, len(data.classes))
+    model = build_model(args, len(data.classes))
     for name, value in checkpoint.get("model_args", {}).items():  # what the shapes of weights do not show
         here = model.model_args.get(name, value)
         if name in ("num_heads", "timm_name") and here != value:
             raise BadInput(f"{whose}: its {name} is {value}, here {here}; give the flags of its model")
-    check_whole(flags.load_finetune(model, args.finetune), whose, len(data.classes))
+    check_whole(load_finetune(model, args.finetune), whose, len(data.classes))
     wanted = {key: about[key] for key in ("mean", "std", "crop_pct", "interpolation") if key in about}
     return on_channels_last(model), data.description() | wanted | args.asked_crop
 
@@ -471,7 +395,7 @@ def throughput(args, device, rounds=5, steps=5):
                 logits = wrapped(images)
             logits.sum().item()  # waits for the device
         inferred.append(args.batch_size * steps * utils.world_size() / (time.perf_counter() - start))
-    say(flags.describe(model))
+    say(describe(model))
     precision = "float32" if amp_dtype is None else str(amp_dtype).removeprefix("torch.")
     setting = f"batch {args.batch_size}, {size[0]} x {size[1]} pixels, {precision}, {device}"
     rates = f"training {median(trained[1:]):,.1f} images/s, inference {median(inferred[1:]):,.1f} images/s"
@@ -480,7 +404,7 @@ def throughput(args, device, rounds=5, steps=5):
 
 def main(argv=None):
     args = parse(argv)
-    device = flags.start(args)
+    device = start(args)
     if args.throughput:
         throughput(args, device)
     elif args.eval:
@@ -488,7 +412,7 @@ def main(argv=None):
     else:
         train(args, device)
         test(Path(args.output_dir) / BEST, args, device)
-        training_maps.write_film(args)
+        film.write_film(args)
 
 
 if __name__ == "__main__":

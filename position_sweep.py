@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import flags
-import slurm
-import stopping
-import sweep_pages
-import sweep_results
 import utils
-from datasets import load_data
-from sweep_cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
+from checkpoints.files import load_checkpoint
+from loading.memory import load_data
+from sweep import pages, results
+from sweep.cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
+from training import flags, signals, slurm
+from training.setup import start
 from utils import BadInput, RunFailed, Stopped, number, say
 
 # Without --data_set and --data_path: the model and recipe of `make demo`, with larger patches (the scans have 8 x 8
@@ -147,11 +146,11 @@ def list_cells(cells, args, data, device):
 
 
 def write_results(args, data):
-    sweep_pages.draw_sweep(args.output_dir, data, about(args, data))
-    summary = sweep_results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
+    pages.draw_sweep(args.output_dir, data, about(args, data))
+    summary = results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
     folder = Path(args.output_dir)
     if summary["groups"]:
-        say(f"\n{sweep_results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png in {folder}")
+        say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png in {folder}")
 
 
 # Who does the work ------------------------------------------------------------------------------------------------
@@ -164,7 +163,7 @@ def work(args, data, here, cells, device):
 
         def after(cell):
             bar.update()
-            sweep_results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
+            results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
             left = sum(not finished(c, args) for c in mine)
             if left:
                 seconds = seconds_left(mine, args, data, device)
@@ -200,7 +199,7 @@ def on_gpus(args, argv, data, cells):
     logs = utils.writable_folder(Path(args.output_dir) / "workers")
     workers = []
     try:
-        with stopping.signals_raise("what was trained is saved; the same command goes on"):
+        with signals.signals_raise("what was trained is saved; the same command goes on"):
             for i, gpu in enumerate(visible_gpus()[: args.gpus]):
                 log = logs / f"gpu{i}.log"
                 with open(log, "w") as file:
@@ -263,10 +262,10 @@ def main(argv=None):
     args = parse(argv)
     cells = grid(args)
     sizes = [model_of(cell, args).model_args["img_size"] for cell in cells]  # wrong flags show before data are read
-    device = flags.start(args)
+    device = start(args)
     utils.writable_folder(args.output_dir)
     if args.finetune:
-        utils.load_checkpoint(args.finetune)  # a wrong file shows before data are read
+        load_checkpoint(args.finetune)  # a wrong file shows before data are read
     data = load_data(args.data_set, args.data_path, sizes[0], **flags.of_data(args))
     here = settings(args, data)
     check_settings(args, here)

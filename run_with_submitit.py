@@ -11,9 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-import run_folder
-import slurm
 import utils
+from training import run_folder, slurm
 from utils import number
 
 SCRIPT = Path(__file__).with_name("main_distillation.py")

@@ -6,27 +6,23 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
-import pickle
-import platform
 import random
 import re
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-import checkpoint_checks
 
 # Errors for the user ---------------------------------------------------------------------------------------------
 
@@ -467,152 +463,25 @@ def remove_temporary(folder):
             file.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint: dict, make_room=None):
-    """Write a dictionary of tensors and plain values so that a crash never leaves half a file."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file), make_room)
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
-def load_checkpoint(path) -> dict:
-    """Read a checkpoint or a state dict (.safetensors too) to the CPU. No code in the file is ever run.
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # not all of them on Windows
 
-    Raises BadInput for a file that is missing, cut off, of another kind, that carries code or asks for far more memory
-    than it has bytes, or whose description of a model, of data or of a run is not one that `save_checkpoint` is given.
+
+@contextmanager
+def signals_blocked():
+    """Signals wait until the end of this block. Processes that are started in it never get them.
+
+    So a signal to all processes of a run is for the main one, which ends the others. (Not on Windows.)
     """
-    path = Path(path)
-    if not os.path.isfile(path):  # a pipe or a device may never end
-        raise BadInput(f"there is no checkpoint {path}; give the path of a file that training wrote")
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":  # Python starts it together with the first process, and unblocks
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        checkpoint_checks.check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on foreign pickles; the error below says enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = checkpoint_checks.plain(checkpoint, path.stat().st_size)
-    except checkpoint_checks.Suspicious as error:
-        raise BadInput(f"{path} {error}") from None
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise BadInput(f"{path} carries code or Python objects, which are not loaded; keep only tensors") from None
-        raise BadInput(f"{path} is no checkpoint, or a damaged one; give another file") from None
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:  # torch, zipfile and safetensors raise many kinds for damaged files
-        raise BadInput(f"{path} is no checkpoint, or a damaged one; give another file") from None
-    if not isinstance(checkpoint, dict):
-        raise BadInput(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another file")
-    if "model_args" in checkpoint:
-        wrong = next((name for name, right in checkpoint_checks.layout(checkpoint) if not right), None)
-        if wrong:
-            raise BadInput(f"{path} is damaged or not of this project: {wrong} is missing or not as training writes it")
-    return checkpoint
-
-
-def plain_args(args) -> dict:
-    """An argparse namespace as plain values."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
-
-
-def git_revision() -> str:
-    """Of this code; '-dirty' if files were changed since, 'unknown' if it is no repository."""
-
-    def git(*command):
-        here = Path(__file__).parent
-        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno")) or "unknown"
-    except OSError:  # no git here
-        return "unknown"
-
-
-def environment(device) -> dict:
-    """Versions, git revision and the hardware of `device`: what a log needs to be understood later."""
-    import timm
-    import torchvision
-
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "timm": timm.__version__, "numpy": np.__version__, "git": git_revision(), "hardware": _hardware(device),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
-def _hardware(device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux; Python itself knows only the architecture there
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def append_json(path, record: dict):
-    """One more line of JSON at the end of a log."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror}") from None
-
-
-def read_json_lines(path) -> list[dict]:
-    """The records of a log; lines that are none, such as a last one that a crash cut off, are left out."""
-    records = []
-    for line in Path(path).read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def tensorboard(folder, epoch):
-    """A writer of TensorBoard's event files, from `epoch` on. Raises BadInput where that package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=epoch)
-
-
-PANELS = (  # of the training curves: title, label of the axis, lines
-    ("Loss", "loss", {"train_loss": "training (augmented)", "val_loss": "validation"}),
-    ("Validation accuracy", "top-1 (%)", {"val_top1": "validation", "raw_val_top1": "without EMA"}),
-    ("Learning rate", "at the end of the epoch", {"lr": "learning rate"}),
-    ("Gradient", "norm, mean over the epoch", {"grad_norm": "before clipping"}),
-    ("Speed", "images/s, all processes", {"images_per_s": "training"}),
-    ("Waiting for data", "share of the time (%)", {"data_wait": "waiting"}),
-)
-
-
-def plot_curves(epochs: list[dict], folder):
-    """Draw `training_curves.png` and `.pdf` from the epoch records of a log; see `PANELS`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
-    numbers = [record["epoch"] for record in epochs]
-    for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
-        for key, name in lines.items():
-            if any(record.get(key) is not None for record in epochs):
-                values = [float("nan") if record.get(key) is None else record[key] for record in epochs]
-                axes.plot(numbers, values, marker=".", label=name)
-        if axes.lines:
-            axes.legend()
-        else:
-            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-        axes.set(title=title, xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        if title in ("Speed", "Waiting for data"):
-            axes.set_ylim(bottom=0)
-    for suffix in ("png", "pdf"):
-        write_atomically(
-            Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
-        )
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import looking
 import utils
-from attention_html import check_size, encode_picture, packed_size, write_viewer
-from attention_pages import ATTENTION, TIMES_PATCHES, Cell, Page, Row, draw_page, write_pages
+from inspection import inputs
+from inspection.html import check_size, encode_picture, packed_size, write_viewer
+from inspection.pages import ATTENTION, TIMES_PATCHES, Cell, Page, Row, draw_page, write_pages
 from models_dynamic import AttentionMaps
 from utils import BadInput, number
 
@@ -109,13 +109,13 @@ def tokens_of(model, kinds, patches) -> list[Token]:
 def look(model, data, picture, blocks, patches, rollout) -> Looked:
     """Read an image and compute what is drawn of it."""
     image, device = picture.read(), model.pos_embed.device
-    images = looking.model_input([image], [picture], data, device)
+    images = inputs.model_input([image], [picture], data, device)
     with torch.no_grad():
         logits = model(images)[0].cpu() if model.num_classes else None
-    lines = [] if picture.label is None else [f"true: {looking.class_name(picture.label, data['classes'])}"]
-    lines += [] if logits is None else [looking.prediction(logits, data["classes"])]
+    lines = [] if picture.label is None else [f"true: {inputs.class_name(picture.label, data['classes'])}"]
+    lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
     return Looked(
-        looking.as_seen(image, picture, data), "\n".join(lines), model.attention_maps(images, blocks, patches),
+        inputs.as_seen(image, picture, data), "\n".join(lines), model.attention_maps(images, blocks, patches),
         model.attention_rollout(images, blocks, patches) if rollout else {},
     )  # fmt: skip
 
@@ -215,8 +215,8 @@ def load_all(args):
     """[(name, model, data, checkpoint)] of --model_path or --compare, on the device."""
     device = utils.pick_device(args.device)
     paths = args.compare or [args.model_path]
-    flags = [looking.of_file(args, i, len(paths)) for i in range(len(paths))]
-    found = [(p, *looking.load(p, mine, foreign_flags_may_rest=len(paths) > 1)) for p, mine in zip(paths, flags)]
+    flags = [inputs.of_file(args, i, len(paths)) for i in range(len(paths))]
+    found = [(p, *inputs.load(p, mine, foreign_flags_may_rest=len(paths) > 1)) for p, mine in zip(paths, flags)]
     for _, model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
@@ -266,8 +266,8 @@ def draw(args, found, blocks, pages, failed):
     folder = utils.writable_folder(args.output_dir)
     shared = None
     if args.scale == "shared":
-        shared = max(page.largest() for picture in looking.readable(found, failed) for page in pages(picture))
-    for picture in looking.readable(found, failed):
+        shared = max(page.largest() for picture in inputs.readable(found, failed) for page in pages(picture))
+    for picture in inputs.readable(found, failed):
         keys = []
 
         def figures(picture=picture, keys=keys):  # one at a time: a page takes megabytes
@@ -291,14 +291,14 @@ def write_html(args, model, data, found, blocks, failed):
     layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
     check_size(len(found) * packed_size(layouts, heads))
     folder, device = utils.writable_folder(args.output_dir), model.pos_embed.device
-    for picture in looking.readable(found, failed):
+    for picture in inputs.readable(found, failed):
         attention = {}
 
         def keep(i, attn, attention=attention):
             if i in layouts:
                 attention[i] = attn[0].cpu()
 
-        images = looking.model_input([picture.read()], [picture], data, device)
+        images = inputs.model_input([picture.read()], [picture], data, device)
         model.trace(images, attention=keep, last=max(blocks))
         looked = look(model, data, picture, [], [], False)
         encoded.append(encode_picture(picture.name, looked.caption, looked.shown, layouts, attention, model.grid_size))
@@ -321,14 +321,14 @@ def visualize(args):
     if "all" in args.layer_num:
         args.layer_num = list(range(min(model.depth for _, model, _, _ in loaded)))
     for _, other, _, _ in loaded:
-        blocks = looking.chosen_blocks(other, args.layer_num)
+        blocks = inputs.chosen_blocks(other, args.layer_num)
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
-    found, failed = looking.pictures(args, data, checkpoint, args.img_num), []
+    found, failed = inputs.pictures(args, data, checkpoint, args.img_num), []
     if args.format == "html":
         write_html(args, model, data, found, blocks, failed)
     else:
         draw(args, found, blocks, pages, failed)
-    looking.report_failed(failed, len(found))
+    inputs.report_failed(failed, len(found))
 
 
 def token_list(text):
@@ -344,19 +344,19 @@ def main(argv=None):
         description="Draw what the class, distillation and register tokens and patches attend to."
     )
     parser.add_argument("--output_dir", default=".", help="folder for the pages")
-    looking.add_image_flags(parser)
+    inputs.add_image_flags(parser)
     parser.add_argument(
         "--img_num", type=number(int, 0), nargs="+", default=[0], help="without --image_path: images of the test set"
     )
     parser.add_argument(
-        "--layer_num", type=looking.block, nargs="+", metavar="BLOCK", help="blocks, counted from 0, or all "
+        "--layer_num", type=inputs.block, nargs="+", metavar="BLOCK", help="blocks, counted from 0, or all "
         "(default: 2; all for --format html and for --pages blocks and rollout)",
     )  # fmt: skip
     parser.add_argument(
         "--tokens", type=token_list, help="of cls, dist and reg, as in cls,reg (default: all that are there)"
     )
     parser.add_argument(
-        "--patch", type=looking.patch, nargs="+", metavar="X,Y", help="what these patches attend to, too (without "
+        "--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="what these patches attend to, too (without "
         "--tokens: only that); column and row in the grid of patches, counted from 0",
     )  # fmt: skip
     parser.add_argument(
@@ -376,7 +376,7 @@ def main(argv=None):
     parser.add_argument(
         "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
     )
-    looking.add_model_flags(parser, several=True)
+    inputs.add_model_flags(parser, several=True)
     visualize(parser.parse_args(argv))
 
 

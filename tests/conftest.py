@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import utils
+from cifar_main import main
+from models_dynamic import DynamicViT
+from training import loop
+
 os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share two cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
-
-import utils
-from models_dynamic import DynamicViT
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -61,12 +63,11 @@ def shell(script, *argv, cwd, status=0, launcher=()):
 
 def killed_in_epoch_3(main, argv):
     """`main(argv)`, which ends at the beginning of its third epoch, as by a crash."""
-    import cifar_train
 
     class Killed(Exception):
         pass
 
-    work = cifar_train.train_one_epoch
+    work = loop.train_one_epoch
 
     def dies(*args, **kwargs):
         if kwargs["title"].startswith("epoch 3"):
@@ -74,7 +75,7 @@ def killed_in_epoch_3(main, argv):
         return work(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar_train, "train_one_epoch", dies)
+        patch.setattr(loop, "train_one_epoch", dies)
         with pytest.raises(Killed):
             main([str(arg) for arg in argv])
 
@@ -82,7 +83,6 @@ def killed_in_epoch_3(main, argv):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Folder of a finished run of two epochs on DIGITS: CLS enters at block 2, 2 registers at block 1."""
-    from cifar_main import main
 
     folder = tmp_path_factory.mktemp("trained")
     main([*TINY, *"--data_set DIGITS --cls_pos 2 --reg_pos 1 --epochs 2 --repeats 1".split(),

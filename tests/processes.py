@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import cifar_test
-import cifar_train
 import main_distillation
 import utils
+from checkpoints.models import load_model
+from training import loop
+from training.scoring import score
 
 
 def dies(how):
@@ -38,12 +39,12 @@ def main():
             main_distillation.main(job["argv"])
         elif "score" in job:
             utils.init_distributed(torch.device("cpu"))
-            model, checkpoint = cifar_test.load_model(job["score"])
-            figures, _ = cifar_test.score(model, checkpoint, None, torch.device("cpu"), batch_size=2)
+            model, checkpoint = load_model(job["score"])
+            figures, _ = score(model, checkpoint, None, torch.device("cpu"), batch_size=2)
             if utils.is_main():
                 Path(job["to"]).write_text(json.dumps(figures))
         elif os.environ["RANK"] == "1":
-            cifar_train.train_one_epoch = dies(job["die"])
+            loop.train_one_epoch = dies(job["die"])
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import cifar_main
 import cifar_test
 import discover_objects
 import main_distillation
-import run_folder
 import utils
 import visualize_attention
+from checkpoints.files import load_checkpoint, save_checkpoint
 from conftest import ROOT, TINY, run, shell
+from training import run_folder
 
 DIGITS = [*TINY, "--data_set", "DIGITS", "--max_steps", "1"]
 MODULES = sorted(file.stem for file in ROOT.glob("*.py"))
@@ -235,7 +236,7 @@ def test_values_in_hints_are_as_the_flag_takes_them(tmp_path):
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    utils.save_checkpoint(tmp_path / "c.pth", {"a": 1})
+    save_checkpoint(tmp_path / "c.pth", {"a": 1})
 
     def full(value, file):
         file.write(b"half")
@@ -243,8 +244,8 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(utils.RunFailed, match="No space left"):
-        utils.save_checkpoint(tmp_path / "c.pth", {"a": 2})
-    assert utils.load_checkpoint(tmp_path / "c.pth") == {"a": 1}
+        save_checkpoint(tmp_path / "c.pth", {"a": 2})
+    assert load_checkpoint(tmp_path / "c.pth") == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["c.pth"]
 
 

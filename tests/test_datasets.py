@@ -14,27 +14,20 @@ import torchvision.transforms.functional as TF
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from torchvision.transforms import RandAugment, TrivialAugmentWide
 
-import augment
 import cifar_main
 import cifar_test
 import datasets
-import looking
 import main_distillation
 import utils
 import visualize_attention
+from checkpoints.files import load_checkpoint
 from conftest import STUDENT, TINY, run
-from datasets import (
-    Loader,
-    Split,
-    TrainTransform,
-    crop_box,
-    find_split,
-    image_files,
-    load_data,
-    load_pictures,
-    read_image,
-    read_split,
-)  # fmt: skip
+from datasets import Split, find_split, image_files
+from inspection import inputs
+from loading import augment, files
+from loading.decode import crop_box, fit_image, read_image, read_picture
+from loading.files import _readable, load_pictures
+from loading.memory import Loader, TrainTransform, load_data, read_split
 from utils import BadInput
 
 DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
@@ -337,7 +330,7 @@ def test_a_folder_of_images(photos):
 def test_a_photo_is_centre_cropped_the_right_way_round(tmp_path):
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:5, 10:20, 0] = 250  # the upper half of the centre is red
-    found = datasets.fit_image(Image.fromarray(wide), (10, 10))
+    found = fit_image(Image.fromarray(wide), (10, 10))
     assert found[0, :4].min() > 200
     assert found[0, 6:].max() < 50
 
@@ -430,7 +423,7 @@ def test_what_is_left_out_is_noted_once(tmp_path, capsys):
     load_data("FOLDER", root, (8, 8))
     find_split("FOLDER", root, False)
     assert capsys.readouterr().out == "note: left out for their ending: .bak: 2, no ending: 1\n"
-    assert len(looking.image_paths([str(root / "train" / "ant"), str(root / "test" / "ant" / "0.png")])) == 5
+    assert len(inputs.image_paths([str(root / "train" / "ant"), str(root / "test" / "ant" / "0.png")])) == 5
     assert capsys.readouterr().out == "note: left out for their ending: .bak: 1\n"  # --image_path
 
 
@@ -518,12 +511,12 @@ def test_a_model_of_class_folders_is_tested_on_the_same_images(tmp_path, capsys)
     show = ["--model_path", tmp_path / "m.pth", "--layer_num", "0", "--output_dir", tmp_path, "--device", "cpu"]
     assert run(visualize_attention.main, [*show, "--img_num", "3"], capsys)[0] == 0
     assert "the images are 0..3" in run(visualize_attention.main, [*show, "--img_num", "4"], capsys)[2]
-    checkpoint = utils.load_checkpoint(tmp_path / "m.pth")
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
     for key, value in (("test_size", "a"), ("test_size", -1.0), ("test_files", 3), ("test_folder", "../..")):
         damaged = checkpoint | {"data": checkpoint["data"] | {key: value}}
         torch.save(damaged, tmp_path / "d.pth")
         with pytest.raises(BadInput, match=f"data.{key} is missing or not as training writes it"):
-            utils.load_checkpoint(tmp_path / "d.pth")
+            load_checkpoint(tmp_path / "d.pth")
 
 
 def test_no_data_and_no_download(tmp_path, capsys, monkeypatch):
@@ -736,7 +729,7 @@ def test_max_pixels(tmp_path, capsys, trained):
     lazy = load_pictures("FOLDER", root, (8, 8), max_pixels=19_999, val_size=0)
     spawned = pickle.loads(pickle.dumps(lazy.train))  # as for a worker process
     with pytest.raises(BadInput, match="20000 pixels are more than --max_pixels 19999"):
-        [datasets.read_picture(spawned, i) for i in range(len(spawned))]
+        [read_picture(spawned, i) for i in range(len(spawned))]
     status, _, err = run(cifar_main.main, [*train, *limit, "--model_path", tmp_path / "m.pth"], capsys)
     assert status == 2 and "large.png (20000 pixels are more than --max_pixels 19999)" in err, err
     look = ["--model_path", trained / "model.pth", "--device", "cpu", "--output_dir", tmp_path / "out"]
@@ -819,13 +812,13 @@ def test_processes_share_the_search_for_unreadable_images(tmp_path, monkeypatch)
     split, classes = find_split("FOLDER", root, True)
     read, found = [], []
     monkeypatch.setattr(
-        datasets, "read_image", lambda *args, **kwargs: read.append(args[0]) or read_image(*args, **kwargs)
+        files, "read_image", lambda *args, **kwargs: read.append(args[0]) or read_image(*args, **kwargs)
     )
     monkeypatch.setattr(utils, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(utils, "gather", lambda value: found.append(value) or [value])
-        datasets._readable(split, "train", classes, at_once=3)
+        _readable(split, "train", classes, at_once=3)
     assert sorted(read) == sorted(names(split))
     assert sorted(i for errors in found for i in errors) == [1, 14, 15] and len(found) == 8
 

@@ -24,12 +24,13 @@ import analyze_tokens
 import cifar_main
 import cifar_test
 import discover_objects
-import utils
 import visualize_attention
+from checkpoints.files import load_checkpoint
+from checkpoints.models import model_from_checkpoint
 from conftest import TINY, run
-from datasets import read_image, read_split
-from models_dynamic import model_from_checkpoint
-from sweep_cells import read_record
+from loading.decode import read_image
+from loading.memory import read_split
+from sweep.cells import read_record
 from utils import BadInput
 
 
@@ -80,7 +81,7 @@ def test_cut_anywhere(trained, tmp_path):
     for percent in range(0, 100, 10):
         (tmp_path / "m.pth").write_bytes(content[: len(content) * percent // 100])
         with pytest.raises(BadInput, match=r"m\.pth"):
-            utils.load_checkpoint(tmp_path / "m.pth")
+            load_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -94,7 +95,7 @@ def test_damaged_bytes(legacy, good, tmp_path):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         (tmp_path / "m.pth").write_bytes(damaged)
         with suppress(BadInput, ValueError):
-            model_from_checkpoint(utils.load_checkpoint(tmp_path / "m.pth"))
+            model_from_checkpoint(load_checkpoint(tmp_path / "m.pth"))
 
 
 def number(n):  # as pickle writes it
@@ -119,7 +120,7 @@ def test_declared_sizes(count, which, legacy, tmp_path):
     else:
         rezip(tmp_path / "m.pth", tmp_path / "big.pth", lie)
     with pytest.raises(BadInput, match=r"big\.pth"):
-        utils.load_checkpoint(tmp_path / "big.pth")
+        load_checkpoint(tmp_path / "big.pth")
 
 
 def test_an_archive_that_unpacks_to_more_than_it_has(tmp_path, capsys):

@@ -8,11 +8,12 @@ import torch
 
 import main_distillation
 import run_with_submitit
-import utils
-from cifar_test import load_model, score
+from checkpoints.files import load_checkpoint
+from checkpoints.models import load_model
 from conftest import ROOT, STUDENT, run, shell
-from datasets import PictureLoader, load_pictures
 from engine import evaluate
+from loading.files import PictureLoader, load_pictures
+from training.scoring import score
 
 # Nothing is drawn, so that one process and several see the same images in a step.
 PLAIN = [*STUDENT, *"--no_aug --drop_path 0 --no-repeated-aug --amp off --val_size 0 --epochs 1".split()]
@@ -70,7 +71,7 @@ def test_two_processes_train_as_one(together, tmp_path, capsys, name, argv):
     """After one step of SGD the weights tell the gradient; after five of AdamW they are the same to rounding."""
     alone = tmp_path / name
     assert run(main_distillation.main, [*argv, "--batch_size", "32", "--output_dir", alone], capsys)[0] == 0
-    one, two = (utils.load_checkpoint(folder / "checkpoint.pth") for folder in (alone, together / name))
+    one, two = (load_checkpoint(folder / "checkpoint.pth") for folder in (alone, together / name))
     assert one["step"] == two["step"] == (1 if name == "gradient" else 5)
     assert one["model"].keys() == two["model"].keys()
     for key, weight in one["model"].items():
@@ -81,7 +82,7 @@ def test_two_processes_train_as_one(together, tmp_path, capsys, name, argv):
 
 def test_no_wrapper_in_the_checkpoints(together):
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        keys = utils.load_checkpoint(together / "steps" / name)["model"]
+        keys = load_checkpoint(together / "steps" / name)["model"]
         assert "blocks.0.norm1.weight" in keys
         assert not any(key.startswith(("module.", "_orig_mod.")) for key in keys)
 

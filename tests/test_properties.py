@@ -28,9 +28,12 @@ import main_distillation
 import position_sweep
 import utils
 import visualize_attention
+from checkpoints.files import load_checkpoint, save_checkpoint
+from checkpoints.models import model_from_checkpoint
+from checkpoints.weights import load_weights
 from conftest import STUDENT, TINY, noise, run, tiny
-from models_dynamic import load_weights, model_from_checkpoint
-from test_model import inputs_of_blocks
+from test_models_dynamic import inputs_of_blocks
+from training import run_log, scoring
 
 TIMES = int(os.environ.get("PROPERTIES", "1"))
 KINDS = ("cls", "dist", "patches", "registers")  # in the order of the sequence
@@ -263,8 +266,8 @@ def test_surgery_keeps_every_tensor(args, data):
 @torch.no_grad()
 def test_a_checkpoint_is_the_model(tmp_path, args, batch):
     model, file = tiny(**args), tmp_path / "model.pth"
-    utils.save_checkpoint(file, {"model": model.state_dict(), "model_args": model.model_args})
-    again = model_from_checkpoint(utils.load_checkpoint(file))
+    save_checkpoint(file, {"model": model.state_dict(), "model_args": model.model_args})
+    again = model_from_checkpoint(load_checkpoint(file))
     assert again.model_args == model.model_args
     assert torch.equal(again(noise(model, batch)), model(noise(model, batch)))
 
@@ -368,7 +371,7 @@ def contained(monkeypatch):
 def cheap(monkeypatch, contained):
     """Nothing is trained, measured or drawn: that step ends the script with status 0."""
     for where, name in (
-        (cifar_train, "train_model"), (cifar_test, "evaluate"), (main_distillation, "run_epochs"),
+        (cifar_train, "train_model"), (scoring, "evaluate"), (main_distillation, "run_epochs"),
         (main_distillation, "train_one_epoch"), (main_distillation, "score"), (position_sweep, "work"),
         (position_sweep, "submit"), (position_sweep, "on_gpus"), (analyze_tokens, "TokenStatistics"),
         (visualize_attention, "write_viewer"),
@@ -448,7 +451,7 @@ NOT_FOR_REAL = {*"data_set data_path device compile num_workers viz_every throug
 @examples(5)
 @given(data=st.data())
 def test_flags_that_may_be_right_train_a_step(script, right, contained, monkeypatch, capsys, data):
-    monkeypatch.setattr(utils, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
     argv = [*right[script], "--max_steps", "1", "--batch_size", "8"]
     possible = [action for action in flags_of(script) if action.dest not in NOT_FOR_REAL and action.nargs != "?"]
     for action in data.draw(st.lists(st.sampled_from(possible), max_size=4)):

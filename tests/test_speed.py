@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from conftest import noise, run, tiny
-from datasets import Loader, Split, TrainTransform
+from datasets import Split
 from engine import train_one_epoch
+from loading.memory import Loader, TrainTransform
 from models_dynamic import set_fused_attention
 
 DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}

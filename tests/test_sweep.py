@@ -17,14 +17,15 @@ import torch
 from scipy import stats
 
 import cifar_main
-import cifar_train
 import forked
 import position_sweep
-import sweep_cells
-import sweep_results
 import utils
+from checkpoints.files import load_checkpoint
 from conftest import ROOT, TINY, run, shell
-from sweep_cells import GridCell
+from sweep import cells, results
+from sweep.cells import GridCell
+from training import loop
+from training.run_log import read_json_lines
 
 RECIPE = [*TINY[: TINY.index("--num_reg")], *TINY[TINY.index("--num_reg") + 2 :], "--data_set", "DIGITS"]
 RECIPE += "--epochs 2 --repeats 0.1 --batch_size 32 --lr 2e-3 --mixup 0 --cutmix 0 --amp off".split()
@@ -37,12 +38,12 @@ def sweep(capsys, folder, *argv, status=0):
     return out if status == 0 else err
 
 
-def results(folder):
+def records_in(folder):
     return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("cells/*/result.json")}
 
 
 def epochs_of(folder):
-    return {file.parent.name: len([r for r in utils.read_json_lines(file) if "epoch" in r])
+    return {file.parent.name: len([r for r in read_json_lines(file) if "epoch" in r])
             for file in folder.glob("cells/*/log.txt")}  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def record(cls, reg, count, seed, test, val=None, hits=None):
         "cls_pos": cls, "reg_pos": reg, "num_reg": count, "seed": seed, "val_top1": test if val is None else val,
         "test_top1": test, "flops": 1000 - (cls or 0), "params": 10, "images_per_s": 5.0, "artefact_share": 0.0,
         "cls_to_patches": 90.0, "cls_to_registers": None, "cls_to_itself": 10.0, "test_images": len(hits),
-        "test_hits": sweep_cells.packed(hits),
+        "test_hits": cells.packed(hits),
     }  # fmt: skip
 
 
@@ -66,46 +67,46 @@ def record(cls, reg, count, seed, test, val=None, hits=None):
 
 def test_cells_that_are_the_same_model_are_one():
     args = position_sweep.parse("--cls_pos 0 2 none --reg_pos 0 2 --num_reg 0 4 --seeds 0 1".split())
-    cells = sweep_cells.grid(args)
-    assert len(cells) == len({cell.name for cell in cells}) == 2 * (3 + 3 * 2)
-    assert GridCell(2, None, 0, 1) in cells and GridCell(None, 2, 4, 0) in cells
-    assert [cell.name for cell in cells[:3]] == ["cls0_x0_seed0", "cls2_x0_seed0", "clsnone_x0_seed0"]
+    found = cells.grid(args)
+    assert len(found) == len({cell.name for cell in found}) == 2 * (3 + 3 * 2)
+    assert GridCell(2, None, 0, 1) in found and GridCell(None, 2, 4, 0) in found
+    assert [cell.name for cell in found[:3]] == ["cls0_x0_seed0", "cls2_x0_seed0", "clsnone_x0_seed0"]
 
 
 def test_means_and_intervals_by_hand():
     """90, 92, 97: mean 93, deviations -3, -1, 4, variance 26 / 2."""
-    assert sweep_results.mean_of([90, 92, 97]) == {"n": 3, "mean": 93, "sd": 13**0.5}
-    assert sweep_results.mean_of([5]) == {"n": 1, "mean": 5, "sd": None}
+    assert results.mean_of([90, 92, 97]) == {"n": 3, "mean": 93, "sd": 13**0.5}
+    assert results.mean_of([5]) == {"n": 1, "mean": 5, "sd": None}
     differences = np.array([[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, -1, 0]])  # 3 seeds, 4 images
     seeds = stats.ttest_1samp(differences.mean(1), 0).confidence_interval(0.99)
     images = np.var([2 / 3, 0, -1 / 3, 1 / 3, -1, 1], ddof=1) / 4  # one more image each way
     half = (((seeds.high - seeds.low) / 2) ** 2 + stats.t.ppf(0.995, 5) ** 2 * images) ** 0.5
-    assert sweep_results.half_width(differences, -1, 1, comparisons=5) == pytest.approx(half)
+    assert results.half_width(differences, -1, 1, comparisons=5) == pytest.approx(half)
 
 
 def test_paired_differences():
     late = {s: record(2, 0, 1, s, test) for s, test in ((0, 91), (1, 94), (2, 98), (7, 0))}
     base = {s: record(0, 0, 1, s, test) for s, test in ((0, 90), (1, 92), (2, 95), (9, 0))}
-    found = sweep_results.paired(late, base)  # 1, 2, 3; the seeds that only one has are left out
+    found = results.paired(late, base)  # 1, 2, 3; the seeds that only one has are left out
     assert (found["seeds"], found["mean"], found["sd"]) == ([0, 1, 2], pytest.approx(2), pytest.approx(1))
-    differences = np.array([sweep_cells.hits_of(late[s]) ^ sweep_cells.hits_of(base[s]) for s in (0, 1, 2)])
-    half = 100 * sweep_results.half_width(differences, -1, 1)
+    differences = np.array([cells.hits_of(late[s]) ^ cells.hits_of(base[s]) for s in (0, 1, 2)])
+    half = 100 * results.half_width(differences, -1, 1)
     assert [found["low"], found["high"]] == pytest.approx([2 - half, 2 + half]) and half > 2.4841  # of seeds alone
-    wider = sweep_results.paired(late, base, comparisons=11)
+    wider = results.paired(late, base, comparisons=11)
     assert wider["high"] > found["high"] and wider["mean"] == found["mean"]
-    assert sweep_results.paired({1: late[1]}, {2: base[2]}) is None
+    assert results.paired({1: late[1]}, {2: base[2]}) is None
     del late[7], late[2]
-    assert "add 1 to --seeds" in sweep_results.paired(late, base)["lacks"]
+    assert "add 1 to --seeds" in results.paired(late, base)["lacks"]
 
 
 def test_hits_as_text():
     hits = np.random.default_rng(0).random(361) < 0.5
-    text = json.loads(json.dumps(sweep_cells.packed(hits)))
-    assert np.array_equal(sweep_cells.hits_of({"test_images": 361, "test_hits": text}), hits) and len(text) < 70
-    assert sweep_cells.hits_of({"test_images": 361}) is None
+    text = json.loads(json.dumps(cells.packed(hits)))
+    assert np.array_equal(cells.hits_of({"test_images": 361, "test_hits": text}), hits) and len(text) < 70
+    assert cells.hits_of({"test_images": 361}) is None
     for count, wrong in ((352, text), (370, text), (361, text[:-4]), (361, 3), (0, ""), (361.0, text)):
         with pytest.raises(ValueError, match="test_hits"):
-            sweep_cells.hits_of({"test_images": count, "test_hits": wrong})
+            cells.hits_of({"test_images": count, "test_hits": wrong})
 
 
 def summary_of(*groups):
@@ -113,7 +114,7 @@ def summary_of(*groups):
     records = []
     for cls, tests, *vals in groups:
         records += [record(cls, 0, 4, s, t, v) for s, (t, v) in enumerate(zip(tests, vals[0] if vals else tests))]
-    return sweep_results.summarise(records)
+    return results.summarise(records)
 
 
 def test_the_verdict():
@@ -136,8 +137,8 @@ def test_the_table_and_the_verdict_have_one_interval():
     summary = summary_of((0, [80.0, 81.0, 82.0]), (2, [95.0, 96.25, 97.0]), (4, [70.0, 70.0, 70.0]))
     found = next(row["against_0_0"] for row in summary["groups"] if row["cls_pos"] == 2)
     low, high = f"{found['low']:+.2f}", f"{found['high']:+.2f}"
-    assert f"{low} to {high}" in summary["verdict"] and f"({low} to {high})" in sweep_results.markdown(summary)
-    assert "95 % for all 2 comparisons together, over seeds and test images" in sweep_results.markdown(summary)
+    assert f"{low} to {high}" in summary["verdict"] and f"({low} to {high})" in results.markdown(summary)
+    assert "95 % for all 2 comparisons together, over seeds and test images" in results.markdown(summary)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -146,7 +147,7 @@ def test_one_or_two_seeds_give_no_verdict(seeds):
     summary = summary_of((0, [90.0] * seeds), (2, [90.25] * seeds))
     assert f"+0.25 points against 0/0; no verdict: it needs 3 common seeds, here are {seeds}" in summary["verdict"]
     assert f"add {3 - seeds} to --seeds" in summary["verdict"] and "beyond" not in summary["verdict"]
-    assert "| +0.25 |" in sweep_results.markdown(summary).replace("*", "")
+    assert "| +0.25 |" in results.markdown(summary).replace("*", "")
     three = summary_of((0, [90.0] * 3), (2, [90.25] * 3))["verdict"]
     assert "no difference beyond seed and image noise" in three and "+0.25 to +0.25" not in three
 
@@ -154,13 +155,13 @@ def test_one_or_two_seeds_give_no_verdict(seeds):
 def test_cells_without_hits_give_no_verdict():
     """Those that an earlier revision finished, and those that were tested on other images."""
     records = [record(cls, 0, 4, s, 80 + 5 * cls) for cls in (0, 2) for s in (0, 1, 2)]
-    assert "better beyond" in sweep_results.summarise(records)["verdict"]
+    assert "better beyond" in results.summarise(records)["verdict"]
     fewer = [record(0, 0, 4, 0, 0, hits=np.arange(8) < 5), *records[1:]]
-    assert "no verdict: the cells were tested on different images" in sweep_results.summarise(fewer)["verdict"]
+    assert "no verdict: the cells were tested on different images" in results.summarise(fewer)["verdict"]
     del records[0]["test_hits"]
-    found = sweep_results.summarise(records)
+    found = results.summarise(records)
     assert "no verdict: it needs the hits on each test image" in found["verdict"] and "+10.00" in found["verdict"]
-    assert sweep_results.margins(records, "cls_pos")[4][0]["low"] is None
+    assert results.margins(records, "cls_pos")[4][0]["low"] is None
 
 
 def test_the_best_cell_is_chosen_on_held_out_images():
@@ -211,14 +212,14 @@ def found_different(summary):
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_of_1000_grids_of_equal_cells_few_are_found_different(seeds):
     rng = np.random.default_rng(seeds)
-    false = sum(found_different(sweep_results.summarise(simulated(rng, seeds))) for _ in range(1000))
+    false = sum(found_different(results.summarise(simulated(rng, seeds))) for _ in range(1000))
     assert false <= (0 if seeds < 3 else 50)
 
 
 def test_a_difference_is_found():
     """Accuracies of about 84 and 94 %, 5 seeds: most sweeps say so, and of the right cell."""
     rng = np.random.default_rng(0)
-    verdicts = [sweep_results.summarise(simulated(rng, 5, better=2.5))["verdict"] for _ in range(100)]
+    verdicts = [results.summarise(simulated(rng, 5, better=2.5))["verdict"] for _ in range(100)]
     right = [v for v in verdicts if "images: CLS at 1," in v and "better beyond seed and image noise" in v]
     assert len(right) >= 80 and not any("worse beyond" in v for v in verdicts)
 
@@ -228,15 +229,15 @@ def test_margins():
     tests = {(0, 0): 10, (0, 2): 20, (4, 0): 30, (4, 2): 60}
     every = [record(c, r, 4, s, t + s) for (c, r), t in tests.items() for s in (0, 1, 2)]
     records = [r for r in every if (r["cls_pos"], r["reg_pos"], r["seed"]) != (4, 2, 1)]
-    found = sweep_results.margins(records, "cls_pos")[4]
+    found = results.margins(records, "cls_pos")[4]
     assert {x: (point["n"], point["mean"], point["low"]) for x, point in found.items()} == {
         0: (2, pytest.approx(16), None), 4: (2, pytest.approx(46), None)
     }  # fmt: skip
-    found = sweep_results.margins(records, "reg_pos")[4]
+    found = results.margins(records, "reg_pos")[4]
     assert {x: point["mean"] for x, point in found.items()} == {0: pytest.approx(21), 2: pytest.approx(41)}
-    point = sweep_results.margins(every, "cls_pos")[4][0]  # of three seeds, there are intervals
+    point = results.margins(every, "cls_pos")[4][0]  # of three seeds, there are intervals
     hits = [[np.arange(IMAGES) < 4 * (t + s) for t in (10, 20)] for s in (0, 1, 2)]
-    half = 100 * sweep_results.half_width(np.mean(hits, 1), 0, 1)
+    half = 100 * results.half_width(np.mean(hits, 1), 0, 1)
     assert [point["low"], point["high"]] == pytest.approx([16 - half, 16 + half])
 
 
@@ -246,14 +247,15 @@ def test_margins():
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import cifar_train, position_sweep
-train_one_epoch, calls = cifar_train.train_one_epoch, []
+import position_sweep
+from training import loop
+train_one_epoch, calls = loop.train_one_epoch, []
 def dies(*args, **kwargs):
     calls.append(1)
     if len(calls) == 4:  # in the second epoch of the second cell
         os.kill(os.getpid(), signal.SIGKILL)
     return train_one_epoch(*args, **kwargs)
-cifar_train.train_one_epoch = dies
+loop.train_one_epoch = dies
 position_sweep.main(sys.argv[1:])
 """
 
@@ -264,13 +266,13 @@ def test_a_killed_sweep_goes_on_and_each_cell_is_a_run_of_cifar_main(tmp_path, c
     killed = [sys.executable, "-c", DIES.format(root=str(ROOT)), *FOUR, "--output_dir", str(folder)]
     done = subprocess.run(killed, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert list(results(folder)) == ["cls0_reg0_x1_seed3"]
+    assert list(records_in(folder)) == ["cls0_reg0_x1_seed3"]
     assert epochs_of(folder) == {"cls0_reg0_x1_seed3": 2, "cls0_reg1_x1_seed3": 1}
     listed = sweep(capsys, folder, *FOUR, "--dry_run")
     assert listed.count("to do  ") == 3 and "finished" in listed and "4 cells, 3 to do: about < 1 min" in listed
     out = sweep(capsys, folder, *FOUR)
     assert "going on after epoch 1" in out and "finished CLS at 0, 1 registers at 1, seed 3; 2 of 4 cells left" in out
-    assert epochs_of(folder) == dict.fromkeys(results(folder), 2) and len(results(folder)) == 4
+    assert epochs_of(folder) == dict.fromkeys(records_in(folder), 2) and len(records_in(folder)) == 4
     assert "epoch 1/2" not in sweep(capsys, folder, *FOUR)  # nothing is left to do
     for cls, reg in ((0, 1), (2, 0)):
         argv = [*RECIPE, "--cls_pos", cls, "--reg_pos", reg, "--num_reg", 1, "--seed", 3]
@@ -278,9 +280,9 @@ def test_a_killed_sweep_goes_on_and_each_cell_is_a_run_of_cifar_main(tmp_path, c
         assert status == 0, err
         cell = f"cls{cls}_reg{reg}_x1_seed3"
         files = folder / "cells" / cell / "model.pth", tmp_path / f"{cls}{reg}/m.pth"
-        there, here = (utils.load_checkpoint(file)["model"] for file in files)
+        there, here = (load_checkpoint(file)["model"] for file in files)
         assert all(torch.equal(there[name], here[name]) for name in here) and there.keys() == here.keys()
-        assert f"Test accuracy: {results(folder)[cell]['test_top1']:.2f}%" in out
+        assert f"Test accuracy: {records_in(folder)[cell]['test_top1']:.2f}%" in out
     check_files(folder)
 
 
@@ -289,7 +291,7 @@ def check_files(folder):
 
     with open(folder / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    found = results(folder)
+    found = records_in(folder)
     assert [(r["cls_pos"], r["reg_pos"], r["num_reg"], r["seed"]) for r in rows] == [
         ("0", "0", "1", "3"), ("0", "1", "1", "3"), ("2", "0", "1", "3"), ("2", "1", "1", "3")
     ]  # fmt: skip
@@ -317,7 +319,7 @@ def test_two_workers_on_one_folder_do_each_cell_once(tmp_path):
     assert [worker.returncode for worker in both] == [0, 0]
     assert all("Test accuracy" in out for out in said)  # both had something to do
     assert sum(out.count("Test accuracy") for out in said) == 4
-    assert len(results(tmp_path)) == 4 and set(epochs_of(tmp_path).values()) == {3}
+    assert len(records_in(tmp_path)) == 4 and set(epochs_of(tmp_path).values()) == {3}
     assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == 4
 
 
@@ -326,7 +328,7 @@ def test_shards_and_submitit(tmp_path, capsys):
     pytest.importorskip("submitit")
     argv = [*RECIPE, *"--epochs 1 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
     out = sweep(capsys, tmp_path, *argv, *"--launcher submitit --cluster local --jobs 2".split())
-    assert set(results(tmp_path)) == {"cls0_x0_seed0", "cls1_x0_seed0"} and "Best on the held-out images" in out
+    assert set(records_in(tmp_path)) == {"cls0_x0_seed0", "cls1_x0_seed0"} and "Best on the held-out images" in out
     said = [file.read_text() for file in sorted((tmp_path / "submitit").glob("*_log.out"))]
     assert [text.count("Test accuracy") for text in said] == [1, 1]
 
@@ -344,7 +346,7 @@ def test_a_process_for_each_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", begins)
     argv = [*RECIPE, *"--epochs 1 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
     sweep(capsys, tmp_path, *argv, "--gpus", "2")
-    assert given == ["4", "GPU-5a"] and len(results(tmp_path)) == 2
+    assert given == ["4", "GPU-5a"] and len(records_in(tmp_path)) == 2
     said = "".join(file.read_text() for file in sorted((tmp_path / "workers").glob("gpu?.log")))
     assert said.count("Test accuracy") == 2
 
@@ -392,11 +394,11 @@ def test_surgery_and_equal_flops(tmp_path, trained, capsys):
     argv = [*RECIPE, *"--cls_pos 0 2 --reg_pos 0 --num_reg 1 2 --seeds 0 --epochs 1 --lr 1e-9".split()]
     out = sweep(capsys, tmp_path, *argv, "--from", trained / "model.pth", "--equal_flops")
     assert out.count("--finetune: loaded") == 4
-    first = utils.load_checkpoint(trained / "model.pth")["model"]["cls_token"]
-    for name, cell in results(tmp_path).items():
-        weights = utils.load_checkpoint(tmp_path / "cells" / name / "model.pth")["model"]
+    first = load_checkpoint(trained / "model.pth")["model"]["cls_token"]
+    for name, cell in records_in(tmp_path).items():
+        weights = load_checkpoint(tmp_path / "cells" / name / "model.pth")["model"]
         torch.testing.assert_close(weights["cls_token"], first, atol=1e-5, rtol=0)
-        base = next(c for c in results(tmp_path).values() if c["cls_pos"] == 0 and c["num_reg"] == cell["num_reg"])
+        base = next(c for c in records_in(tmp_path).values() if c["cls_pos"] == 0 and c["num_reg"] == cell["num_reg"])
         assert cell["repeats"] * cell["flops"] == pytest.approx(0.1 * base["flops"])
         assert (cell["repeats"] > 0.1) == (cell["cls_pos"] == 2)
 
@@ -410,11 +412,11 @@ def test_other_settings_are_refused_unless_mixed(tmp_path, capsys, monkeypatch):
     ):  # fmt: skip
         err = sweep(capsys, tmp_path, *one, *change, status=2)
         assert words in err and "--mix" in err and err.count("\n") == 1
-    monkeypatch.setattr(utils, "git_revision", lambda: "another")
+    monkeypatch.setattr(cells, "git_revision", lambda: "another")
     assert "code was" in sweep(capsys, tmp_path, *one, status=2)
     assert "Test accuracy" not in sweep(capsys, tmp_path, *one, "--mix")  # finished is finished
     sweep(capsys, tmp_path, *one, "--cls_pos", "0", "1", "--mix")
-    assert len(results(tmp_path)) == 2
+    assert len(records_in(tmp_path)) == 2
 
 
 def test_an_unfinished_cell_of_other_settings_begins_anew(tmp_path, capsys):
@@ -424,7 +426,7 @@ def test_an_unfinished_cell_of_other_settings_begins_anew(tmp_path, capsys):
     (folder / "result.json").unlink()
     (folder / "model.pth").rename(folder / "checkpoint.pth")  # nothing to resume from, if it were tried
     sweep(capsys, tmp_path, *one, "--lr", "1e-3", "--mix")
-    assert epochs_of(tmp_path) == {"cls0_x0_seed0": 2} and len(results(tmp_path)) == 1
+    assert epochs_of(tmp_path) == {"cls0_x0_seed0": 2} and len(records_in(tmp_path)) == 1
 
 
 ONE = [*RECIPE, *"--cls_pos 0 --reg_pos 0 --num_reg 0 --seeds 0".split()]
@@ -433,7 +435,7 @@ ONE = [*RECIPE, *"--cls_pos 0 --reg_pos 0 --num_reg 0 --seeds 0".split()]
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A sweep of one cell, killed after the first of its two epochs."""
-    folder, work, calls = tmp_path_factory.mktemp("begun"), cifar_train.train_one_epoch, []
+    folder, work, calls = tmp_path_factory.mktemp("begun"), loop.train_one_epoch, []
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -442,7 +444,7 @@ def begun(tmp_path_factory):
         return work(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar_train, "train_one_epoch", dies)
+        patch.setattr(loop, "train_one_epoch", dies)
         with pytest.raises(KeyboardInterrupt):
             position_sweep.main([*ONE, "--output_dir", str(folder)])
     return folder
@@ -459,7 +461,7 @@ def test_a_damaged_cell_is_trained_from_its_beginning(tmp_path, capsys, begun, d
     assert "cls0_x0_seed0 cannot be resumed; it is trained from its beginning" in out
     assert "is tried" not in out and "--" not in out.partition("Best on")[0].replace("|---", "")
     assert (cell / "checkpoint.damaged").exists() == (damaged == "checkpoint.pth")
-    assert epochs_of(tmp_path) == {"cls0_x0_seed0": 2} and len(results(tmp_path)) == 1
+    assert epochs_of(tmp_path) == {"cls0_x0_seed0": 2} and len(records_in(tmp_path)) == 1
 
 
 def test_a_damaged_cell_resumes_from_the_checkpoint_before(tmp_path, capsys, begun):
@@ -469,13 +471,13 @@ def test_a_damaged_cell_resumes_from_the_checkpoint_before(tmp_path, capsys, beg
     (cell / "checkpoint.pth").write_bytes(b"nothing")
     out = sweep(capsys, tmp_path, *ONE)
     assert "it is checkpoint.damaged now, and checkpoint_1.pth is tried" in out
-    assert "epoch 1/2" not in out and "cannot be resumed" not in out and len(results(tmp_path)) == 1
+    assert "epoch 1/2" not in out and "cannot be resumed" not in out and len(records_in(tmp_path)) == 1
 
 
 def test_a_checkpoint_that_is_none_of_the_cell_is_refused_without_flags_of_other_scripts(tmp_path, capsys, begun):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "cells" / "cls0_x0_seed0" / "checkpoint.pth"
-    saved = utils.load_checkpoint(newest)
+    saved = load_checkpoint(newest)
     for change, words in (
         ({"step": -1}, "is damaged"), ({"data": saved["data"] | {"name": "another"}}, "differs: name is another"),
         ({"optimizer": None}, "is damaged"),
@@ -492,8 +494,8 @@ def test_a_damaged_result_is_refused_and_one_of_an_earlier_revision_is_not(tmp_p
     sweep(capsys, tmp_path, *ONE, "--epochs", "1")
     file = tmp_path / "cells" / "cls0_x0_seed0" / "result.json"
     record = json.loads(file.read_text())
-    assert 100 * np.mean(sweep_cells.hits_of(record)) == pytest.approx(record["test_top1"])
-    file.write_text(json.dumps(record | {"test_hits": sweep_cells.packed(~sweep_cells.hits_of(record))}))
+    assert 100 * np.mean(cells.hits_of(record)) == pytest.approx(record["test_top1"])
+    file.write_text(json.dumps(record | {"test_hits": cells.packed(~cells.hits_of(record))}))
     err = sweep(capsys, tmp_path, *ONE, "--epochs", "1", status=2)
     assert "test_hits missing or wrong" in err and f"remove {file.parent}" in err
     del record["test_hits"]
@@ -502,20 +504,20 @@ def test_a_damaged_result_is_refused_and_one_of_an_earlier_revision_is_not(tmp_p
 
 
 def test_a_cell_whose_loss_is_not_finite_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
-    work = sweep_cells.train_from_flags
+    work = cells.train_from_flags
 
     def fails(args, *rest):
         if args.cls_pos == 0:
             raise utils.RunFailed("epoch 1/2: the loss is nan")
         return work(args, *rest)
 
-    monkeypatch.setattr(sweep_cells, "train_from_flags", fails)
+    monkeypatch.setattr(cells, "train_from_flags", fails)
     argv = [*RECIPE, *"--cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
     assert "1 cells failed, see above: cls0_x0_seed0" in sweep(capsys, tmp_path, *argv, status=1)
-    assert list(results(tmp_path)) == ["cls1_x0_seed0"]
+    assert list(records_in(tmp_path)) == ["cls1_x0_seed0"]
     monkeypatch.undo()
     sweep(capsys, tmp_path, *argv)
-    assert len(results(tmp_path)) == 2
+    assert len(records_in(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ import torch
 
 import cifar_main
 import utils
+from checkpoints.files import load_checkpoint
+from training.run_log import read_json_lines
 
 # A model of a few thousand parameters on digits, everything that draws random numbers switched on. 11 steps an epoch.
 TINY = (
@@ -81,7 +83,7 @@ def light_curves():
     def plot_curves(epochs, folder):
         utils.write_atomically(Path(folder) / "training_curves.png", lambda file: file.write(b"%d" % len(epochs)))
 
-    utils.plot_curves = plot_curves
+    plot_curves = plot_curves
 
 
 class Faults:
@@ -147,8 +149,8 @@ TIMES = ("seconds", "images_per_s", "data_wait", "memory_mib")  # of a log; the 
 
 def ending(folder) -> dict:
     """All of a finished run that must be the same whatever happened to it: weights, states, log, best weights."""
-    last, best = (utils.load_checkpoint(Path(folder) / name) for name in ("checkpoint.pth", "model.pth"))
-    log = utils.read_json_lines(Path(folder) / "log.txt")
+    last, best = (load_checkpoint(Path(folder) / name) for name in ("checkpoint.pth", "model.pth"))
+    log = read_json_lines(Path(folder) / "log.txt")
     records = [{k: v for k, v in record.items() if k not in TIMES} for record in log if "epoch" in record]
     states = [{"random": process["random"]} for process in last["processes"]]
     return {

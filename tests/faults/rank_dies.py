@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import cifar_main
-import stopping
 import utils
+from training import signals
 
 
 def main(rank, step, *argv):
     torch.set_num_threads(1)
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (rank, "0"):
-        agreed, calls = stopping.StopSignals.agreed, []
+        agreed, calls = signals.StopSignals.agreed, []
 
         def dies(stop, wait=False):
             calls.append(1)
@@ -28,7 +28,7 @@ def main(rank, step, *argv):
                 os.kill(os.getpid(), signal.SIGKILL)
             return agreed(stop, wait)
 
-        stopping.StopSignals.agreed = dies
+        signals.StopSignals.agreed = dies
     cifar_main.main(list(argv))
 
 

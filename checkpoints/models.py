@@ -1,0 +1,214 @@
+"""A model from a checkpoint: one of this project, one of timm's, or read off the shapes of a bare state dict."""
+
+import os
+from functools import partial
+
+import torch
+import torch.nn as nn
+from timm import create_model
+from timm.layers import to_2tuple
+from timm.models import get_pretrained_cfg, is_model
+
+from checkpoints.files import load_checkpoint
+from checkpoints.weights import _bare, _fitting, _resampled, _shape, _translate, load_weights
+from models_dynamic import SIZES, DynamicViT
+from utils import BadInput
+
+
+def load_model(path):
+    """(model in eval mode, checkpoint) from a checkpoint of this project. Raises BadInput if it is none."""
+    checkpoint = load_checkpoint(path)
+    lacks = {"model", "model_args", "data", "args", "epoch"} - checkpoint.keys()
+    if lacks:
+        raise BadInput(f"{path} was not written by this project's training: it lacks {', '.join(sorted(lacks))}")
+    try:
+        return model_from_checkpoint(checkpoint), checkpoint
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def data_folder(checkpoint, given):
+    """The folder of a checkpoint's images: `given`, else the one that the checkpoint names. None: the usual one.
+
+    Raises BadInput where CIFAR would be downloaded to a folder that only the checkpoint names.
+    """
+    path, name = checkpoint.get("args", {}).get("data_path"), checkpoint["data"]["name"]
+    if given or path is None:
+        return given
+    if name in ("CIFAR10", "CIFAR100"):
+        import torchvision
+
+        folder = os.path.join(path, getattr(torchvision.datasets, name).base_folder)
+        if not os.path.isdir(folder):
+            raise BadInput(f"there is no {folder}, where training had the images; give --data_path")
+    return path
+
+
+def at_size(model: DynamicViT, img_size) -> DynamicViT:
+    """The same model for images of another size, in eval mode: the weights are shared, the positions resampled.
+
+    Raises ValueError for a size that the patches do not tile, or whose positions do not fit into the memory.
+    """
+    try:
+        with torch.device("meta"):
+            other = DynamicViT(**(model.model_args | {"img_size": img_size}))
+        state, _ = _resampled(model.state_dict(), model.grid_size, other.grid_size)
+    except (RuntimeError, TypeError):  # torch's, for what it cannot allocate and for what it cannot even count
+        h, w = to_2tuple(img_size)
+        raise ValueError(f"images of {h} x {w} pixels are too large") from None
+    other.load_state_dict(state, assign=True)
+    return other.requires_grad_(False).eval()
+
+
+def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.Module:
+    """A model of timm's that can say how it is built (`model_args`), as a DynamicViT can.
+
+    `img_size` is passed on only to models that are made for one size. Raises ValueError if timm cannot build it.
+    """
+    config = get_pretrained_cfg(timm_name)
+    args = {"num_classes": num_classes, **kwargs}
+    if img_size is not None and config is not None and config.fixed_input_size:
+        args["img_size"] = tuple(img_size)
+    try:
+        model = create_model(timm_name, **args)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {timm_name} with {args}: {error}") from None
+    model.model_args = {"timm_name": timm_name, **args}
+    return model
+
+
+_ABSENT = object()
+
+
+def model_from_checkpoint(
+    checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None, img_size=None
+) -> nn.Module:
+    """The model that a checkpoint describes, with its weights, in eval mode.
+
+    A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The
+    other arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes: `num_heads`
+    must be given, tokens enter at block 0 unless their position is. If its positions have the number of patches of
+    `img_size` (h, w), that is the size of the model, else they must be those of a square image.
+
+    Raises:
+        ValueError: the weights do not fit, an argument is missing or contradicts the checkpoint, or the positions
+            may be read in several ways.
+    """
+    given = dict(num_heads=num_heads, reg_pos=reg_pos, dist_pos=dist_pos)
+    given = {name: value for name, value in given.items() if value is not None}
+    if cls_pos is not _ABSENT:
+        given["cls_pos"] = cls_pos
+    if "model_args" in checkpoint:
+        if given:
+            raise ValueError(f"the checkpoint itself says how its model is built; leave out {', '.join(given)}")
+        build = _described(checkpoint["model_args"], _depth(_bare(checkpoint)))
+    elif num_heads is None:
+        raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
+    else:
+        build = partial(DynamicViT, **(_args_from_shapes(checkpoint, img_size) | given))
+    try:
+        with torch.device("meta"):  # names and shapes: a model that the weights are not of takes no memory
+            shapes = build()
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"there is no such model: {error}") from None
+    if "model_args" in checkpoint:
+        _check_same(_bare(checkpoint), shapes.state_dict())
+    else:
+        _fitting(shapes, checkpoint)
+    model = build()
+    report = load_weights(model, checkpoint)
+    if report.new:
+        raise ValueError(f"the checkpoint lacks {', '.join(report.new)}")
+    return model.eval()
+
+
+def _check_same(state: dict, own: dict):
+    """Raise ValueError unless names and shapes are the same: of a model's own weights nothing is resampled."""
+    other = [f"{n} is {_shape(t)}" for n, t in state.items() if n not in own or t.shape != own[n].shape]
+    other += [f"{n} is missing" for n in own if n not in state]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise ValueError(f"the weights are not those of the model in model_args: {'; '.join(other[:3])}{more}")
+
+
+def _described(args: dict, depth: int):
+    """A function that builds the model of a checkpoint's `model_args`, whose weights have `depth` blocks.
+
+    Raises ValueError unless these are those of a DynamicViT, all of them, or of one of timm's models: others of timm's
+    arguments read files or the network.
+    """
+    problem = "the checkpoint's model_args do not describe a model"
+    name = args.get("timm_name")
+    if name is None:
+        wanted, may_lack = set(_ARGUMENTS), {"dist_pos"}  # the first checkpoints had no such token
+    elif isinstance(name, str) and is_model(name) and name not in SIZES:
+        config = get_pretrained_cfg(name)
+        wanted = {"timm_name", "num_classes", "img_size", "drop_path_rate", "init_values"}
+        may_lack = wanted - {"num_classes", "img_size" if config and config.fixed_input_size else "num_classes"}
+    else:
+        raise ValueError(f"{problem}: timm has no model {name}")
+    for other in wanted ^ args.keys():
+        if other not in may_lack:
+            raise ValueError(f"{problem}: {other} is {'missing' if other in wanted else 'unknown'}")
+    for arg, value in args.items():
+        if arg != "timm_name" and not _ARGUMENTS[arg](value):
+            raise ValueError(f"{problem}: {arg} is {value!r}")
+    if args.get("depth", depth) != depth:
+        raise ValueError(f"{problem}: depth is {args['depth']}, the weights have {depth} blocks")
+    return partial(timm_model if name else DynamicViT, **args)
+
+
+def _depth(state: dict) -> int:
+    return sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state)
+
+
+def _is_whole(value, low=0) -> bool:
+    return type(value) is int and value >= low
+
+
+def _is_real(value, low=0.0, high=1.0) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_whole(side, 1) for side in value)
+
+
+def _is_block(value) -> bool:
+    return value is None or _is_whole(value)
+
+
+# What the arguments in `model_args` may be.
+_ARGUMENTS = {
+    "img_size": _is_size, "patch_size": _is_size, "in_chans": lambda value: value == 3, "num_classes": _is_whole,
+    "embed_dim": partial(_is_whole, low=1), "depth": partial(_is_whole, low=1), "num_heads": partial(_is_whole, low=1),
+    "mlp_ratio": partial(_is_real, high=1e3), "qkv_bias": lambda value: type(value) is bool,
+    "num_register_tokens": _is_whole, "cls_pos": _is_block, "reg_pos": _is_whole, "dist_pos": _is_block,
+    "drop_rate": _is_real, "attn_drop_rate": _is_real, "drop_path_rate": _is_real,
+    "init_values": lambda value: value is None or _is_real(value, -1e3, 1e3),
+}  # fmt: skip
+
+
+def _args_from_shapes(checkpoint: dict, img_size) -> dict:
+    """Arguments of DynamicViT as far as a bare state dict's shapes show them; see `model_from_checkpoint`."""
+    state, grid = _translate(checkpoint, img_size=img_size)
+    proj = state["patch_embed.proj.weight"]  # (D, C, patch, patch)
+    width, channels, *patch = proj.shape
+    if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
+        raise ValueError("these weights lack pos_embed or blocks.0.mlp.fc1.weight: not a plain Vision Transformer")
+    if channels != 3:
+        raise ValueError(f"these weights are for images of {channels} channels, not 3")
+    return dict(
+        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        patch_size=tuple(patch),
+        in_chans=channels,
+        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        embed_dim=width,
+        depth=_depth(state),
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        cls_pos=0 if "cls_token" in state else None,
+        dist_pos=0 if "dist_token" in state else None,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+    )

@@ -1,0 +1,72 @@
+"""The floors of the house (docs/ARCHITECTURE.md), which imports run down only, and their picture.
+
+python docs/house.py     # writes docs/house.svg
+"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {  # from the top; a folder stands for its files
+    "scripts": ["cifar_main", "main_distillation", "visualize_attention", "position_sweep", "analyze_tokens",
+                "discover_objects", "run_with_submitit", "bench"],
+    "sweep": ["sweep"],
+    "small images": ["cifar_train", "cifar_test"],
+    "training": ["training"],
+    "inspection": ["inspection"],
+    "loading": ["loading"],
+    "checkpoints": ["checkpoints"],
+    "ground": ["models_dynamic", "datasets", "engine", "utils"],
+}  # fmt: skip
+
+
+def rooms() -> dict[str, Path]:
+    """Dotted names of the project's modules, and their files."""
+    folders = [name for names in FLOORS.values() for name in names if (ROOT / name).is_dir()]
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in sorted((ROOT / folder).glob("*.py")))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+
+
+def floor_of(room: str) -> int:
+    """0 is the top."""
+    return next(i for i, names in enumerate(FLOORS.values()) if room.partition(".")[0] in names)
+
+
+def imports() -> set[tuple[str, str]]:
+    """(room, room that it imports), of all rooms."""
+    known, found = rooms(), set()
+    for room, file in known.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            found |= {(room, name) for name in names if name in known}
+    return found
+
+
+def draw(file: Path):
+    """A box for each room on its floor, with its number of lines."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    files, height = rooms(), 0.9  # inches, of a floor
+    figure = Figure(figsize=(11, height * len(FLOORS)))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(height * len(FLOORS), 0))
+    axes.set_axis_off()
+    for i, (floor, names) in enumerate(FLOORS.items()):
+        y, inside = height * i, [room for name in names for room in files if room.partition(".")[0] == name]
+        folder = f"\n{names[0]}/" if (ROOT / names[0]).is_dir() else ""
+        axes.text(0.15, y + height / 2, floor + folder * (folder.strip("\n/") != floor), weight="bold", va="center")
+        width = 9.2 / len(inside)
+        for n, room in enumerate(inside):
+            left, name = 1.7 + n * width, room.rpartition(".")[2]
+            box = dict(width=width - 0.08, height=height - 0.2, facecolor="#e8eef7", edgecolor="#5a78a8")
+            axes.add_patch(Rectangle((left, y + 0.1), **box))
+            name = name.replace("_", "_\n", 1) if len(name) > 11 * width else name
+            lines = len(files[room].read_text(encoding="utf-8").splitlines())
+            axes.text(left + width / 2, y + height / 2, f"{name}\n{lines}", fontsize=8, ha="center", va="center")
+    figure.savefig(file, format=file.suffix[1:])
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).with_name("house.svg"))

@@ -1,0 +1,275 @@
+"""What the scripts that look at a trained model share: their flags, the model, and the images to look at."""
+
+import copy
+import os
+from argparse import SUPPRESS, ArgumentTypeError
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import utils
+from checkpoints.files import load_checkpoint
+from checkpoints.models import at_size, data_folder, model_from_checkpoint
+from datasets import DATA_SETS, check_classes, check_number, eval_transform, find_split, image_files, note_left_out
+from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read_picture
+from models_dynamic import DynamicViT
+from utils import BadInput, RunFailed, number
+
+FOREIGN = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
+PICTURE_SIDE = 512  # pixels of the longer side of the picture on a page
+NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
+
+
+@dataclass
+class Picture:
+    name: str  # for file names, no two alike
+    read: Callable  # () -> PIL image in RGB
+    label: int | None = None
+    in_memory: bool = False  # of a data set that training holds in memory, where images are resized and not cropped
+
+
+# Flags -----------------------------------------------------------------------------------------------------------
+
+
+def add_model_flags(parser, several=False):
+    """Which checkpoint, and what a bare state dict does not tell; `several`: for each of several, see `of_file`."""
+    parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument(
+        "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width): another "
+        "size than the model's own, its position embedding is resampled; of a bare state dict that fits it, its size",
+    )  # fmt: skip
+    group = parser.add_argument_group("only for a bare state dict from elsewhere (its shapes tell the rest)")
+    missing = dict(default=SUPPRESS, nargs="+" if several else None)
+    group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; needed", **missing)
+    group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
+    group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
+    group.add_argument(
+        "--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing
+    )
+    group.add_argument("--data_set", choices=DATA_SETS, type=str.upper, help="take the images from this data set")
+    group.add_argument("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
+    group.add_argument("--std", type=number(float, above=0), nargs=3, help="of its normalisation")
+
+
+def add_image_flags(parser):
+    parser.add_argument("--image_path", nargs="+", metavar="FILE", help="images, or folders of them")
+    parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    add_max_pixels(parser)
+
+
+def of_file(args, i, count):
+    """The flags for file `i` of `count`: of those in `FOREIGN`, the value for all, or its own.
+
+    Raises BadInput for another number of values.
+    """
+    mine = copy.copy(args)
+    for flag in FOREIGN:
+        values = getattr(args, flag, None)
+        if values is not None:
+            if len(values) not in (1, count):
+                raise BadInput(
+                    f"--{flag} has {len(values)} values for {count} files; give one for all, or one for each"
+                )
+            setattr(mine, flag, values[i if len(values) > 1 else 0])
+    return mine
+
+
+def block(text):
+    """An argparse type: a block's number, or 'all'."""
+    return text.lower() if text.lower() == "all" else number(int)(text)
+
+
+def patch(text):
+    """An argparse type: '3,5' -> (3, 5), column and row in the grid of patches."""
+    x, comma, y = text.partition(",")
+    if not comma:
+        raise ArgumentTypeError(f"{text!r} is not a patch; give its column and row, as in 3,5")
+    return number(int, 0)(x), number(int, 0)(y)
+
+
+def chosen_blocks(model, wanted) -> list[int]:
+    """Numbers of blocks in ascending order. Raises BadInput for one outside the model."""
+    if "all" in wanted:
+        return list(range(model.depth))
+    try:
+        for i in wanted:
+            model.token_layout(i)
+    except ValueError as error:
+        raise BadInput(f"--layer_num: {error}") from None
+    return sorted(set(wanted))
+
+
+# The model -------------------------------------------------------------------------------------------------------
+
+
+def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, dict]:
+    """(model in eval mode, description of its data, checkpoint) as the flags of `add_model_flags` say.
+
+    `foreign_flags_may_rest`: they are for other files of the same call if this one is a checkpoint of this project.
+    """
+    checkpoint = load_checkpoint(path)
+    given = {flag: getattr(args, flag) for flag in FOREIGN if hasattr(args, flag)}
+    if foreign_flags_may_rest and "model_args" in checkpoint:
+        given = {}
+    try:
+        model = model_from_checkpoint(checkpoint, img_size=args.input_size, **given)
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
+    if not isinstance(model, DynamicViT):
+        name = model.model_args["timm_name"]
+        raise BadInput(f"{path} is timm's {name}; only this project's models can be looked at")
+    gh, gw = model.grid_size
+    if gh != gw and "model_args" not in checkpoint:
+        utils.say(f"note: the positions in {path} are taken for a grid of {gh}x{gw} patches, as --input_size says")
+    data = _describe_data(path, checkpoint, model, args, foreign_flags_may_rest)
+    if args.input_size:
+        try:
+            model = at_size(model, args.input_size)
+        except ValueError as error:
+            raise BadInput(f"--input_size: {error}") from None
+        data = data | {"input_size": args.input_size}
+    return model, data, checkpoint
+
+
+def _describe_data(path, checkpoint, model, args, foreign_flags_may_rest) -> dict:
+    if "data" in checkpoint:
+        if (args.mean or args.std or args.data_set) and not foreign_flags_may_rest:
+            raise BadInput(f"{path} says its own data; leave out --mean, --std and --data_set")
+        return checkpoint["data"]
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    return {
+        "name": args.data_set, "classes": [], "input_size": model.model_args["img_size"],
+        "mean": args.mean or IMAGENET_DEFAULT_MEAN, "std": args.std or IMAGENET_DEFAULT_STD,
+    }  # fmt: skip
+
+
+# The images ------------------------------------------------------------------------------------------------------
+
+
+def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
+    """The images of --image_path, else those `numbers` (None: all) of the data set's test images; read later.
+
+    A data set whose classes are not known yet is asked for them.
+    """
+    if args.image_path:
+        files = image_paths(args.image_path)
+        return [
+            Picture(name, partial(read_image, file, args.max_pixels)) for name, file in zip(_different(files), files)
+        ]
+    if data["name"] is None:
+        raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
+    path = data_folder(checkpoint, args.data_path) if "data" in checkpoint else args.data_path
+    split, classes = find_split(data["name"], path, False, data, args.max_pixels)
+    if data["classes"]:
+        check_classes(classes, data["classes"], "the test images", "the model")
+    data["classes"] = classes
+    numbers = range(len(split)) if numbers is None else numbers
+    for i in numbers:
+        check_number(i, len(split))
+    in_memory = isinstance(split.images, Tensor)
+    return [
+        Picture(f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory)
+        for i in numbers
+    ]
+
+
+def image_paths(paths) -> list[Path]:
+    """The files of --image_path and those in its folders. Raises BadInput for a path that is missing, and for none."""
+    files, left_out = [], Counter()
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise BadInput(f"there is no image or folder {path}; correct --image_path")
+        files += image_files(path, left_out) if path.is_dir() else [path]
+    note_left_out(" ".join(map(str, paths)), left_out)
+    if not files:
+        raise BadInput(f"there are no images in {', '.join(paths)}")
+    return files
+
+
+def readable(pictures, failed: list[str]):
+    """Those of `pictures` that can be read, one after the other, with their image in memory.
+
+    What is wrong with the others is added to `failed`, once. Raises BadInput if there are no others.
+
+    Args:
+        pictures: `Picture`s, or anything else with `read`, made by a dataclass.
+    """
+    any_read, problem = False, None
+    for picture in pictures:
+        try:
+            image = picture.read()
+        except BadInput as error:
+            problem = str(error)
+            failed += [] if problem in failed else [problem]
+            continue
+        any_read = True
+        yield replace(picture, read=lambda image=image: image)
+    if not any_read:
+        words = f"none of the {len(pictures)} images can be read; the last one: " if len(pictures) > 1 else ""
+        raise BadInput(f"{words}{problem}")
+
+
+def report_failed(failed: list[str], count: int):
+    """List what was left out of `count` images, and raise RunFailed: at the end of a run that has done the others."""
+    if failed:
+        for problem in failed:
+            utils.say(utils.printable(f"left out: {problem}"))
+        raise RunFailed(f"{len(failed)} of {count} images could not be read, the others are done: {failed[0]}")
+
+
+def _different(files) -> list[str]:
+    """A name for each file: its own, cut to NAME bytes, and a number if it is not the first of that name."""
+    names, used = [], set()
+    for file in files:
+        stem, n = file.stem, 1
+        if len(os.fsencode(stem)) > NAME:
+            stem = os.fsencode(stem)[:NAME].decode(errors="ignore")
+        name = stem
+        while name in used:
+            n += 1
+            name = f"{stem}_{n}"
+        used.add(name)
+        names.append(name)
+    return names
+
+
+def model_input(images, pictures, data, device="cpu") -> Tensor:
+    """(B, 3, h, w), normalised: PIL images as `pictures` gave them, as the model saw such images in its test."""
+    return eval_transform(torch.stack([_sized(*pair, data) for pair in zip(images, pictures)]).to(device), data)
+
+
+def _sized(image, picture, data) -> Tensor:
+    if picture.in_memory and "crop_pct" not in data:
+        return fit_image(image, (image.height, image.width))
+    return fit_image(image, data["input_size"], **_crop(data))
+
+
+def as_seen(image, picture, data, side=PICTURE_SIDE) -> Tensor:
+    """The part of a PIL image that the model sees, in up to `side` pixels, for a person: (3, ., .) uint8."""
+    if picture.in_memory and "crop_pct" not in data:
+        return _sized(image, picture, data)
+    box = crop_box(image.width, image.height, data["input_size"], data.get("crop_pct", 1.0))
+    scale = min(1, side / max(box[2] - box[0], box[3] - box[1]))
+    height, width = (max(1, round(side * scale)) for side in (box[3] - box[1], box[2] - box[0]))
+    return fit_image(image, (height, width), **_crop(data))
+
+
+def _crop(data) -> dict:
+    return {key: data[key] for key in ("crop_pct", "interpolation") if key in data}
+
+
+def prediction(logits, classes) -> str:
+    """'predicted: dog (61.3%)'."""
+    confidence, k = logits.softmax(dim=-1).max(dim=-1)
+    return f"predicted: {class_name(int(k), classes)} ({100 * float(confidence):.1f}%)"
+
+
+def class_name(k, classes) -> str:
+    return utils.printable(classes[k]) if k < len(classes) else f"class {k}"

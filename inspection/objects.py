@@ -1,0 +1,108 @@
+"""LOST (arXiv 2109.14279): the box of an object from the features of patches."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import scipy.ndimage
+import torch
+from torch import Tensor
+
+import utils
+from checkpoints.models import at_size
+from datasets import normalise
+from utils import BadInput
+
+FEATURES = ("queries", "keys", "values")  # in the order of DynamicViT.projections
+
+
+@dataclass
+class Found:
+    """An object in one image, in patches."""
+
+    seed: tuple[int, int]  # column, row
+    box: tuple[int, int, int, int]  # left, upper, right, lower; right and lower are just outside
+    degree: int  # of the seed
+    similar: int  # patches that expand the seed, itself among them
+    component: int  # patches of the object
+    quartile: float  # a quarter of the products of features are below this, before the bias
+
+
+def lost(features: Tensor, grid: tuple[int, int], k_patches=100, bias=0.0) -> Found:
+    """LOST (Simeoni et al., BMVC 2021, arXiv 2109.14279) on the features (P, D) of the patches of a grid (gh, gw).
+
+    The degree of a patch is the number of patches with which its product is at least 0 (the paper's rule; the published
+    code counts those above 0). The seed is the patch of lowest degree, the first one in reading order if there are
+    several. It is expanded by those of the `k_patches` patches of lowest degree that have a positive product with it.
+    Patches whose products with all of these add up to more than 0 form the mask; its 4-connected component with the
+    seed is the object.
+
+    `bias` is added to every product, in their units. LOST takes it that object and background differ in sign; a part
+    that all features have in common makes every product positive, and a negative bias takes it off again ("Vision
+    Transformers Need Registers", section 3.3).
+    """
+    products = features @ features.T + bias  # (P, P)
+    degrees = (products >= 0).sum(dim=1)
+    order = degrees.argsort(stable=True)
+    seed = int(order[0])
+    similar = order[:k_patches]
+    similar = similar[products[seed, similar] > 0]
+    mask = products[similar].sum(dim=0) > 0
+    mask[seed] = True  # a negative bias may outweigh the seed's own square
+    parts, _ = scipy.ndimage.label(mask.unflatten(0, grid).cpu().numpy())
+    row, column = divmod(seed, grid[1])
+    rows, columns = np.nonzero(parts == parts[row, column])
+    return Found(
+        seed=(column, row), degree=int(degrees[seed]), similar=len(similar), component=len(rows),
+        box=(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1),
+        quartile=float(products.flatten().kthvalue(math.ceil(products.numel() / 4)).values) - bias,
+    )  # fmt: skip
+
+
+def iou(a, b) -> float:
+    """Intersection over union of two boxes: left, upper, right, lower."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def model_sizes(model, args) -> Callable:
+    """A function: (width, height) of an image -> the model for it. Raises BadInput for less than two patches."""
+    patch, own = model.model_args["patch_size"], model.model_args["img_size"]
+    if args.input_size and args.max_side:
+        raise BadInput("with --input_size images have one size, with --max_side each keeps its shape; leave one out")
+    longer = args.max_side or max(own)
+    if longer < 2 * max(patch):
+        flag = "--input_size" if args.input_size else "--max_side"
+        raise BadInput(f"{longer} pixels are less than two patches; give {flag} {2 * max(patch)} or more")
+
+    @lru_cache(maxsize=4)
+    def resized(size):
+        try:
+            return at_size(model, size)
+        except ValueError as error:
+            raise BadInput(f"--max_side {longer}: {error}") from None
+
+    return lambda *size: model if args.input_size else resized(fitting_size(*size, longer, patch))
+
+
+def fitting_size(width, height, longer, patch) -> tuple[int, int]:
+    """(h, w) in whole patches, nearest to the image's shape with `longer` pixels on its longer side."""
+    scale = longer / max(width, height)
+    return tuple(max(1, round(side * scale / p)) * p for side, p in zip((height, width), patch))
+
+
+def patch_features(model, image, data, block, kind) -> Tensor:
+    """A PIL image, squeezed to the model's size -> (P, H * d): the patches' queries, keys or values."""
+    from PIL import Image
+
+    h, w = model.model_args["img_size"]
+    image = image.resize((w, h), Image.Resampling[data.get("interpolation", "bicubic").upper()])
+    images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(model.pos_embed.device)
+    of_heads = model.projections(normalise(images, data["mean"], data["std"]), block)[FEATURES.index(kind)]
+    features = of_heads[0, :, model.token_layout(block).patches].transpose(0, 1).flatten(1)
+    if not features.isfinite().all():
+        raise utils.RunFailed(f"the {kind} of block {block} are not all finite; the weights may be damaged")
+    return features

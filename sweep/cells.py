@@ -1,0 +1,338 @@
+"""The cells of a sweep: which there are, one folder for each, trained once, by whoever comes first.
+
+<output_dir>/cells/cls6_reg3_x4_seed0/   the run that cifar_main.py would make; lock, settings.json
+<output_dir>/cells/cls6_reg3_x4_seed0/result.json   there once the cell is finished, and never half written
+"""
+
+import base64
+import copy
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from checkpoints.files import load_checkpoint
+from checkpoints.models import load_model
+from cifar_test import test_model
+from cifar_train import train_from_flags
+from datasets import ImageData
+from inspection.statistics import TokenStatistics
+from loading.memory import Loader
+from models_dynamic import set_fused_attention
+from training import run_folder
+from training.film import write_film
+from training.run_log import git_revision, plain_args, read_json_lines
+from training.setup import build_model
+from utils import BadInput, RunFailed, say
+
+LOOKED_AT = 500  # held-out images for the shares of attention and of artefacts
+# Flags that leave a cell what it is. All others, the data and the code are its settings.
+ANYWHERE = (
+    "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
+    "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
+    "launcher", "jobs", "cluster", "partition", "timeout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GridCell:
+    cls_pos: int | None  # None: no class token
+    reg_pos: int | None  # None: no registers
+    num_reg: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
+        return f"cls{'none' if self.cls_pos is None else self.cls_pos}{where}_x{self.num_reg}_seed{self.seed}"
+
+    def __str__(self):
+        cls = "no CLS" if self.cls_pos is None else f"CLS at {self.cls_pos}"
+        registers = f"{self.num_reg} registers at {self.reg_pos}" if self.num_reg else "no registers"
+        return f"{cls}, {registers}, seed {self.seed}"
+
+
+def grid(args) -> list[GridCell]:
+    """All cells of the flags, those that are the same model once; a seed's cells after each other."""
+    cells = [
+        GridCell(cls, reg if count else None, count, seed)
+        for seed in args.seeds for count in args.num_reg for cls in args.cls_pos for reg in args.reg_pos
+    ]  # fmt: skip
+    return list(dict.fromkeys(cells))
+
+
+def folder_of(cell: GridCell, args) -> Path:
+    return Path(args.output_dir) / "cells" / cell.name
+
+
+def finished(cell: GridCell, args) -> bool:
+    return (folder_of(cell, args) / "result.json").is_file()
+
+
+def cell_args(cell: GridCell, args):
+    """The flags of `cifar_main.py` for one cell."""
+    mine, folder = copy.copy(args), folder_of(cell, args)
+    mine.cls_pos, mine.reg_pos, mine.num_reg, mine.seed = cell.cls_pos, cell.reg_pos or 0, cell.num_reg, cell.seed
+    mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
+    mine.overwrite, mine.resume = True, None
+    if args.equal_flops:
+        first = GridCell(0, 0 if cell.num_reg else None, cell.num_reg, cell.seed)
+        mine.repeats = args.repeats * flops(first, args) / flops(cell, args)
+    return mine
+
+
+def model_of(cell: GridCell, args):
+    """A description of the cell's model, without weights. Raises BadInput if there cannot be one."""
+    mine = copy.copy(args)
+    mine.cls_pos, mine.reg_pos, mine.num_reg = cell.cls_pos, cell.reg_pos or 0, cell.num_reg
+    try:
+        return build_model(mine, 10, "meta")
+    except BadInput as error:
+        raise BadInput(f"{cell}: {error}") from None
+
+
+def flops(cell: GridCell, args) -> int:
+    return model_of(cell, args).forward_flops()
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings(args, data: ImageData) -> dict:
+    """What must be the same for two cells to be compared."""
+    there = {name: value for name, value in plain_args(args).items() if name not in ANYWHERE}
+    if args.finetune:
+        there["finetune"] = hashlib.sha256(Path(args.finetune).read_bytes()).hexdigest()
+    there |= {f"data: {name}": value for name, value in data.description().items()}
+    return json.loads(json.dumps(there | {"code": git_revision()}))
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return [f"{name} was {_short(there.get(name))}, is now {_short(here.get(name))}" for name in names]
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_settings(args, here: dict):
+    """Refuse to put cells into a folder that has some of other settings, unless --mix."""
+    for file in sorted(Path(args.output_dir).glob("cells/*/settings.json")):
+        other = differences(read_record(file), here)
+        if other and not args.mix:
+            more = f", and {len(other) - 4} more" if len(other) > 4 else ""
+            raise BadInput(
+                f"{file.parent} was trained with other settings ({'; '.join(other[:4])}{more}), so its accuracy cannot "
+                "be compared: give another --output_dir, or --mix to put both into one table"
+            )
+
+
+# Of a result, what tables, statistics and the time that is left are made of; the last ones may be None.
+PLACE, MAY_LACK = ("cls_pos", "reg_pos"), ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself")
+FIGURES = (
+    "val_top1", "best_epoch", "test_top1", "test_top5", "test_loss", "test_images", "params", "flops", "repeats",
+    "images_per_s", "train_seconds", "artefact_share",
+)  # fmt: skip
+
+
+def read_record(file) -> dict:
+    """A settings.json or result.json. Raises BadInput for one that is damaged or lacks something."""
+    try:
+        if not file.is_file():  # a pipe would never end
+            raise ValueError("it is no file")
+        record = json.loads(file.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no record")
+        if file.name == "result.json":
+            kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(MAY_LACK, (int, float, type(None)))
+            kinds |= dict.fromkeys(PLACE, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
+            wrong = [name for name, kind in kinds.items() if type(record.get(name, "")) not in kind]
+            hits = hits_of(record) if not wrong else None
+            if hits is not None and not abs(100 * hits.mean() - record["test_top1"]) < 1e-6:
+                wrong = ["test_hits"]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} missing or wrong")
+        return record
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
+
+
+def packed(hits) -> str:
+    """Booleans (n,) as text: one bit for each, in base64. `hits_of` reads it."""
+    return base64.b64encode(np.packbits(hits)).decode()
+
+
+def hits_of(record) -> np.ndarray | None:
+    """Which of the test images a cell classified correctly, (n,) booleans; None for a cell of an earlier revision.
+
+    Raises ValueError for a record that has hits of another number of images.
+    """
+    if "test_hits" not in record:
+        return None
+    count, text = record["test_images"], record["test_hits"]
+    data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    if type(count) is not int or count < 1 or len(data) != -(-count // 8):
+        raise ValueError("test_hits missing or wrong")
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
+
+
+# Work -------------------------------------------------------------------------------------------------------------
+
+
+def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[list[GridCell], list[GridCell]]:
+    """Train and test those that nobody finished or is at. `after(cell)` is called for each that was finished here.
+
+    Returns those that another process is at, and those that failed (a loss that is not finite).
+    """
+    busy, failed = [], []
+    for cell in cells:
+        if finished(cell, args):
+            continue
+        try:
+            with run_folder.held(folder_of(cell, args)):
+                if finished(cell, args):  # by another process, since we looked
+                    continue
+                run_cell(cell, args, data, here, device)
+                after(cell)
+        except run_folder.InUse:
+            busy.append(cell)
+        except RunFailed as error:
+            say(f"{cell.name} failed: {error}")
+            failed.append(cell)
+    return busy, failed
+
+
+def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
+    """What `cifar_main.py` does with this cell's flags, then the line of the table."""
+    folder = folder_of(cell, args)
+    begun = folder / "settings.json"
+    if begun.is_file() and differences(read_record(begun), here):  # only with --mix: nothing to go on from
+        for file in folder.iterdir():
+            if file.name not in ("lock", "running.json"):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+    utils.write_atomically(begun, lambda file: file.write(json.dumps(here, indent=1).encode()))
+    mine = cell_args(cell, args)
+    mine.resume = resumable(folder)
+    try:
+        best = train_from_flags(mine, device, data)
+    except BadInput as error:
+        if mine.resume is None or mine.resume not in str(error):
+            raise
+        what = str(error).removeprefix("--resume: ")
+        what = what.rpartition(";")[0] or what  # without advice on flags that a sweep does not have
+        raise BadInput(f"{what}; move that file away, and the same command takes an older one or begins anew") from None
+    tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
+    write_film(mine)
+    record = {**asdict(cell), **_figures(mine, best, tested), **behaviour(mine.model_path, data, device)}
+    text = json.dumps(record, indent=1)
+    utils.write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
+        file.unlink()
+
+
+def resumable(folder) -> str | None:
+    """The checkpoint that a cell resumes from; None to train it from its beginning, reported if it was begun before.
+
+    Damaged checkpoints are moved aside. Without the best weights so far, a resumed cell would not be the cell that was
+    never stopped.
+    """
+    begun, path = run_folder.checkpoints(folder), run_folder.newest_whole(folder)
+    try:
+        if path is not None and load_checkpoint(path).get("best"):
+            load_checkpoint(folder / "model.pth")
+    except BadInput as error:
+        say(str(error).partition(";")[0])
+        path = None
+    if path is None and begun:
+        say(f"{folder.name} cannot be resumed; it is trained from its beginning")
+    return None if path is None else str(path)
+
+
+def _figures(mine, best, tested) -> dict:
+    epochs = [r for r in read_json_lines(Path(mine.output_dir) / "log.txt") if "epoch" in r]
+    model, _ = load_model(mine.model_path)
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    return {
+        "val_top1": best["val_top1"], "best_epoch": best["epoch"], "test_top1": tested["top1"],
+        "test_top5": tested["top5"], "test_loss": tested["loss"], "test_images": tested["images"],
+        "test_hits": packed(tested["hits"]),
+        "params": sum(p.numel() for p in model.parameters()), "flops": model.forward_flops(), "repeats": mine.repeats,
+        "images_per_s": sum(e["images_per_s"] * e["seconds"] for e in epochs) / seconds, "train_seconds": seconds,
+    }  # fmt: skip
+
+
+@utils.full_precision()
+@torch.no_grad()
+def behaviour(model_path, data: ImageData, device) -> dict:
+    """Shares of attention and of artefacts on held-out images, in per cent, of the weights that were tested.
+
+    The artefact share is that of the block with most; the class token's attention is a mean over heads, at the last
+    block. None where a token is not there.
+    """
+    model, checkpoint = load_model(model_path)
+    statistics, count = TokenStatistics(model.to(device), readout_images=0), min(LOOKED_AT, len(data.val))
+    few = type(data.val)(data.val.images[:count], data.val.labels[:count])
+    for images, _ in Loader(few.to(device), checkpoint["data"], 100):
+        statistics.add(images)
+    found = statistics.result()
+
+    def share(kind):
+        heads = found["cls_attention"].get(kind, [None])[-1]
+        return None if heads is None else 100 * sum(heads) / len(heads)
+
+    artefacts = [block["share"] for block in found["artefacts"]["blocks"]]
+    return {
+        "artefact_share": 100 * max(artefacts), "artefacts_begin_at": found["artefacts"]["begins_at_block"],
+        "cls_to_patches": share("patches"), "cls_to_registers": share("registers"), "cls_to_itself": share("cls"),
+    }  # fmt: skip
+
+
+# Time -------------------------------------------------------------------------------------------------------------
+
+
+def seconds_left(cells, args, data: ImageData, device) -> float:
+    """Seconds that the unfinished ones of `cells` take one after another: as the finished ones did, by their FLOPs.
+
+    Without any, from a few training steps of the first one.
+    """
+    left = [cell for cell in cells if not finished(cell, args)]
+    if not left:
+        return 0.0
+    rates = []
+    for file in Path(args.output_dir).glob("cells/*/result.json"):
+        record = read_record(file)
+        rates.append(record["train_seconds"] / (record["flops"] * record["repeats"]))
+    work = sum(flops(cell, args) * cell_args(cell, args).repeats for cell in left)
+    return work * (sum(rates) / len(rates) if rates else _rate(left[0], args, data, device))
+
+
+def _rate(cell, args, data, device, steps=4) -> float:
+    """Seconds of a whole training per FLOP and pass, measured on a few steps of random images, the first left out."""
+    from time import perf_counter
+
+    mine = cell_args(cell, args)
+    model = build_model(mine, len(data.classes)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    images = torch.randn(args.batch_size, 3, *data.input_size, device=device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
+    amp_dtype = utils.amp_dtype(args.amp, device)
+    if device.type == "cpu" and amp_dtype is not None:
+        set_fused_attention(model, False)  # see `run_epochs`
+    for step in range(steps + 1):
+        if step == 1:
+            begin = perf_counter()
+        with utils.autocast(device, amp_dtype):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+    per_image = (perf_counter() - begin) / steps / args.batch_size
+    return per_image * len(data.train) * args.epochs / model.forward_flops()

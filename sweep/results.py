@@ -1,0 +1,289 @@
+"""What the finished cells of a sweep say: tables, and intervals that contain the noise of seeds and of test images.
+
+Groups are cells that differ only in their seed. The best one is chosen on held-out training images; its accuracy is
+that on the test images. Groups are compared seed by seed and image by image.
+"""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+import utils
+from sweep.cells import hits_of, read_record
+
+COLUMNS = (
+    "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
+    "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
+    "train_seconds", "test_images", "artefacts_begin_at",
+)  # fmt: skip
+LEVEL = 0.05  # of all intervals of a table together
+MIN_SEEDS = 3  # for an interval: two values say next to nothing about their variance
+TIED = 1e-9  # points of held-out accuracy
+TIES_NAMED = 3  # in the verdict; results.json has all
+
+
+def collect(folder) -> list[dict]:
+    """The records of all finished cells in `folder`, in the order of the grid."""
+    records = [read_record(file) for file in Path(folder).glob("cells/*/result.json")]
+    return sorted(records, key=lambda r: (r["num_reg"], place(r["cls_pos"]), place(r["reg_pos"]), r["seed"]))
+
+
+def place(position) -> float:
+    """To sort by: no token comes last."""
+    return math.inf if position is None else position
+
+
+def key_of(record) -> tuple:
+    """(cls_pos, reg_pos, num_reg): what all seeds of a group share."""
+    return record["cls_pos"], record["reg_pos"], record["num_reg"]
+
+
+def grouped(records) -> dict[tuple, dict[int, dict]]:
+    """{key: {seed: record}}"""
+    groups = {}
+    for record in records:
+        groups.setdefault(key_of(record), {})[record["seed"]] = record
+    return groups
+
+
+def mean_of(values) -> dict:
+    """{"n", "mean", "sd"}: "sd" is None for a single value."""
+    values = np.asarray(values, float)
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"n": len(values), "mean": float(values.mean()), "sd": sd}
+
+
+def half_width(values, least, largest, comparisons=1) -> np.ndarray:
+    """Half the width of a confidence interval for means over seeds and test images, both of which are samples.
+
+    For normal seed and image effects it covers with at least 1 - LEVEL / comparisons, whatever their variances are
+    (Banerjee 1960, "On confidence interval for two-means problem based on separate estimates of variances"). The
+    approximation of Welch and Satterthwaite does not: with 3 seeds, up to a fifth of simulated sweeps of equal cells
+    had an interval without 0.
+
+    Args:
+        values: (..., S, n), of S >= 2 seeds and n images.
+        least, largest: what a value can be. One more image with each of them counts in the variance (compare Agresti
+            and Min 2005), so that it is never 0.
+        comparisons: intervals that are to hold together (Bonferroni).
+
+    Returns:
+        (...), in the unit of `values`.
+    """
+    seeds, images = values.shape[-2:]
+    by_seed, by_image = values.mean(-1), values.mean(-2)
+    by_image = np.concatenate([by_image, np.broadcast_to((least, largest), (*by_image.shape[:-1], 2))], -1)
+    variances = by_seed.var(-1, ddof=1) / seeds, by_image.var(-1, ddof=1) / images
+    t = stats.t.isf(LEVEL / comparisons / 2, [seeds - 1, images + 1])
+    return np.sqrt(t[0] ** 2 * variances[0] + t[1] ** 2 * variances[1])
+
+
+def paired(group, baseline, comparisons=1) -> dict | None:
+    """The difference of two groups in points of test accuracy; None without a common seed.
+
+    Returns:
+        `mean_of` the differences, seed by seed, "seeds", and the interval "low" to "high", which holds together with
+        those of all `comparisons`. Where there is none, both are None and "lacks" says why.
+    """
+    seeds = sorted(group.keys() & baseline.keys())
+    if not seeds:
+        return None
+    found = mean_of([group[s]["test_top1"] - baseline[s]["test_top1"] for s in seeds]) | {"seeds": seeds}
+    lacks = _lacks([*(group[s] for s in seeds), *(baseline[s] for s in seeds)], len(seeds))
+    if lacks:
+        return found | {"low": None, "high": None, "lacks": lacks}
+    hits = [np.array([hits_of(one[s]) for s in seeds], np.float32) for one in (group, baseline)]
+    half = 100 * float(half_width(hits[0] - hits[1], -1, 1, comparisons))
+    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "lacks": None}
+
+
+def _lacks(records, seeds) -> str | None:
+    """Why there is no interval of these records."""
+    if seeds < MIN_SEEDS:
+        return f"it needs {MIN_SEEDS} common seeds, here are {seeds}; add {MIN_SEEDS - seeds} to --seeds"
+    if any(hits_of(record) is None for record in records):
+        return (
+            "it needs the hits on each test image, which cells of an earlier revision do not have; train them again, "
+            "in another --output_dir"
+        )
+    if len({record["test_images"] for record in records}) > 1:
+        return "the cells were tested on different images; train them again, in another --output_dir"
+    return None
+
+
+def baseline_of(key) -> tuple:
+    """The usual model: all tokens from the first block on, as many registers."""
+    return 0, 0 if key[2] else None, key[2]
+
+
+def summarise(records) -> dict:
+    """Every group's figures, the best one, those that tie with it, and the verdict."""
+    groups = grouped(records)
+    others = {key: groups[baseline_of(key)] for key in groups if baseline_of(key) in groups.keys() - {key}}
+    rows = []
+    for key, group in groups.items():
+        rows.append({
+            "cls_pos": key[0], "reg_pos": key[1], "num_reg": key[2], "seeds": sorted(group),
+            "val_top1": mean_of([r["val_top1"] for r in group.values()]),
+            "test_top1": mean_of([r["test_top1"] for r in group.values()]),
+            "against_0_0": paired(group, others[key], len(others)) if key in others else None,
+            **{name: _mean(group, name) for name in COLUMNS[8:15]},
+        })  # fmt: skip
+    if not rows:
+        return {"groups": [], "best": None, "tied": [], "comparisons": 0, "verdict": "No cell is finished."}
+    best, *tied = best_of(rows)
+    return {
+        "groups": rows, "best": _place(best), "tied": [_place(row) for row in tied], "comparisons": len(others),
+        "verdict": verdict(best, tied, len(others)),
+    }  # fmt: skip
+
+
+def best_of(rows) -> list[dict]:
+    """The row that is best on the held-out images, then those that are as good there and need more FLOPs."""
+    most = max(row["val_top1"]["n"] for row in rows)  # a mean of fewer seeds would win by its luck
+    rows = [row for row in rows if row["val_top1"]["n"] == most]
+    highest = max(row["val_top1"]["mean"] for row in rows)
+    return sorted((row for row in rows if row["val_top1"]["mean"] >= highest - TIED), key=lambda row: row["flops"])
+
+
+def _place(row) -> dict:
+    return {name: row[name] for name in COLUMNS[:3]}
+
+
+def _mean(group, name):
+    values = [r[name] for r in group.values()]
+    return None if None in values else float(np.mean(values))
+
+
+def verdict(best, tied, comparisons) -> str:
+    """Whether the best cell is better than 0/0 beyond what seeds and test images do.
+
+    The best of many cells looks better than it is, since its luck was chosen with it: its interval is one of those
+    that hold together for all cells.
+    """
+    words = f"Best on the held-out images: {label(best)}"
+    if tied:
+        more = f"; and {len(tied) - TIES_NAMED} more" if len(tied) > TIES_NAMED else ""
+        named = "; ".join(map(label, tied[:TIES_NAMED]))
+        words += f" (tied with {named}{more}: the one with the fewest FLOPs is taken)"
+    words += f", {told(best['test_top1'])}% of the test images ({_seeds(best['test_top1']['n'])})."
+    if (best["cls_pos"], best["reg_pos"], best["num_reg"]) == baseline_of((0, 0, best["num_reg"])):
+        return f"{words} No cell with tokens that enter later is better there."
+    against = best["against_0_0"]
+    if against is None:
+        return f"{words} There is no 0/0 cell with as many registers and a common seed to compare it with."
+    difference = f"{words} That is {against['mean']:+.2f} points against 0/0"
+    if against["lacks"]:
+        return f"{difference}; no verdict: {against['lacks']}."
+    interval = (
+        f"95 % interval {against['low']:+.2f} to {against['high']:+.2f} over {_seeds(against['n'])} and the test "
+        f"images, corrected for {_comparisons(comparisons)}"
+    )
+    if against["low"] <= 0 <= against["high"]:
+        return f"{difference} ({interval}): no difference beyond seed and image noise."
+    return f"{difference} ({interval}): {'better' if against['mean'] > 0 else 'worse'} beyond seed and image noise."
+
+
+def label(row) -> str:
+    cls = "no CLS" if row["cls_pos"] is None else f"CLS at {row['cls_pos']}"
+    return f"{cls}, {row['num_reg']} registers at {row['reg_pos']}" if row["num_reg"] else f"{cls}, no registers"
+
+
+def told(sample) -> str:
+    """Mean and standard deviation, as words."""
+    return f"{sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {sample['sd']:.2f}")
+
+
+def _seeds(n) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+def _comparisons(n) -> str:
+    return "1 comparison" if n == 1 else f"{n} comparisons"
+
+
+def margins(records, along) -> dict[int, dict]:
+    """Mean test accuracy over the other position, of the seeds that have all of the cells.
+
+    Args:
+        along: "cls_pos" or "reg_pos".
+
+    Returns:
+        {num_reg: {position: `mean_of` over seeds, and the interval "low" to "high", None where `paired` has none}}.
+    """
+    other, found = {"cls_pos": "reg_pos", "reg_pos": "cls_pos"}[along], {}
+    for count in sorted({r["num_reg"] for r in records}):
+        mine = [r for r in records if r["num_reg"] == count]
+        xs = sorted({r[along] for r in mine}, key=place)
+        ys = {r[other] for r in mine}
+        there = {(r[along], r[other], r["seed"]): r for r in mine}
+        whole = [s for s in sorted({r["seed"] for r in mine}) if all((x, y, s) in there for x in xs for y in ys)]
+        if whole:
+            found[count] = {x: _margin([[there[x, y, s] for y in ys] for s in whole]) for x in xs}
+    return found
+
+
+def _margin(by_seed: list[list[dict]]) -> dict:
+    point = mean_of([np.mean([r["test_top1"] for r in one]) for one in by_seed])
+    if _lacks([r for one in by_seed for r in one], len(by_seed)):
+        return point | {"low": None, "high": None}
+    hits = np.array([np.mean([hits_of(r) for r in one], 0) for one in by_seed])  # (S, n)
+    half = 100 * float(half_width(hits, 0, 1))
+    return point | {"low": point["mean"] - half, "high": point["mean"] + half}
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def write_tables(folder, about: dict) -> dict:
+    """results.csv (a line a cell), results.json (with the statistics) and results.md; returns the statistics."""
+    folder, records = Path(folder), collect(folder)
+    summary = summarise(records)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record | {"cls_pos": _word(record["cls_pos"])} for record in records)
+    everything = json.dumps({"about": about, "cells": records, **summary}, indent=1)
+    for name, text in (("csv", lines.getvalue()), ("json", everything), ("md", markdown(summary))):
+        utils.write_atomically(folder / f"results.{name}", lambda file, text=text: file.write(text.encode()))
+    return summary
+
+
+def markdown(summary) -> str:
+    """A table for a README: a line a group, the best in bold."""
+    heads = (
+        "CLS at", "registers", "at", "seeds", "held-out %", "test %", "against 0/0 (95 % interval)", "MFLOPs",
+        "images/s", "artefacts", "CLS to registers",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in summary["groups"]:
+        is_best = all(row[name] == value for name, value in summary["best"].items())
+        cells = [
+            _word(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
+            str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", told(row["test_top1"]),
+            _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
+            f"{row['artefact_share']:.2f} %",
+            "-" if row["cls_to_registers"] is None else f"{row['cls_to_registers']:.1f} %",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
+    note = (
+        f"Intervals: 95 % for all {_comparisons(summary['comparisons'])} together, over seeds and test images, paired; "
+        f"from {MIN_SEEDS} common seeds on."
+    )
+    return "\n".join([*lines, "", *([note, ""] if summary["comparisons"] else []), summary["verdict"], ""])
+
+
+def _word(position) -> str:
+    return "none" if position is None else str(position)
+
+
+def _difference(against) -> str:
+    if against is None:
+        return "-"
+    interval = "" if against["low"] is None else f" ({against['low']:+.2f} to {against['high']:+.2f})"
+    return f"{against['mean']:+.2f}{interval}"

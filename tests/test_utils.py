@@ -1,0 +1,79 @@
+"""Devices, memory and processes: what utils.py says of a machine."""
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+import visualize_attention
+from conftest import run
+from datasets import Split
+from loading.memory import load_data
+from training.run_log import environment
+
+
+def test_the_log_names_the_hardware_that_was_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    assert "GPU" not in environment(torch.device("cpu"))["hardware"]
+    assert environment(torch.device("cuda", 1))["hardware"] == "a GPU, cuda:1"
+
+
+def test_peak_memory_counts_anew():
+    device = torch.device("cpu")
+    block = np.ones(200 * 2**20, dtype=np.uint8)
+    before = utils.peak_memory(device)
+    del block
+    utils.reset_peak_memory(device)
+    assert utils.peak_memory(device) < before - 150
+
+
+def test_images_that_fill_the_device(capsys):
+    """The advice is not a smaller batch."""
+
+    class Large(torch.Tensor):
+        def to(self, *_):
+            raise torch.OutOfMemoryError("planted")
+
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8).as_subclass(Large)
+    status, _, err = run(lambda _: Split(images, torch.zeros(2)).to("cuda"), [[]], capsys)
+    assert status == 1 and "2 images" in err and "--input_size" in err and "--batch_size" not in err
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "word"), [(visualize_attention.main, ["--model_path", "x"], "--input_size takes less")]
+)
+def test_advice_names_flags_that_the_script_has(monkeypatch, capsys, main, argv, word):
+    def fails(_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(visualize_attention, "visualize", fails)
+    status, _, err = run(main, argv, capsys)
+    assert status == 1 and word in err and "--batch_size" not in err
+
+
+def test_nobody_waits_while_a_folder_is_decoded(monkeypatch, photos):
+    """NCCL waits ten minutes for the first process: that is for downloads."""
+
+    def entered():
+        raise AssertionError
+
+    monkeypatch.setattr(utils, "main_first", entered)
+    assert len(load_data("FOLDER", photos, (8, 8), 0).train) == 20
+
+
+def test_others_are_released_when_the_first_process_fails(monkeypatch):
+    released = []
+    monkeypatch.setattr(utils, "barrier", lambda: released.append(1))
+    with pytest.raises(utils.BadInput), utils.main_first():
+        raise utils.BadInput("planted")
+    assert released == [1]
+
+
+def test_a_line_is_printed_by_the_first_process_that_has_it(monkeypatch, tmp_path, capsys):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        for words in ("the same", f"of rank {rank}"):
+            status, _, err = run(utils.ArgumentParser().error, [words], capsys)
+            assert status == 2 and bool(err) == (words != "the same" or rank == "0")

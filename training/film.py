@@ -1,0 +1,239 @@
+"""What the tokens attend to in held-out images while a model trains: `--viz_every N`, `--viz_images I...`.
+
+`<output_dir>/attention/` gets, after every N-th epoch, `epoch_0010.npz` with the maps as figures, and `epoch_0010.png`
+with a page for each token; in the end `attention.pdf`, a page for each token and epoch, and `attention_cls.gif`, ...
+Those are drawn from the .npz files alone, so that a run that was resumed has all of its epochs in them.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import utils
+from datasets import denormalise, resize
+from inspection import inputs
+from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
+from loading.files import PictureLoader
+from loading.memory import Loader
+from models_dynamic import SIZES, DynamicViT
+from utils import BadInput
+
+EPOCH = re.compile(r"epoch_(\d{4,})\.(npz|png)")
+FILM = re.compile(r"attention\.pdf|attention_(cls|dist|reg\d+)\.gif")
+TOKEN = re.compile(r"cls|dist|reg\d+")
+FOLDER = "attention"
+SIDE, LETTERS = 128, 18  # at most so many pixels of a picture's longer side, and letters of a class name
+FRAMES, FRAME_MS, LAST_MS = 40, 600, 3000  # of a GIF: at most so many, each and the last one shown so long
+
+
+class TrainingMaps:
+    """What `run_epochs` calls, in every process; the first one draws. Without --viz_every it only removes files.
+
+    Raises BadInput if there is nothing to draw.
+    """
+
+    def __init__(self, args, model, val_batches, data):
+        self.args, self.data, self.folder = args, data, Path(args.output_dir) / FOLDER
+        self.val_batches, self.numbers = val_batches, _chosen_images(args, self.folder, model, val_batches)
+        if self.numbers:
+            utils.writable_folder(self.folder)
+
+    def begin(self, model, epoch, step):
+        """Remove what is not of this run, and draw what it begins with. `epoch`, `step`: so many are done.
+
+        `model`: what is validated and saved, not wrapped; training changes its weights in place.
+        """
+        if not utils.is_main():
+            return
+        for file in self.folder.glob("*"):
+            drawn = EPOCH.fullmatch(file.name)
+            fresh = not self.args.resume and (drawn or FILM.fullmatch(file.name))
+            if fresh or (drawn and int(drawn[1]) > epoch):
+                file.unlink()
+        if self.numbers:
+            self.model = model
+            self._read()
+            if not self._file(epoch).exists():
+                self.after(epoch, step)
+
+    def after(self, epoch, step):
+        """Draw this epoch, if it is one to draw."""
+        last = epoch >= self.args.epochs or step == self.args.max_steps
+        if not self.numbers or (epoch % self.args.viz_every and not last):
+            return
+        from matplotlib.image import imsave
+
+        saved, file = self._look(epoch), self._file(epoch)
+        utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
+        pages = [_page(saved, key, self.args.epochs) for key in _tokens(saved)]
+        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.largest(), scope="this page")) for page in pages])
+        utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
+        utils.say(f"wrote {file.with_suffix('.png')}")
+
+    def _file(self, epoch) -> Path:
+        return self.folder / f"epoch_{epoch:04}.npz"
+
+    def _read(self):
+        """The images as validation gives them to the model, and, smaller, as a person sees them."""
+        split, data, device = self.val_batches.split, self.data, next(self.model.parameters()).device
+        few = split.part(self.numbers)
+        pictures = isinstance(self.val_batches, PictureLoader)
+        loader = PictureLoader(few, data, len(few), device) if pictures else Loader(few, data, len(few))
+        self.images, labels = next(iter(loader))
+        self.labels = labels.tolist()
+        shown = denormalise(self.images, data["mean"], data["std"])
+        scale = min(1, SIDE / max(shown.shape[2:]))
+        shown = resize(shown, [round(side * scale) for side in shown.shape[2:]])
+        self.shown = shown.round().to("cpu", torch.uint8).numpy()
+
+    @torch.no_grad()
+    def _look(self, epoch) -> dict:
+        """All that the pages of this epoch show, as arrays."""
+        training = self.model.training
+        with utils.full_precision():
+            maps = token_maps(self.model, self.images)
+            logits = self.model.eval()(self.images).cpu()
+        self.model.train(training)
+        classes = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in self.data["classes"]]
+        captions = [
+            f"true: {inputs.class_name(label, classes)}\n{inputs.prediction(row, classes)}"
+            for label, row in zip(self.labels, logits)
+        ]
+        which = ", ".join(map(str, self.numbers[:10])) + ", ..." * (len(self.numbers) > 10)
+        about = f"held-out images {which} of {self.data['name']}" + "; EMA weights" * bool(self.args.ema)
+        return maps | {
+            "epoch": epoch, "images": self.numbers, "labels": self.labels, "logits": logits.numpy(),
+            "pictures": self.shown, "captions": captions, "about": about,
+        }  # fmt: skip
+
+
+def _chosen_images(args, folder, model, val_batches) -> list[int]:
+    """Numbers of held-out images, none without --viz_every. Raises BadInput where there is nothing to draw."""
+    if not args.viz_every:
+        if args.viz_images:
+            raise BadInput("--viz_images says which images --viz_every draws; give --viz_every N, too")
+        return []
+    if not isinstance(model, DynamicViT):
+        raise BadInput(f"--viz_every draws none of timm's models; leave it out, or give --model {next(iter(SIZES))}")
+    if model.cls_pos is model.dist_pos is model.reg_pos is None:
+        raise BadInput("--viz_every draws what tokens attend to, and this model has none; give --num_reg 4, say")
+    if val_batches is None:
+        raise BadInput("--viz_every draws held-out images, and --val_size 0 holds none out; leave out one of the two")
+    count = len(val_batches.split)
+    for i in args.viz_images or ():
+        if i >= count:
+            raise BadInput(f"--viz_images {i}: there is no such image, the held-out images are 0..{count - 1}")
+    numbers = list(args.viz_images or range(min(4, count)))
+    for file in _epochs(folder) if args.resume else ():
+        with np.load(file) as saved:
+            before = saved["images"].tolist()
+        if before != numbers:
+            images = utils.flag_value(before)
+            raise BadInput(f"{file} is of other images; give --viz_images {images}, or move that folder away")
+    return numbers
+
+
+def token_maps(model: DynamicViT, images: Tensor) -> dict[str, np.ndarray]:
+    """{'cls', 'dist', 'reg0', ...: (B, blocks, gh, gw)}: means over heads; NaN in blocks before the token enters."""
+    found, maps = model.attention_maps(images, range(model.depth)), {}
+    for block in reversed(range(model.depth)):  # the last one has all tokens
+        there = {"cls": found[block].cls, "dist": found[block].dist}
+        if found[block].registers is not None:
+            there |= {f"reg{r}": heads for r, heads in enumerate(found[block].registers.unbind(dim=1))}
+        for key, heads in there.items():
+            if heads is not None:  # (B, H, gh, gw)
+                absent = np.full((len(images), model.depth, *model.grid_size), np.nan, np.float32)
+                maps.setdefault(key, absent)[:, block] = heads.mean(dim=1).cpu()
+    return maps
+
+
+# Files and pages -------------------------------------------------------------------------------------------------
+
+
+def _epochs(folder) -> list[Path]:
+    """The .npz files in order."""
+    files = [file for file in folder.glob("epoch_*.npz") if EPOCH.fullmatch(file.name)]
+    return sorted(files, key=lambda file: int(file.stem.removeprefix("epoch_")))
+
+
+def _tokens(saved) -> list[str]:
+    return [key for key in saved if TOKEN.fullmatch(key)]
+
+
+def _page(saved, key, epochs) -> Page:
+    """One token at one epoch: a row for each image, a column for each block."""
+    all_maps, pictures, rows = torch.from_numpy(saved[key]), torch.from_numpy(saved["pictures"]), []
+    enters = int(all_maps[0, :, 0, 0].isnan().sum())
+    for caption, picture, maps in zip(saved["captions"], pictures, all_maps):
+        there = [None] * enters + list(maps[enters:])
+        cells = [Cell(f"block {b}", m, f"absent: enters at block {enters}") for b, m in enumerate(there)]
+        rows.append(Row(str(caption), picture, cells))
+    names = {"cls": "Class token", "dist": "Distillation token"}
+    registers = sum(token.startswith("reg") for token in _tokens(saved))
+    name = names.get(key) or f"Register {key.removeprefix('reg')} (of {registers})"
+    title, about = f"{name}, epoch {int(saved['epoch'])} of {epochs}", f"enters at block {enters}; {saved['about']}"
+    return Page(key, title, rows, about, f"{ATTENTION}, mean over heads")
+
+
+def write_film(args):
+    """One PDF, and a GIF for each token, of all epochs that were drawn; one colour scale for all pages of a token.
+
+    It may take minutes, so it is called where no other process waits.
+    """
+    folder = Path(args.output_dir) / FOLDER
+    files = _epochs(folder) if args.viz_every and utils.is_main() else []
+    if not files:
+        return
+    with np.load(files[0]) as saved:
+        keys = _tokens(saved)
+    in_gif = {round(i) for i in np.linspace(0, len(files) - 1, min(FRAMES, len(files)))}
+
+    def pages(key):
+        for file in files:
+            with np.load(file) as saved:
+                yield _page(saved, key, args.epochs)
+
+    def figures():
+        for key in keys:
+            vmax, frames = max(page.largest() for page in pages(key)), []
+            for i, page in enumerate(pages(key)):
+                figure = draw_page(page, vmax=vmax, scope="all epochs")
+                yield figure
+                if i in in_gif:
+                    frames.append(_frame(_pixels(figure), frames))
+            _write_gif(folder / f"attention_{key}.gif", frames)
+
+    write_pdf(figures(), folder / "attention.pdf")
+    gifs = ", ".join(f"attention_{key}.gif" for key in keys)
+    utils.say(f"wrote {folder / 'attention.pdf'} and {gifs}: {len(files)} epochs")
+
+
+def _pixels(figure) -> np.ndarray:
+    """(h, w, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(100)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _frame(pixels, before):
+    """A PIL image in the palette of the frames before: the maps' colours, white, and those of the first frame."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    image, palette = Image.fromarray(pixels), Image.new("P", (1, 1))
+    if not before:
+        scale = (255 * colormaps[COLOURS](np.linspace(0, 1, 127))[:, :3]).round().astype(int)
+        palette.putpalette([*scale.ravel().tolist(), 255, 255, 255, *image.quantize(128).getpalette()])
+    return image.quantize(palette=before[0] if before else palette, dither=Image.Dither.NONE)
+
+
+def _write_gif(file, frames):
+    options = dict(save_all=True, append_images=frames[1:], loop=0)
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    utils.write_atomically(file, lambda out: frames[0].save(out, format="GIF", duration=durations, **options))

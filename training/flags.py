@@ -1,0 +1,188 @@
+"""Flags that the training scripts share, and what they describe: the model, the machine, the folder of a run."""
+
+from argparse import SUPPRESS
+
+import utils
+from datasets import BAD_IMAGES, DATA_SETS, TEST_SIZE, detect_data_set
+from loading.decode import add_max_pixels
+from models_dynamic import SIZES
+from utils import BadInput, number
+
+# Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
+MODEL_FLAGS = {
+    "num_reg": "num_register_tokens", "cls_pos": "cls_pos", "reg_pos": "reg_pos", "dist_pos": "dist_pos",
+    "embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "mlp_ratio": "mlp_ratio",
+    "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
+}  # fmt: skip
+OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
+FINETUNE = "begin with these weights, wherever the tokens enter"
+
+
+def add_model_flags(parser):
+    """The flags in `MODEL_FLAGS`, but for `dist_pos`. Returns the group."""
+    group = parser.add_argument_group("model (default: that of --model)")
+    missing = dict(default=SUPPRESS)
+    group.add_argument("--num_reg", type=number(int, 0), help="register tokens (4)", **missing)
+    group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
+    group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
+    group.add_argument("--embed_dim", type=number(int, 1, 2**16), help="width", **missing)
+    group.add_argument("--depth", type=number(int, 1, 1000), help="blocks", **missing)
+    group.add_argument("--num_heads", type=number(int, 1), help="heads", **missing)
+    group.add_argument("--mlp_ratio", type=number(float, above=0), help="hidden width of the MLP / width", **missing)
+    group.add_argument("--patch_size", type=utils.image_size, help="pixels, 4 or 4x8 (height x width)", **missing)
+    group.add_argument("--input_size", type=utils.image_size, help="pixels, 32 or 32x48 (height x width)", **missing)
+    group.add_argument(
+        "--init_values", type=number(float, above=0), help="initial LayerScale (no LayerScale)", **missing
+    )
+    group.add_argument(
+        "--drop_path", type=number(float, 0, 0.99), default=0.1, help="stochastic depth at the last block"
+    )
+    return group
+
+
+def add_training_flags(group):
+    """What the epoch loop reads, with the defaults that do not depend on the script."""
+    group.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
+    group.add_argument(
+        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0,
+        help="decay of averaged weights, 0: none",
+    )  # fmt: skip
+    group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
+    group.add_argument("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
+    group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
+    group.add_argument(
+        "--skip_bad_steps", type=number(int, 0), default=0, metavar="N",
+        help="leave out so many steps whose loss or gradient is not finite, before one ends the run",
+    )  # fmt: skip
+    group.add_argument(
+        "--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too, not only after "
+        "each epoch",
+    )  # fmt: skip
+    group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
+    group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+    group.add_argument(
+        "--viz_every", type=number(int, 1), metavar="N", help="draw what tokens attend to in held-out images, each N "
+        "epochs, before the first and after the last one; in the end also as a PDF and animated GIFs",
+    )  # fmt: skip
+    group.add_argument(
+        "--viz_images", type=number(int, 0), nargs="+", metavar="I", help="numbers of these images (default: 0 1 2 3)"
+    )
+
+
+def add_file_flags(group):
+    """How training reads image files; see `of_data`."""
+    group.add_argument(
+        "--test_size", type=number(float, above=0), help="images to test on, a share or a number, where the class "
+        f"folders lie in --data_path itself, without train/ and test/ (default: {TEST_SIZE})",
+    )  # fmt: skip
+    group.add_argument(
+        "--bad_images", choices=BAD_IMAGES, default="error", help="what training does with images that cannot be read; "
+        "skip: list them and leave them out",
+    )  # fmt: skip
+    add_max_pixels(group)
+
+
+def of_data(args) -> dict:
+    """The arguments of `load_data` and `load_pictures` that are flags."""
+    return {name: getattr(args, name) for name in ("val_size", "test_size", "max_pixels", "bad_images")}
+
+
+def add_small_image_flags(parser):
+    """Data, model, recipe and machine for images in memory: flags of `cifar_main.py` and of a sweep's cells."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_set", choices=DATA_SETS, type=str.upper, help="default: what --data_path holds, or its name, or CIFAR10"
+    )
+    group.add_argument(
+        "--data_path", help="a folder with train/<class>/ and test/<class>/ (or val/), or with <class>/ alone "
+        "(default: ./data/CIFAR10 or ./data/CIFAR100, downloaded there if absent)",
+    )  # fmt: skip
+    group.add_argument(
+        "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
+        "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, else 0.1; not with folders val/ and "
+        "test/: val/ is held out then)",
+    )  # fmt: skip
+    add_file_flags(group)
+    group.add_argument(
+        "--aug",
+        choices=("trivial", "rand", "none"),
+        help="TrivialAugment or RandAugment (default: trivial; none for DIGITS)",
+    )
+    group.add_argument(
+        "--hflip", type=number(float, 0, 1), help="probability of a mirror image (default: 0.5; 0 for DIGITS)"
+    )
+    group.add_argument("--reprob", type=number(float, 0, 1), default=0.25, help="probability of random erasing")
+    group.add_argument("--mixup", type=number(float, 0), default=1.0, help="MixUp's alpha, 0 for none")
+    group.add_argument("--cutmix", type=number(float, 0), default=1.0, help="CutMix's alpha, 0 for none")
+    group.add_argument(
+        "--mix_prob", type=number(float, 0, 1), default=0.5, help="share of batches that are mixed at all"
+    )
+    group.add_argument(
+        "--repeats",
+        type=number(float, above=0),
+        default=3,
+        help="times that an epoch goes through the images, each augmented anew",
+    )
+
+    group = add_model_flags(parser)
+    group.add_argument("--model", choices=sorted(SIZES), default="dynamic_vit_cifar", help="size")
+    group.add_argument("--finetune", metavar="FILE", help=FINETUNE)
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), default=100)
+    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images at a time, in each process")
+    group.add_argument(
+        "--lr", type=number(float, above=0), default=1e-3, help="peak learning rate of AdamW; not scaled"
+    )
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.05, help="not of biases, norms, tokens")
+    group.add_argument("--warmup_epochs", type=number(float, 0), help="linear warm-up (default: a tenth of --epochs)")
+    add_training_flags(group)
+    add_machine_flags(parser)
+
+
+def resolve(args):
+    """Fill in the defaults of `add_small_image_flags` that depend on other flags."""
+    args.data_set = args.data_set or detect_data_set(args.data_path)
+    if args.data_path is None and args.data_set.startswith("CIFAR"):
+        args.data_path = f"./data/{args.data_set}"
+    digits = args.data_set == "DIGITS"
+    args.aug = args.aug or ("none" if digits else "trivial")
+    args.hflip = (0.0 if digits else 0.5) if args.hflip is None else args.hflip
+    args.warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs
+    check_training(args)
+
+
+def check_training(args):
+    """Raise BadInput for flags that training cannot do together; where nothing is trained, they do not matter."""
+    if getattr(args, "eval", False) or getattr(args, "throughput", False):
+        return
+    if args.warmup_epochs >= args.epochs:
+        raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    check_pairs(args, args.batch_size)
+
+
+def check_pairs(args, images):
+    """Raise BadInput where MixUp or CutMix is to pair the images of batches of an odd number of `images`."""
+    if (args.mixup or args.cutmix) and images % 2:
+        few = "" if images == args.batch_size else f", and there are too few images for more than {images} in a batch"
+        raise BadInput(
+            f"--batch_size {args.batch_size} must be even for MixUp and CutMix, which pair the images of a batch"
+            f"{few}; or give --mixup 0 --cutmix 0"
+        )
+
+
+def add_machine_flags(parser):
+    """Returns the group."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of training")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--num_threads", type=number(int, 1, 1024), help="CPU threads (default: torch's)")
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0)
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    return group
+
+
+def given_model_args(args) -> dict:
+    """Those arguments of the model that the user gave."""
+    return {arg: getattr(args, flag) for flag, arg in MODEL_FLAGS.items() if hasattr(args, flag)}

@@ -1,0 +1,273 @@
+"""The folder of a run: one run at a time, its checkpoints, which of them to go on from, its log.
+
+checkpoint.pth        the newest; checkpoint_1.pth the one before it, and so on, as many as --keep says
+checkpoint*.damaged   what was found damaged, moved aside
+log.txt               lines of JSON: how the run began, then one for each epoch
+lock, running.json    while a run is in the folder: it is held, and by whom
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+import utils
+from checkpoints.files import load_checkpoint, save_checkpoint
+from training.run_log import plain_args, read_json_lines
+from utils import BadInput, say
+
+NEWEST = "checkpoint.pth"
+# Flags that leave a run what it is: where, by whom and how it is watched. All others must be the same to go on.
+FREE = (
+    "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
+    "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
+    "max_pixels", "bad_images",
+)  # fmt: skip
+LONGER = ("epochs", "warmup_epochs")  # may change, and it is said
+# What decides which images are in which batch: the same within an epoch.
+BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
+
+
+class InUse(BadInput):
+    """Another run is at the folder."""
+
+
+# One run at a time ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held(folder, best_path=None):
+    """Hold the folder, and the file of the best weights if that lies elsewhere, for the processes of this run.
+
+    The system lets a lock go when its process ends, however that happens. Raises InUse, naming who holds it.
+    """
+    folder = utils.writable_folder(folder)
+    paths = [folder / "lock"]
+    if best_path is not None and Path(best_path).parent.resolve() != folder.resolve():
+        paths.append(Path(best_path).with_name(f"{Path(best_path).name}.lock"))
+    with ExitStack() as stack:
+        utils.main_decides(lambda: [stack.enter_context(_held(path)) for path in paths] and None)
+        yield
+
+
+@contextmanager
+def _held(path: Path):
+    owner = path.with_name("running.json" if path.name == "lock" else f"{path.name}.json")
+    lock = FileLock(path, is_singleton=True)  # a sweep holds the folders of its cells already
+    again = lock.is_locked
+    try:
+        lock.acquire(timeout=0 if _lives(_owner(owner)) else 15)  # reading processes outlive a killed one by seconds
+    except Timeout:
+        raise InUse(
+            f"{path.parent} is in use by {_words(_owner(owner))}: wait for its end, stop it, or give another folder"
+        ) from None
+    except OSError as error:
+        raise BadInput(f"cannot lock {path}: {error.strerror or error}; choose another folder") from None
+    try:
+        if not again:
+            if owner.exists():
+                say(f"{_words(_owner(owner))} ended here without a word; its lock is void")
+            utils.remove_temporary(path.parent)
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            utils.write_atomically(owner, lambda file: file.write(json.dumps(me).encode()))
+        yield
+    finally:
+        if not again:
+            owner.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # while it is held: who waits for this file then sees that it is gone
+        lock.release()
+
+
+def _owner(path) -> dict:
+    try:
+        return next(iter(read_json_lines(path)), {})
+    except OSError:
+        return {}
+
+
+def _words(owner) -> str:
+    if not owner:
+        return "another run"
+    return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
+
+
+def _lives(owner) -> bool:
+    """Whether that process may be alive; on another machine nobody can tell."""
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return True
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder) -> list[Path]:
+    """Those of an unfinished or finished run, the newest first."""
+    files = [file for file in Path(folder).glob("checkpoint*.pth") if is_checkpoint(file) and file.is_file()]
+    return sorted(files, key=lambda file: int(file.stem.partition("_")[2] or 0))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file has a name that the checkpoints of a run take."""
+    return re.fullmatch(r"checkpoint(_[1-9]\d*)?\.pth", path.name) is not None
+
+
+def save(folder, checkpoint: dict, keep: int):
+    """Write the newest checkpoint; those before it move on by one, all but `keep` are removed.
+
+    Whenever the process is killed in here, a whole one is there.
+    """
+    places = [Path(folder) / NEWEST, *(Path(folder) / f"checkpoint_{n}.pth" for n in range(1, keep))]
+
+    def make_room():
+        for newer, older in reversed(list(pairwise(places))):
+            if newer.exists():
+                os.replace(newer, older)
+
+    save_checkpoint(places[0], checkpoint, make_room)
+    for file in checkpoints(folder):
+        if file not in places:
+            file.unlink(missing_ok=True)
+
+
+def newest_whole(folder) -> Path | None:
+    """The newest checkpoint that can be read, None without one. Damaged ones are reported and moved aside."""
+    for path in checkpoints(folder):
+        try:
+            load_checkpoint(path)
+            return path
+        except BadInput as error:
+            aside = path.with_suffix(".damaged")
+            os.replace(path, aside)
+            older = checkpoints(folder)
+            then = f", and {older[0].name} is tried" if older else ""
+            say(f"{str(error).partition(';')[0]}; it is {aside.name} now{then}")
+    return None
+
+
+def choose(args, best_path):
+    """Set `args.resume` to the checkpoint to go on from, or None to begin; in all processes the same.
+
+    `--resume` alone is the newest whole one of the folder. A process that torchrun started again (--max-restarts) goes
+    on, too. Raises BadInput if another run would be lost, or there is nothing to go on from.
+    """
+    args.resume = utils.main_decides(lambda: _choose(args, Path(args.output_dir), Path(best_path)))
+
+
+def _choose(args, folder, best_path):
+    again, found = started_again(folder), checkpoints(folder)
+    if args.resume == "" or (again and found):
+        path = newest_whole(folder)
+        if path is not None:
+            return str(path)
+        if found:
+            raise BadInput(f"no checkpoint in {folder} is whole; --overwrite trains anew")
+        raise BadInput(f"--resume: there is no {folder / NEWEST}; leave out --resume to begin")
+    if args.resume:
+        if not Path(args.resume).is_file():
+            raise BadInput(f"--resume: there is no {args.resume}; leave out --resume to begin")
+        return args.resume
+    there = [*found, *([best_path] if best_path.is_file() else [])]
+    if there and not (args.overwrite or again):
+        raise BadInput(
+            f"{there[0]} is there, of another run: --resume goes on with it, --overwrite trains anew; "
+            "or give another --output_dir"
+        )
+    return None
+
+
+def started_again(folder) -> bool:
+    """Whether torchrun started this process after a failure, and the run in the folder is the one that failed."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    log = Path(folder) / "log.txt"
+    return log.is_file() and next(iter(read_json_lines(log)), {}).get("job") == job()
+
+
+def job() -> str | None:
+    """What processes that torchrun starts again share: the job's name, and who started them."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else f"{name} {socket.gethostname()} {os.getppid()}"
+
+
+def check_same_run(path, saved: dict, args):
+    """Raise BadInput unless a checkpoint of this folder is of a run with these flags, and as many processes.
+
+    With --overwrite, or from another folder, it may be of other flags, if these can take effect from there on.
+    """
+    here = plain_args(args) | {"processes": utils.world_size()}
+    there = saved["args"] | {"processes": len(saved["processes"])}
+    other = _differ(there, here)
+    values = {name: [utils.flag_value(flags[name]) for flags in (there, here)] for name in other}
+    said = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
+    if "finetune" in other and args.finetune:
+        raise BadInput(
+            f"--resume: --finetune was {there['finetune']}, is now {args.finetune}, but the weights are those of "
+            f"{path}; give the same --finetune, or leave out --resume"
+        )
+    if saved["batch"] and set(other) & set(BATCHES):
+        of_batches = "; ".join(words for name, words in zip(other, said) if name in BATCHES)
+        raise BadInput(
+            f"{path} is in the middle of an epoch, whose batches are of other images now ({of_batches}): give the "
+            "same, or resume from a checkpoint at the end of an epoch"
+        )
+    if not set(other) <= set(LONGER) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
+        raise BadInput(
+            f"{path} is of another run ({'; '.join(said)}): give the same flags, or another --output_dir; --overwrite "
+            "goes on with these"
+        )
+    if said:
+        say(f"note: not as in {path}: {'; '.join(said)}")
+
+
+def _folder(args) -> Path:
+    return Path(args.output_dir).resolve()
+
+
+def _differ(there: dict, here: dict) -> list[str]:
+    """Names of flags that both have, with other values; in JSON, tuples are lists."""
+    there, here = json.loads(json.dumps(there)), json.loads(json.dumps(here))
+    return [name for name in here if name in there and name not in FREE and there[name] != here[name]]
+
+
+# Beginning, and the log -------------------------------------------------------------------------------------------
+
+
+def begin(folder, best_path, header: dict) -> Path:
+    """Begin a run: its log, and nothing of another one left that could be taken for its own. Returns the log."""
+    log = Path(folder) / "log.txt"
+    write_log(log, [header | {"job": job()}])
+    for file in (*checkpoints(folder), Path(best_path)):
+        file.unlink(missing_ok=True)
+    return log
+
+
+def go_on(folder, header: dict, epoch: int, metrics: dict | None) -> Path:
+    """Put the log in the state that it had when the checkpoint was written, whatever happened since. Returns it."""
+    log = Path(folder) / "log.txt"
+    records = read_json_lines(log) if log.exists() else []
+    headers = [r for r in records if "epoch" not in r and isinstance(r.get("args"), dict)]
+    if not headers or _differ(headers[-1]["args"], header["args"]):
+        headers.append(header)
+    epochs = {r["epoch"]: r for r in records if isinstance(r.get("epoch"), int) and r["epoch"] <= epoch}
+    if metrics is not None:
+        epochs[metrics["epoch"]] = metrics
+    write_log(log, [headers[0] | {"job": job()}, *headers[1:], *(epochs[n] for n in sorted(epochs))])
+    return log
+
+
+def write_log(path, records):
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    utils.write_atomically(path, lambda file: file.write(lines.encode()))

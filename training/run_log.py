@@ -1,0 +1,150 @@
+"""What a run writes for a reader: lines of JSON, TensorBoard's figures, curves."""
+
+import json
+import math
+import platform
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+import utils
+from utils import BadInput, RunFailed, write_atomically
+
+CURVES_EVERY = 30  # seconds, at least; and after the last epoch
+
+
+class _Record:
+    """What the first process writes of each epoch: a line of the log, TensorBoard's figures, sometimes the curves."""
+
+    def __init__(self, log: Path, on_tensorboard, epoch):
+        self.log, self.drawn, self.epochs = log, -math.inf, None
+        self.board = tensorboard(log.parent, epoch + 1) if on_tensorboard and utils.is_main() else None
+
+    def add(self, metrics):
+        append_json(self.log, metrics)
+        if perf_counter() - self.drawn > CURVES_EVERY:  # a page takes a second, small epochs little more
+            self.draw()
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["epoch"])
+            self.board.flush()
+
+    def draw(self):
+        if not utils.is_main():
+            return
+        epochs = [record for record in read_json_lines(self.log) if "epoch" in record]
+        if epochs and len(epochs) != self.epochs:
+            plot_curves(epochs, self.log.parent)
+            self.drawn, self.epochs = perf_counter(), len(epochs)
+
+
+def plain_args(args) -> dict:
+    """An argparse namespace as plain values."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
+
+
+def git_revision() -> str:
+    """Of this code; '-dirty' if files were changed since, 'unknown' if it is no repository."""
+
+    def git(*command):
+        here = Path(__file__).parent
+        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+    except OSError:  # no git here
+        return "unknown"
+
+
+def environment(device) -> dict:
+    """Versions, git revision and the hardware of `device`: what a log needs to be understood later."""
+    import timm
+    import torchvision
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "timm": timm.__version__, "numpy": np.__version__, "git": git_revision(), "hardware": _hardware(device),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _hardware(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux; Python itself knows only the architecture there
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def append_json(path, record: dict):
+    """One more line of JSON at the end of a log."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_json_lines(path) -> list[dict]:
+    """The records of a log; lines that are none, such as a last one that a crash cut off, are left out."""
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def tensorboard(folder, epoch):
+    """A writer of TensorBoard's event files, from `epoch` on. Raises BadInput where that package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=epoch)
+
+
+PANELS = (  # of the training curves: title, label of the axis, lines
+    ("Loss", "loss", {"train_loss": "training (augmented)", "val_loss": "validation"}),
+    ("Validation accuracy", "top-1 (%)", {"val_top1": "validation", "raw_val_top1": "without EMA"}),
+    ("Learning rate", "at the end of the epoch", {"lr": "learning rate"}),
+    ("Gradient", "norm, mean over the epoch", {"grad_norm": "before clipping"}),
+    ("Speed", "images/s, all processes", {"images_per_s": "training"}),
+    ("Waiting for data", "share of the time (%)", {"data_wait": "waiting"}),
+)
+
+
+def plot_curves(epochs: list[dict], folder):
+    """Draw `training_curves.png` and `.pdf` from the epoch records of a log; see `PANELS`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.6), layout="constrained")
+    numbers = [record["epoch"] for record in epochs]
+    for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
+        for key, name in lines.items():
+            if any(record.get(key) is not None for record in epochs):
+                values = [float("nan") if record.get(key) is None else record[key] for record in epochs]
+                axes.plot(numbers, values, marker=".", label=name)
+        if axes.lines:
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        axes.set(title=title, xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if title in ("Speed", "Waiting for data"):
+            axes.set_ylim(bottom=0)
+    for suffix in ("png", "pdf"):
+        write_atomically(
+            Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
+        )

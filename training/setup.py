@@ -1,0 +1,149 @@
+"""What the flags of a run describe: device, model, optimizer, schedule, loss."""
+
+import os
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.layers import to_2tuple
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+
+import utils
+from checkpoints.files import load_checkpoint
+from checkpoints.models import timm_model
+from checkpoints.weights import LoadReport, load_weights
+from models_dynamic import SIZES, DynamicViT
+from training import flags
+from training.flags import MODEL_FLAGS, OF_ANY_MODEL, given_model_args
+from utils import BadInput
+
+
+def updates_per_epoch(batches, args) -> int:
+    return -(-batches // args.accum_steps)
+
+
+def make_optimizer(model, args, batches_per_epoch, *, opt, lr, warmup_lr, min_lr):
+    """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps.
+
+    Raises BadInput if there is no such optimizer.
+    """
+    device = next(model.parameters()).device
+    fused = {"fused": True} if opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
+    try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
+        optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=args.weight_decay or 1.0, **fused)
+    except (ValueError, AssertionError) as error:
+        raise BadInput(f"--opt {opt}: {error}") from None
+    if not args.weight_decay:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=warmup_lr,
+        min_lr=min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch(batches_per_epoch, args),
+    )  # fmt: skip
+    return optimizer, scheduler
+
+
+def make_mixup_and_loss(args, batch_size, classes, switch_prob=0.5, bce=False):
+    """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two."""
+    mixup, smoothing = None, args.smoothing
+    if args.mixup or args.cutmix:
+        flags.check_pairs(args, batch_size)
+        mixup = Mixup(
+            args.mixup, args.cutmix, prob=args.mix_prob, switch_prob=switch_prob, label_smoothing=args.smoothing,
+            num_classes=classes,
+        )  # fmt: skip
+        smoothing = 0.0
+    if bce:
+        return mixup, BinaryCrossEntropy(smoothing=smoothing)
+    return mixup, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def start(args) -> torch.device:
+    """Device, processes and threads as the flags say."""
+    device = utils.pick_device(args.device)
+    utils.init_distributed(device)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    if args.deterministic:
+        utils.make_deterministic()
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32; not in `evaluate`
+    utils.amp_dtype(args.amp, device)  # raises BadInput now rather than after the data are read
+    return device
+
+
+def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
+    """The model that the flags describe: one of `SIZES`, or of timm's models.
+
+    On the device 'meta' it is only a description, without weights.
+    """
+    given = given_model_args(args) | {"num_classes": num_classes}
+    try:
+        if args.model in SIZES:
+            given = SIZES[args.model] | given
+            _check_memory(**given)
+            with torch.device(device):
+                return DynamicViT(**given)
+        check_timm_model(args)
+        if not args.drop_path:
+            del given["drop_path_rate"]  # not every model has it
+        return timm_model(args.model, **given)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _check_memory(img_size, patch_size, embed_dim, depth, mlp_ratio=4.0, num_register_tokens=4, **_):
+    """Raise BadInput for a model whose weights alone are more than the memory, where the system tells its size."""
+    (h, w), (ph, pw) = to_2tuple(img_size), to_2tuple(patch_size)
+    in_blocks = depth * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))
+    wanted = 4 * (in_blocks + embed_dim * (3 * ph * pw + h * w // (ph * pw) + num_register_tokens))
+    if hasattr(os, "sysconf") and wanted > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise BadInput(
+            f"a model of {depth} blocks, width {embed_dim}, MLP ratio {mlp_ratio:g}, {num_register_tokens} registers "
+            f"and {h} x {w} pixels in patches of {ph} x {pw} does not fit into the memory; choose a smaller one"
+        )
+
+
+def load_finetune(model, path) -> LoadReport:
+    """Put the weights in the file `path` into `model`, and print what went where."""
+    try:
+        report = load_weights(model, load_checkpoint(path))
+    except ValueError as error:
+        raise BadInput(f"--finetune {path}: {error}") from None
+    for what, names in zip(("resampled", "left out", "new"), (report.resampled, report.left_out, report.new)):
+        utils.say(f"--finetune: {what}: {', '.join(names) or 'nothing'}")
+    utils.say(f"--finetune: loaded {len(report.loaded)} of the model's {len(model.state_dict())} tensors as they are")
+    return report
+
+
+def check_timm_model(args):
+    """Raise BadInput unless the flags describe one of timm's models."""
+    sizes = ", ".join(SIZES)
+    if not timm.is_model(args.model):
+        raise BadInput(f"there is no model {args.model}; choose one of {sizes}, or of timm's models")
+    foreign = [f"--{flag}" for flag in MODEL_FLAGS if hasattr(args, flag) and flag not in OF_ANY_MODEL]
+    if foreign:
+        raise BadInput(f"{', '.join(foreign)}: timm's {args.model} has no such choice; use one of {sizes}")
+
+
+def describe(model) -> str:
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    if not isinstance(model, DynamicViT):
+        return f"{model.model_args['timm_name']} of timm, {size:.2f} M parameters"
+    cls = "no class token" if model.cls_pos is None else f"CLS enters at block {model.cls_pos}"
+    registers = (
+        f"{model.num_register_tokens} registers at block {model.reg_pos}"
+        if model.num_register_tokens
+        else "no registers"
+    )
+    dist = "" if model.dist_pos is None else f", distillation token at block {model.dist_pos}"
+    return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
+
+
+def say_what(model, data):
+    """The line that a run begins with."""
+    sizes = data.description()["images"]
+    utils.say(f"{describe(model)}; {data.name}: " + ", ".join(f"{n} {part}" for part, n in sizes.items()) + " images")

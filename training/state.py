@@ -1,0 +1,129 @@
+"""All that a run has to remember, in memory and in a checkpoint: a run that goes on is one that never stopped."""
+
+from pathlib import Path
+
+import utils
+from checkpoints.files import load_checkpoint
+from training import run_folder
+from training.run_log import plain_args
+from utils import BadInput, say
+
+
+class TrainingState:
+    """Counts, the best so far, and the parts that training changes.
+
+    `epoch` whole epochs are done, `step` steps, `batch` batches of the epoch after those, whose progress so far is
+    `sums` (see `engine.train_one_epoch`), and `skipped` steps of earlier epochs were left out. `metrics` are the last
+    epoch's, `best` those of the saved weights.
+    """
+
+    def __init__(self, model, optimizer, scaler, ema, description, args):
+        self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
+        self.description, self.args = description, args
+        self.epoch = self.step = self.batch = self.skipped = 0
+        self.sums = self.metrics = self.best = None
+        self.kept = "nothing was saved"  # in words
+
+    def about(self) -> dict:
+        """What every checkpoint says, beside the weights."""
+        return {
+            "model_args": self.model.model_args, "data": self.description, "args": plain_args(self.args),
+            "epoch": self.epoch, "metrics": self.metrics,
+        }  # fmt: skip
+
+    def checkpoint(self) -> dict:
+        """To go on from. All processes have a part in it; it is the same in all of them."""
+        return {
+            "model": self.model.state_dict(), **self.about(), "best": self.best, "step": self.step,
+            "batch": self.batch, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "processes": utils.gather({"random": utils.random_states(), "sums": self.sums}),
+        }  # fmt: skip
+
+    def save(self):
+        """Write the newest checkpoint of the run's folder."""
+        checkpoint = self.checkpoint()
+        if utils.is_main():
+            run_folder.save(self.args.output_dir, checkpoint, self.args.keep)
+        self.kept = self._words(Path(self.args.output_dir) / run_folder.NEWEST)
+
+    def _words(self, path) -> str:
+        return f"{path} holds the weights of epoch {self.epoch}{f', and {self.batch} batches' * bool(self.batch)}"
+
+    def restore(self, path):
+        """Put everything back as it was when the checkpoint was written.
+
+        Raises BadInput for one that is no such thing, damaged, or of another model, other data or another run.
+        """
+        saved = load_checkpoint(path)
+        if "optimizer" not in saved or "model_args" not in saved:
+            raise BadInput(f"{path} cannot be resumed from: it has no optimizer state; give the run's checkpoint.pth")
+        if "processes" not in saved:
+            raise BadInput(f"{path} cannot be resumed from: an earlier revision of this project wrote it")
+        try:
+            self._check_kinds(saved)
+            self._check(path, saved)
+            self._restore(path, saved)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
+        self.kept = self._words(path)
+        if self.epoch >= self.args.epochs:
+            say(f"{path} has all {self.epoch} epochs; a larger --epochs resumes it")
+        else:
+            say(f"going on after epoch {self.epoch}{f' and {self.batch} batches' * bool(self.batch)} of {path}")
+
+    def _check_kinds(self, saved):
+        """Of what is not used at once, so that nothing is met later that training would not have written."""
+        for name in ("epoch", "step", "batch", "skipped"):
+            if type(saved[name]) is not int or not 0 <= saved[name] < 2**40:
+                raise ValueError(f"{name} is {str(saved[name])[:40]}")
+        wanted = ("epoch", "train_loss", *(("val_top1", "val_loss") if self.description["images"]["val"] else ()))
+        for record in (saved["metrics"], saved["best"]):
+            if record is not None:
+                [float(record[name]) for name in wanted]
+        for process in saved["processes"]:
+            if process["sums"] is not None:
+                [float(process["sums"][name]) for name in ("loss", "images", "norm", "norms", "waited", "seconds")]
+                int(process["sums"]["skipped"])
+
+    def _check(self, path, saved):
+        for what, there, here in (
+            ("model", saved["model_args"], self.model.model_args),
+            ("data", saved["data"], self.description),
+            ("--ema", {"ema": bool(saved["ema"])}, {"ema": bool(self.ema)}),
+        ):
+            other = [f"{k} is {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
+            if other:
+                raise BadInput(f"--resume: the {what} of {path} differs: {'; '.join(other)}; give the same flags")
+        run_folder.check_same_run(path, saved, self.args)
+
+    def _restore(self, path, saved):
+        self.model.load_state_dict(saved["model"])
+        self._restore_optimizer(path, saved)
+        if self.scaler is not None and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        for name in ("epoch", "step", "batch", "skipped", "metrics", "best"):
+            setattr(self, name, saved[name])
+        if len(saved["processes"]) == utils.world_size() and saved["args"].get("seed") == self.args.seed:
+            mine = saved["processes"][utils.rank()]
+            self.sums = mine["sums"]
+            utils.set_random_states(mine["random"])
+
+    def _restore_optimizer(self, path, saved):
+        """Its state, with what flags say now of its groups; no state where that is of another optimizer."""
+        there, here = saved["args"], plain_args(self.args)
+        changed = [name for name in ("opt", "attn_only", "finetune") if there.get(name) != here.get(name)]
+        old, groups = saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
+        other = [len(group["params"]) for group in old] != [len(group["params"]) for group in groups]
+        if "opt" in changed or (other and changed):
+            say(f"note: --{changed[0]} was {there.get(changed[0])}: the optimizer begins with a fresh state")
+            return
+        if other:
+            raise BadInput(f"{path} cannot be resumed from: an earlier revision of this project wrote its optimizer")
+        # Of the rest some, like Lookahead's steps, is state; the rate is set before each step.
+        flagged = ("initial_lr", "weight_decay", "fused")
+        groups = [was | {key: now[key] for key in flagged if key in now} for was, now in zip(old, groups)]
+        self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})

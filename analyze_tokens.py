@@ -171,7 +171,7 @@ def main(argv=None):
         "--ablate", nargs="+", choices=interventions.KINDS, help="also the accuracy with these replaced by zero, by "
         "the mean over images and by another image's",
     )  # fmt: skip
-    inputs.add_model_flags(parser)
+    inputs.add_checkpoint_flags(parser)
     args = parser.parse_args(argv)
     figures = analyze(args)
     report(figures, Path(args.output_dir))

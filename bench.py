@@ -26,7 +26,7 @@ import utils
 from checkpoints.files import save_checkpoint
 from datasets import Split
 from engine import train_one_epoch
-from loading.memory import Loader, TrainTransform
+from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import SIZES, DynamicViT, set_fused_attention
 from training.run_log import environment
 
@@ -329,7 +329,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def train_loader(images, aug="trivial", reprob=0.25, hflip=0.5):
     labels = torch.arange(len(images), device=images.device) % 10
-    return Loader(Split(images, labels), DATA, 128, TrainTransform(DATA, aug, hflip, reprob))
+    return MemoryLoader(Split(images, labels), DATA, 128, TrainTransform(DATA, aug, hflip, reprob))
 
 
 def load_rows(args, device):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import utils
 from datasets import ImageData
-from loading.memory import Loader, TrainTransform, load_data
+from loading.memory import MemoryLoader, TrainTransform, load_data
 from models_dynamic import DynamicViT
 from training import flags, run_folder
 from training.loop import run_epochs
@@ -15,8 +15,8 @@ def train_from_flags(args, device, data: ImageData | None = None) -> dict:
     """`train_model` on the model, and the data if they are not given, that the flags of `cifar_main.py` describe."""
     input_size = build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
     utils.writable_folder(Path(args.model_path).parent)
-    with run_folder.held(args.output_dir, args.model_path):
-        run_folder.choose(args, args.model_path)
+    with run_folder.locked(args.output_dir, args.model_path):
+        run_folder.checkpoint_to_resume(args, args.model_path)
         if data is None:
             data = load_data(args.data_set, args.data_path, input_size, **flags.of_data(args))
         utils.seed_everything(args.seed)
@@ -56,10 +56,10 @@ def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
     )  # fmt: skip
 
 
-def _loaders(data, description, args, device) -> tuple[Loader, Loader | None]:
+def _loaders(data, description, args, device) -> tuple[MemoryLoader, MemoryLoader | None]:
     share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
     transform = TrainTransform(description, args.aug, args.hflip, args.reprob)
-    train = Loader(
+    train = MemoryLoader(
         data.train.to(device), description, transform=transform, passes=args.repeats, seed=args.seed, **share
     )
-    return train, Loader(data.val.to(device), description, **share) if data.val else None
+    return train, MemoryLoader(data.val.to(device), description, **share) if data.val else None

@@ -1,10 +1,4 @@
-"""Data sets, the transforms of training and evaluation, and two loaders.
-
-`Loader` has small images in memory: every set is one uint8 tensor (M, 3, s, s) on the training device. Augmentation
-works there on many images at once, with a draw of its own for each image, so that no training step waits for data.
-`PictureLoader` reads and augments images of any size one at a time, in worker processes, as timm does for ImageNet.
-An evaluated or drawn image is only resized, cropped and normalised.
-"""
+"""Data sets: found, described, split; and the one transform of testing and drawing with its inverse."""
 
 import math
 import os
@@ -442,9 +436,6 @@ def _hold_out(data: Split, classes, size, what, of_each_class) -> tuple[Split, S
     return data.part(kept), data.part(held)
 
 
-# Transforms ------------------------------------------------------------------------------------------------------
-
-
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of (M, 3, h, w) uint8 images, in 0..1."""
     histograms = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
@@ -490,9 +481,3 @@ def eval_transform(images: Tensor, data) -> Tensor:
     `data`: a checkpoint's description of its data, or anything with its keys.
     """
     return normalise(resize(images, data["input_size"]), data["mean"], data["std"])
-
-
-# Loader ----------------------------------------------------------------------------------------------------------
-
-
-# Pictures: read and transformed one at a time ---------------------------------------------------------------------

@@ -30,18 +30,12 @@ from datasets import image_files
 from inspection import inputs
 from inspection.annotations import Annotated, read_annotations
 from inspection.objects import FEATURES, Found, iou, lost, model_sizes, patch_features
-from inspection.objects_pages import pages, printable, short
+from inspection.objects_pages import one_line, pages, short
 from inspection.pages import write_pdf
 from utils import BadInput, number
 
 SAME = 0.5  # intersection over union from which an object is found
 NO_BOX, OTHER_SIZE = "no annotated box", "other size than annotated"
-
-
-# LOST ------------------------------------------------------------------------------------------------------------
-
-
-# The model -------------------------------------------------------------------------------------------------------
 
 
 # The images ------------------------------------------------------------------------------------------------------
@@ -67,7 +61,7 @@ def find_items(args, data, checkpoint) -> list[Item]:
     args.image_path = [str(file) for file in files] or args.image_path
     pictures = inputs.pictures(args, data, checkpoint, args.img_num)
     pairs = zip(pictures, files or [None] * len(pictures))
-    items = [Item(printable(file.name if file else p.name), file, p.read, entry_of(file, index)) for p, file in pairs]
+    items = [Item(one_line(file.name if file else p.name), file, p.read, entry_of(file, index)) for p, file in pairs]
     if args.annotations:
         check_matches(items, entries, args.annotations)
     return items
@@ -164,9 +158,6 @@ def report(args, figures, records):
         utils.say("no CorLoc: there is no image with annotated boxes")
 
 
-# Pages -----------------------------------------------------------------------------------------------------------
-
-
 # Wiring ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +178,7 @@ def discover(args):
         records.append(record(item, image.size, sized.grid_size, found))
         return records[-1], image
 
-    name = short(printable(Path(args.model_path).name))
+    name = short(one_line(Path(args.model_path).name))
     title = f"LOST on the {args.features} of block {block}, bias {args.bias:g}: {name}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of names in other scripts; objects.json has them
@@ -217,7 +208,7 @@ def main(argv=None):
     flag("--k_patches", type=number(int, 1), default=100, help="so many patches of lowest degree may expand the seed")
     flag("--max_side", type=number(int, 1), help="pixels of the longer side for the model (default: its own)")
     flag("--max_drawn", type=number(int, 1), default=60, help="so many images are drawn")
-    inputs.add_model_flags(parser)
+    inputs.add_checkpoint_flags(parser)
     discover(parser.parse_args(argv))
 
 

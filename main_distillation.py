@@ -25,7 +25,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
 from datasets import DATA_SETS
 from engine import train_one_epoch
-from loading.files import PictureLoader, load_pictures, picture_transform
+from loading.files import FileLoader, load_file_data, picture_transform
 from models_dynamic import SIZES, set_fused_attention
 from training import film, flags, run_folder
 from training.loop import run_epochs
@@ -239,7 +239,7 @@ def read_data(args):
     path = args.data_path or ("./data/imagenet" if name == "IMNET" else None)
     args.data_set, args.data_path = name, path
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
-    return load_pictures(name, path, input_size(args), **crop, **flags.of_data(args))
+    return load_file_data(name, path, input_size(args), **crop, **flags.of_data(args))
 
 
 def make_model(args, num_classes):
@@ -263,8 +263,8 @@ def make_model(args, num_classes):
 
 def train(args, device):
     """Train, and leave the best weights in best_checkpoint.pth."""
-    with run_folder.held(args.output_dir):
-        run_folder.choose(args, Path(args.output_dir) / BEST)
+    with run_folder.locked(args.output_dir):
+        run_folder.checkpoint_to_resume(args, Path(args.output_dir) / BEST)
         _train(args, device)
 
 
@@ -282,11 +282,11 @@ def _train(args, device):
         args.no_aug,
     )  # fmt: skip
     share = dict(batch_size=args.batch_size, device=device, workers=args.num_workers, **ranks)
-    batches = PictureLoader(
+    batches = FileLoader(
         data.train, description, transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
         seed=args.seed, **share,
     )  # fmt: skip
-    val_batches = PictureLoader(data.val, description, **share) if data.val else None
+    val_batches = FileLoader(data.val, description, **share) if data.val else None
     optimizer, scheduler = make_optimizer(
         model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
     )

@@ -483,9 +483,6 @@ def _eval_mode(model: nn.Module):
             module.training = training
 
 
-# Weights from elsewhere ------------------------------------------------------------------------------------------
-
-
 # Registered sizes: timm.create_model("dynamic_vit_small_patch16_224", cls_pos=6, reg_pos=3) ---------------------
 
 

@@ -376,7 +376,7 @@ def main(argv=None):
     parser.add_argument(
         "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
     )
-    inputs.add_model_flags(parser, several=True)
+    inputs.add_checkpoint_flags(parser, several=True)
     visualize(parser.parse_args(argv))
 
 

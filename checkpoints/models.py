@@ -10,7 +10,7 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 
 from checkpoints.files import load_checkpoint
-from checkpoints.weights import _bare, _fitting, _resampled, _shape, _translate, load_weights
+from checkpoints.weights import _resampled, _shape, convert_keys, load_weights, match_to_model, unwrap
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -101,7 +101,7 @@ def model_from_checkpoint(
     if "model_args" in checkpoint:
         if given:
             raise ValueError(f"the checkpoint itself says how its model is built; leave out {', '.join(given)}")
-        build = _described(checkpoint["model_args"], _depth(_bare(checkpoint)))
+        build = validated_builder(checkpoint["model_args"], _depth(unwrap(checkpoint)))
     elif num_heads is None:
         raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
@@ -112,9 +112,9 @@ def model_from_checkpoint(
     except (TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"there is no such model: {error}") from None
     if "model_args" in checkpoint:
-        _check_same(_bare(checkpoint), shapes.state_dict())
+        check_same_shapes(unwrap(checkpoint), shapes.state_dict())
     else:
-        _fitting(shapes, checkpoint)
+        match_to_model(shapes, checkpoint)
     model = build()
     report = load_weights(model, checkpoint)
     if report.new:
@@ -122,7 +122,7 @@ def model_from_checkpoint(
     return model.eval()
 
 
-def _check_same(state: dict, own: dict):
+def check_same_shapes(state: dict, own: dict):
     """Raise ValueError unless names and shapes are the same: of a model's own weights nothing is resampled."""
     other = [f"{n} is {_shape(t)}" for n, t in state.items() if n not in own or t.shape != own[n].shape]
     other += [f"{n} is missing" for n in own if n not in state]
@@ -131,7 +131,7 @@ def _check_same(state: dict, own: dict):
         raise ValueError(f"the weights are not those of the model in model_args: {'; '.join(other[:3])}{more}")
 
 
-def _described(args: dict, depth: int):
+def validated_builder(args: dict, depth: int):
     """A function that builds the model of a checkpoint's `model_args`, whose weights have `depth` blocks.
 
     Raises ValueError unless these are those of a DynamicViT, all of them, or of one of timm's models: others of timm's
@@ -191,7 +191,7 @@ _ARGUMENTS = {
 
 def _args_from_shapes(checkpoint: dict, img_size) -> dict:
     """Arguments of DynamicViT as far as a bare state dict's shapes show them; see `model_from_checkpoint`."""
-    state, grid = _translate(checkpoint, img_size=img_size)
+    state, grid = convert_keys(checkpoint, img_size=img_size)
     proj = state["patch_embed.proj.weight"]  # (D, C, patch, patch)
     width, channels, *patch = proj.shape
     if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:

@@ -37,16 +37,16 @@ def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
     Raises:
         ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.
     """
-    state, report = _fitting(model, state_dict)
+    state, report = match_to_model(model, state_dict)
     model.load_state_dict(state, strict=False)
     return report
 
 
-def _fitting(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport]:
+def match_to_model(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport]:
     """What of a file's weights goes into `model`, under its names and in its shapes. See `load_weights`."""
     own = model.state_dict()
     if isinstance(model, DynamicViT):
-        state, resampled = _resampled(*_translate(state_dict, model.grid_size), model.grid_size)
+        state, resampled = _resampled(*convert_keys(state_dict, model.grid_size), model.grid_size)
         if "register_tokens" in state and "register_tokens" in own:
             theirs, mine = state["register_tokens"], own["register_tokens"]
             if theirs.shape[1] != mine.shape[1] and theirs.shape[2] == mine.shape[2]:
@@ -81,7 +81,7 @@ def _resampled(state, old_grid, grid) -> tuple[dict, list[str]]:
 
 def _timm_state(checkpoint: dict, model: nn.Module) -> tuple[dict, list[str], list[str]]:
     """(weights for a model of timm's, names that timm resampled, names of the model's heads)."""
-    state = _bare(checkpoint)
+    state = unwrap(checkpoint)
     shapes = {n: t.shape for n, t in state.items()}
     if isinstance(model, VisionTransformer):
         if "pos_embed" in state and model.pos_embed is not None:
@@ -105,7 +105,7 @@ def _shape(tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _bare(checkpoint: dict) -> dict:
+def unwrap(checkpoint: dict) -> dict:
     """The state dict in a checkpoint, without the prefixes that wrappers leave."""
     state = checkpoint
     for key in ("model", "state_dict"):
@@ -116,12 +116,12 @@ def _bare(checkpoint: dict) -> dict:
     return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
 
 
-def _translate(checkpoint: dict, like=None, img_size=None) -> tuple[dict, tuple[int, int] | None]:
+def convert_keys(checkpoint: dict, like=None, img_size=None) -> tuple[dict, tuple[int, int] | None]:
     """(weights under this project's names, grid of their position embedding).
 
-    `like`, or the grid of `img_size`, is preferred if it fits; see `_split_positions`.
+    `like`, or the grid of `img_size`, is preferred if it fits; see `split_positions`.
     """
-    state = _bare(checkpoint)
+    state = unwrap(checkpoint)
     if "patch_embed.proj.weight" not in state:
         raise ValueError("these are no weights of a Vision Transformer: there is no patch_embed.proj.weight")
     if "reg_token" in state:
@@ -140,7 +140,7 @@ def _translate(checkpoint: dict, like=None, img_size=None) -> tuple[dict, tuple[
     patch = tuple(state["patch_embed.proj.weight"].shape[2:])
     if img_size is not None and not any(side % p for side, p in zip(img_size, patch)):
         like = (img_size[0] // patch[0], img_size[1] // patch[1])
-    prefix, grid = _split_positions(state, classes, registers, like)
+    prefix, grid = split_positions(state, classes, registers, like)
     for row, name in enumerate(n for n in TOKENS[:2] if n in state):
         if prefix:
             state[name] = state[name] + positions[:, row : row + 1]
@@ -165,7 +165,7 @@ def _check_shapes(state: dict):
             raise ValueError(f"these are no weights of a Vision Transformer: {name} has the shape {found}")
 
 
-def _split_positions(state: dict, classes: int, registers: int, like) -> tuple[int, tuple[int, int]]:
+def split_positions(state: dict, classes: int, registers: int, like) -> tuple[int, tuple[int, int]]:
     """(number of leading rows of the positions that belong to tokens, grid of the rest), which no file says.
 
     The grid `like` decides where the rows fit it, else the grid is square: after a row for each class token (DeiT,

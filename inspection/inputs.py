@@ -36,7 +36,7 @@ class Picture:
 # Flags -----------------------------------------------------------------------------------------------------------
 
 
-def add_model_flags(parser, several=False):
+def add_checkpoint_flags(parser, several=False):
     """Which checkpoint, and what a bare state dict does not tell; `several`: for each of several, see `of_file`."""
     parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -109,7 +109,7 @@ def chosen_blocks(model, wanted) -> list[int]:
 
 
 def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, dict]:
-    """(model in eval mode, description of its data, checkpoint) as the flags of `add_model_flags` say.
+    """(model in eval mode, description of its data, checkpoint) as the flags of `add_checkpoint_flags` say.
 
     `foreign_flags_may_rest`: they are for other files of the same call if this one is a checkpoint of this project.
     """

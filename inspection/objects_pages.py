@@ -10,7 +10,7 @@ COLUMNS, ROWS, SIDE = 4, 3, 320  # of a page, in images; pixels of an image's lo
 BOX, TRUTH, SEED = "#ff2d55", "#00e5ff", "#ffd60a"  # colours
 
 
-def printable(name) -> str:
+def one_line(name) -> str:
     return " ".join(name.encode("utf-8", "replace").decode().split())
 
 
@@ -23,13 +23,13 @@ def pages(items, total, examine, title, args):
             image.thumbnail((SIDE, SIDE))
             shown.append((result, image))
         if len(shown) == COLUMNS * ROWS:
-            yield draw_page(title, shown, args.annotations is not None)
+            yield draw_boxes_page(title, shown, args.annotations is not None)
             shown = []
     if shown:
-        yield draw_page(title, shown, args.annotations is not None)
+        yield draw_boxes_page(title, shown, args.annotations is not None)
 
 
-def draw_page(title, shown, annotated):
+def draw_boxes_page(title, shown, annotated):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

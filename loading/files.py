@@ -20,11 +20,11 @@ from loading.decode import _failures, _without, fit_image, joined, read_image, r
 from utils import BadInput, signals_blocked
 
 
-def load_pictures(
+def load_file_data(
     name, path, input_size, val_size=None, crop_pct=0.875, interpolation="bicubic", test_size=None,
     max_pixels=MAX_PIXELS, bad_images="error",
 ) -> ImageData:  # fmt: skip
-    """The same for a `PictureLoader`: images in folders stay there, and get ImageNet's mean and standard deviation.
+    """The same for a `FileLoader`: images in folders stay there, and get ImageNet's mean and standard deviation.
 
     With `bad_images` 'skip' all processes have to call this together.
 
@@ -114,7 +114,7 @@ def _seeded(seed, device=None):
             np.random.set_state(states[1])
 
 
-class _Pictures(torch.utils.data.Dataset):
+class _ImageFiles(torch.utils.data.Dataset):
     """Item (number, seed) is an image as the transform makes it, and its label; the error for an unreadable one."""
 
     def __init__(self, split: Split, transform):
@@ -138,7 +138,7 @@ class _Pictures(torch.utils.data.Dataset):
             return self.transform(image), label
 
 
-class _WorkerLoader(DataLoader):
+class WorkerLoader(DataLoader):
     """A DataLoader whose worker processes ignore signals and end with the main process, however that ends."""
 
     def __iter__(self):
@@ -179,7 +179,7 @@ def _collate(items, training):
     return joined(errors, training) if errors else fast_collate(items)
 
 
-class _Draws(torch.utils.data.Sampler):
+class SeededSampler(torch.utils.data.Sampler):
     """(number, seed) of one image after another, from place `first` on; with `seed` None nothing is drawn."""
 
     def __init__(self, numbers, seed, rank):
@@ -203,10 +203,10 @@ class _Draws(torch.utils.data.Sampler):
         return islice(zip(self.numbers, seeds), self.first, None)
 
 
-class _Erasing:
+class SeededErasing:
     """timm's random erasing with draws that are a function of (seed, epoch, process, batch)."""
 
-    def __init__(self, erasing, draws: _Draws, device):
+    def __init__(self, erasing, draws: SeededSampler, device):
         self.erasing, self.draws, self.device = erasing, draws, device
 
     def begin(self, batch):
@@ -219,7 +219,7 @@ class _Erasing:
             return self.erasing(images)
 
 
-class PictureLoader:
+class FileLoader:
     """Batches of (images (B, 3, h, w) normalised, labels (B,)) on the device, from timm's prefetching loader.
 
     For training (with a `transform`) the order and all draws are a function of (seed, epoch, process, place in the
@@ -252,18 +252,18 @@ class PictureLoader:
             numbers, training = RepeatAugSampler(split, num_repeats=repeats, selected_round=0, **share), True
         else:
             numbers, training = DistributedSampler(split, drop_last=True, **share), True
-        self.draws = _Draws(numbers, seed, rank)
+        self.draws = SeededSampler(numbers, seed, rank)
         # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
         count = len(numbers)
         self.batch_size = min(batch_size, max(count - count % 2, 1)) if training else batch_size
-        loader = _WorkerLoader(
-            _Pictures(split, transform), self.batch_size, sampler=self.draws, num_workers=workers,
+        loader = WorkerLoader(
+            _ImageFiles(split, transform), self.batch_size, sampler=self.draws, num_workers=workers,
             collate_fn=partial(_collate, training=training), pin_memory=device.type == "cuda", drop_last=training,
             persistent_workers=workers > 0, generator=torch.Generator(),  # else it draws from the global one
         )  # fmt: skip
         self.batches = PrefetchLoader(loader, data["mean"], data["std"], device=device, re_prob=reprob, re_mode="pixel")
         if reprob:
-            self.batches.random_erasing = _Erasing(self.batches.random_erasing, self.draws, device)
+            self.batches.random_erasing = SeededErasing(self.batches.random_erasing, self.draws, device)
         self.first = 0
 
     def set_epoch(self, epoch, first=0):

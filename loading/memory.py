@@ -73,7 +73,7 @@ def _parts_in_memory(parts, classes, input_size, title, bad_images) -> dict[str,
 
 def _in_memory(split, input_size, title) -> tuple[Split, dict[int, BadInput]]:
     """The files of a split as images of `input_size` in memory, (M, 3, h, w) uint8; which cannot be read, and why."""
-    _check_memory(len(split), input_size)
+    check_images_fit(len(split), input_size)
     images = torch.empty(len(split), 3, *input_size, dtype=torch.uint8)
 
     def read(i):
@@ -83,7 +83,7 @@ def _in_memory(split, input_size, title) -> tuple[Split, dict[int, BadInput]]:
     return replace(split, images=images), errors
 
 
-def _check_memory(count, size):
+def check_images_fit(count, size):
     """Refuse what would not fit, where the system tells what does (Linux)."""
     wanted = count * 3 * size[0] * size[1]
     try:
@@ -131,7 +131,7 @@ class TrainTransform:
 CHUNK = {"cpu": 1_000_000, "cuda": 4_000_000, "mps": 4_000_000}
 
 
-class Loader:
+class MemoryLoader:
     """Batches of (images (B, 3, h, w) normalised, labels (B,)), transformed on the device of the split's images.
 
     With a `TrainTransform`: shuffled anew in each pass, the last incomplete batch dropped, and all randomness a

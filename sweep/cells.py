@@ -22,7 +22,7 @@ from cifar_test import test_model
 from cifar_train import train_from_flags
 from datasets import ImageData
 from inspection.statistics import TokenStatistics
-from loading.memory import Loader
+from loading.memory import MemoryLoader
 from models_dynamic import set_fused_attention
 from training import run_folder
 from training.film import write_film
@@ -32,7 +32,7 @@ from utils import BadInput, RunFailed, say
 
 LOOKED_AT = 500  # held-out images for the shares of attention and of artefacts
 # Flags that leave a cell what it is. All others, the data and the code are its settings.
-ANYWHERE = (
+NOT_SETTINGS = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
     "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
     "launcher", "jobs", "cluster", "partition", "timeout",
@@ -105,7 +105,7 @@ def flops(cell: GridCell, args) -> int:
 
 def settings(args, data: ImageData) -> dict:
     """What must be the same for two cells to be compared."""
-    there = {name: value for name, value in plain_args(args).items() if name not in ANYWHERE}
+    there = {name: value for name, value in plain_args(args).items() if name not in NOT_SETTINGS}
     if args.finetune:
         there["finetune"] = hashlib.sha256(Path(args.finetune).read_bytes()).hexdigest()
     there |= {f"data: {name}": value for name, value in data.description().items()}
@@ -135,7 +135,10 @@ def check_settings(args, here: dict):
 
 
 # Of a result, what tables, statistics and the time that is left are made of; the last ones may be None.
-PLACE, MAY_LACK = ("cls_pos", "reg_pos"), ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself")
+POSITIONS, OPTIONAL_FIGURES = (
+    ("cls_pos", "reg_pos"),
+    ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself"),
+)
 FIGURES = (
     "val_top1", "best_epoch", "test_top1", "test_top5", "test_loss", "test_images", "params", "flops", "repeats",
     "images_per_s", "train_seconds", "artefact_share",
@@ -151,8 +154,8 @@ def read_record(file) -> dict:
         if not isinstance(record, dict):
             raise ValueError("it holds no record")
         if file.name == "result.json":
-            kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(MAY_LACK, (int, float, type(None)))
-            kinds |= dict.fromkeys(PLACE, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
+            kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(OPTIONAL_FIGURES, (int, float, type(None)))
+            kinds |= dict.fromkeys(POSITIONS, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
             wrong = [name for name, kind in kinds.items() if type(record.get(name, "")) not in kind]
             hits = hits_of(record) if not wrong else None
             if hits is not None and not abs(100 * hits.mean() - record["test_top1"]) < 1e-6:
@@ -196,7 +199,7 @@ def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[
         if finished(cell, args):
             continue
         try:
-            with run_folder.held(folder_of(cell, args)):
+            with run_folder.locked(folder_of(cell, args)):
                 if finished(cell, args):  # by another process, since we looked
                     continue
                 run_cell(cell, args, data, here, device)
@@ -243,7 +246,7 @@ def resumable(folder) -> str | None:
     Damaged checkpoints are moved aside. Without the best weights so far, a resumed cell would not be the cell that was
     never stopped.
     """
-    begun, path = run_folder.checkpoints(folder), run_folder.newest_whole(folder)
+    begun, path = run_folder.checkpoints(folder), run_folder.newest_readable(folder)
     try:
         if path is not None and load_checkpoint(path).get("best"):
             load_checkpoint(folder / "model.pth")
@@ -279,7 +282,7 @@ def behaviour(model_path, data: ImageData, device) -> dict:
     model, checkpoint = load_model(model_path)
     statistics, count = TokenStatistics(model.to(device), readout_images=0), min(LOOKED_AT, len(data.val))
     few = type(data.val)(data.val.images[:count], data.val.labels[:count])
-    for images, _ in Loader(few.to(device), checkpoint["data"], 100):
+    for images, _ in MemoryLoader(few.to(device), checkpoint["data"], 100):
         statistics.add(images)
     found = statistics.result()
 

@@ -10,7 +10,7 @@ import utils
 from checkpoints.models import load_model
 from datasets import ImageData
 from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
-from loading.memory import Loader
+from loading.memory import MemoryLoader
 from sweep.cells import GridCell
 from sweep.results import MIN_SEEDS, baseline_of, collect, grouped, key_of, label, margins, place, summarise
 from training.film import token_maps
@@ -179,7 +179,7 @@ def attention_page(folder, records, summary, data: ImageData):
     few = type(data.val)(data.val.images[:PICTURES], data.val.labels[:PICTURES])
     for i in range(len(few)):
         for record, (model, checkpoint) in zip(pair, models):
-            images, _ = next(iter(Loader(few, checkpoint["data"], len(few))))
+            images, _ = next(iter(MemoryLoader(few, checkpoint["data"], len(few))))
             maps, enters = torch.from_numpy(token_maps(model, images[i : i + 1])["cls"][0]), record["cls_pos"]
             cells = [
                 Cell(f"block {b}", None if b < enters else m, f"enters at block {enters}") for b, m in enumerate(maps)

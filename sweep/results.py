@@ -171,7 +171,7 @@ def verdict(best, tied, comparisons) -> str:
         more = f"; and {len(tied) - TIES_NAMED} more" if len(tied) > TIES_NAMED else ""
         named = "; ".join(map(label, tied[:TIES_NAMED]))
         words += f" (tied with {named}{more}: the one with the fewest FLOPs is taken)"
-    words += f", {told(best['test_top1'])}% of the test images ({_seeds(best['test_top1']['n'])})."
+    words += f", {mean_and_sd(best['test_top1'])}% of the test images ({_seeds(best['test_top1']['n'])})."
     if (best["cls_pos"], best["reg_pos"], best["num_reg"]) == baseline_of((0, 0, best["num_reg"])):
         return f"{words} No cell with tokens that enter later is better there."
     against = best["against_0_0"]
@@ -194,7 +194,7 @@ def label(row) -> str:
     return f"{cls}, {row['num_reg']} registers at {row['reg_pos']}" if row["num_reg"] else f"{cls}, no registers"
 
 
-def told(sample) -> str:
+def mean_and_sd(sample) -> str:
     """Mean and standard deviation, as words."""
     return f"{sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {sample['sd']:.2f}")
 
@@ -265,7 +265,7 @@ def markdown(summary) -> str:
         is_best = all(row[name] == value for name, value in summary["best"].items())
         cells = [
             _word(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
-            str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", told(row["test_top1"]),
+            str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %",
             "-" if row["cls_to_registers"] is None else f"{row['cls_to_registers']:.1f} %",

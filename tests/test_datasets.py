@@ -26,8 +26,8 @@ from datasets import Split, find_split, image_files
 from inspection import inputs
 from loading import augment, files
 from loading.decode import crop_box, fit_image, read_image, read_picture
-from loading.files import _readable, load_pictures
-from loading.memory import Loader, TrainTransform, load_data, read_split
+from loading.files import _readable, load_file_data
+from loading.memory import MemoryLoader, TrainTransform, load_data, read_split
 from utils import BadInput
 
 DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
@@ -184,7 +184,7 @@ def test_evaluation_counts_every_image_once(world_size):
     data = DATA | {"input_size": (4, 4)}
     seen = []
     for rank in range(world_size):
-        loader = Loader(numbered(23), data, 4, rank=rank, world_size=world_size)
+        loader = MemoryLoader(numbered(23), data, 4, rank=rank, world_size=world_size)
         batches = list(loader)
         assert len(batches) == len(loader)
         for images, labels in batches:
@@ -201,7 +201,9 @@ class Labels:
 
 
 def order(seed=0, epoch=0, count=100, batch_size=8, **kwargs):
-    loader = Loader(numbered(count), DATA | {"input_size": (4, 4)}, batch_size, transform=Labels(), seed=seed, **kwargs)
+    loader = MemoryLoader(
+        numbered(count), DATA | {"input_size": (4, 4)}, batch_size, transform=Labels(), seed=seed, **kwargs
+    )
     loader.set_epoch(epoch)
     batches = [labels.tolist() for _, labels in loader]
     assert len(batches) == len(loader)
@@ -239,7 +241,7 @@ def test_augmentation_depends_on_seed_and_epoch_only():
     split = Split(some_images(20, 8, 8), torch.arange(20))
 
     def first(seed, epoch):
-        loader = Loader(
+        loader = MemoryLoader(
             split, DATA | {"input_size": (8, 8)}, 20, transform=TrainTransform(DATA | {"input_size": (8, 8)}), seed=seed
         )
         loader.set_epoch(epoch)
@@ -430,13 +432,13 @@ def test_what_is_left_out_is_noted_once(tmp_path, capsys):
 def test_val_beside_test_is_what_is_held_out(tmp_path):
     for val in ("val", "valid", "validation"):
         root = folder_of_images(tmp_path / val, ["train", val, "test"])
-        for load, name in ((load_data, "FOLDER"), (load_pictures, "FOLDER"), (load_pictures, "IMNET")):
+        for load, name in ((load_data, "FOLDER"), (load_file_data, "FOLDER"), (load_file_data, "IMNET")):
             data = load(name, root, (8, 8))
             assert data.description()["images"] == {"train": 8, "val": 8, "test": 8}
             assert data.description().get("test_folder") == (None if name == "FOLDER" else "test")
             again, _ = find_split(name, root, False, data.description())
             assert {file.split("/")[-3] for file in names(again)} == {"test"}
-            if load is load_pictures:
+            if load is load_file_data:
                 parts = [{file.split("/")[-3] for file in names(s)} for s in (data.train, data.val, data.test)]
                 assert parts == [{"train"}, {val}, {"test"}]
             with pytest.raises(BadInput, match=f"--val_size: .*{val} is what is held out"):
@@ -469,21 +471,21 @@ def test_the_test_of_imagenet_has_no_labels(tmp_path):
     root = folder_of_images(tmp_path, ["train", "val"])
     (root / "test").mkdir()
     picture().save(root / "test" / "0.png")
-    data = load_pictures("IMNET", root, (8, 8), val_size=2)
+    data = load_file_data("IMNET", root, (8, 8), val_size=2)
     assert data.description()["images"] == {"train": 6, "val": 2, "test": 8}
     with pytest.raises(BadInput, match="test has no class folders"):
-        load_pictures("FOLDER", root, (8, 8))
+        load_file_data("FOLDER", root, (8, 8))
 
 
 def test_class_folders_alone_are_split(tmp_path):
     root = folder_of_images(tmp_path / "many", [""], count=20)
-    for load, size, wanted in ((load_data, None, 4), (load_pictures, 6, 6), (load_pictures, 0.3, 12)):
+    for load, size, wanted in ((load_data, None, 4), (load_file_data, 6, 6), (load_file_data, 0.3, 12)):
         data = load("FOLDER", root, (8, 8), test_size=size)
         assert len(data.test) == wanted and len(data.val) == math.ceil(0.1 * (40 - wanted))
         assert torch.bincount(data.test.labels).tolist() == [wanted // 2] * 2
         again, classes = find_split("FOLDER", root, False, data.description())
         assert classes == data.classes == ["ant", "bee"]
-        if load is load_pictures:
+        if load is load_file_data:
             assert names(again) == names(data.test)
             parts = [names(s) for s in (data.train, data.val, data.test)]
             assert len({file for part in parts for file in part}) == sum(map(len, parts)) == 40
@@ -576,7 +578,7 @@ def test_the_default_holds_out_one_image_of_each_class(tmp_path):
     assert len(held) <= 5 and sorted([*kept.images.tolist(), *held.images.tolist()]) == list(range(200))
     assert torch.equal(labels[held.images], held.labels)
     root = folder_of_images(tmp_path, ["train", "val"], [str(k) for k in range(20)], 2)
-    data = load_pictures("IMNET", root, (8, 8))  # 1 % of 40 images are none
+    data = load_file_data("IMNET", root, (8, 8))  # 1 % of 40 images are none
     assert torch.bincount(data.val.labels).tolist() == torch.bincount(data.train.labels).tolist() == [1] * 20
 
 
@@ -584,10 +586,10 @@ def test_what_cannot_be_held_out_is_said_in_our_words(tmp_path):
     root = folder_of_images(tmp_path, ["train", "val"], count=5)
     for size in (1, 9, 0.01, 0.95, 10, 11):
         with pytest.raises(BadInput, match=rf"--val_size {size} .*of each of the 2 classes .*give 2 to 8$"):
-            load_pictures("IMNET", root, (8, 8), val_size=size)
+            load_file_data("IMNET", root, (8, 8), val_size=size)
     for i in range(1, 5):
         (root / "train" / "bee" / f"{i}.png").unlink()
-    for load in (load_data, load_pictures):
+    for load in (load_data, load_file_data):
         with pytest.raises(BadInput, match=r"^class bee has 1 image, and one of each class is held out; add some, or"):
             load("IMNET", root, (8, 8))
         assert load("IMNET", root, (8, 8), val_size=0).val is None
@@ -724,9 +726,9 @@ def test_max_pixels(tmp_path, capsys, trained):
     train = [*TINY, "--data_set", "FOLDER", "--data_path", root, "--max_steps", "1"]
     with pytest.raises(BadInput, match="20000 pixels are more than --max_pixels 19999"):
         load_data("FOLDER", root, (8, 8), max_pixels=19_999)
-    lazy = load_pictures("FOLDER", root, (8, 8), max_pixels=19_999, val_size=2, crop_pct=1.0)
+    lazy = load_file_data("FOLDER", root, (8, 8), max_pixels=19_999, val_size=2, crop_pct=1.0)
     assert {part.max_pixels for part in (lazy.train, lazy.val, lazy.test)} == {19_999}
-    lazy = load_pictures("FOLDER", root, (8, 8), max_pixels=19_999, val_size=0)
+    lazy = load_file_data("FOLDER", root, (8, 8), max_pixels=19_999, val_size=0)
     spawned = pickle.loads(pickle.dumps(lazy.train))  # as for a worker process
     with pytest.raises(BadInput, match="20000 pixels are more than --max_pixels 19999"):
         [read_picture(spawned, i) for i in range(len(spawned))]
@@ -787,7 +789,7 @@ def test_all_unreadable_images_are_named(tmp_path):
         load_data("FOLDER", root, (8, 8))
 
 
-@pytest.mark.parametrize("load", [load_data, load_pictures])
+@pytest.mark.parametrize("load", [load_data, load_file_data])
 def test_unreadable_training_images_are_left_out(load, tmp_path, capsys):
     root = folder_of_images(tmp_path, ["train", "test"], count=10)
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -798,7 +800,7 @@ def test_unreadable_training_images_are_left_out(load, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "note: 2 of 21 training images cannot be read and are left out:\n" in out
     assert "ant/cut.jpg (image file is truncated" in out and "bee/1.png (" in out
-    if load is load_pictures:
+    if load is load_file_data:
         assert not any(file.endswith(("cut.jpg", "bee/1.png")) for file in names(data.train))
     damage(root, *(f"train/ant/{i}.png" for i in range(10)))
     with pytest.raises(BadInput, match="no training image of class ant can be read"):

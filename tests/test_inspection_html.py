@@ -19,7 +19,7 @@ from conftest import noise, run, tiny
 from inspection import html
 from inspection.html import encode_picture, write_viewer
 from inspection.pages import COLOURS
-from loading.memory import Loader, load_data
+from loading.memory import MemoryLoader, load_data
 from models_dynamic import DynamicViT
 from utils import BadInput
 
@@ -297,7 +297,7 @@ def test_the_file_of_the_script(browser, trained, tmp_path, capsys):
     disabled = [not b.is_enabled() for b in browser.driver.find_elements("css selector", "#blocks button")]
     assert disabled == [False, True, False]
     checkpoint = load_checkpoint(trained / "model.pth")
-    images, _ = next(iter(Loader(load_data("DIGITS", None, (32, 32)).test, checkpoint["data"], 4)))
+    images, _ = next(iter(MemoryLoader(load_data("DIGITS", None, (32, 32)).test, checkpoint["data"], 4)))
     maps = model_from_checkpoint(checkpoint).attention_maps(images, [2])[2].cls  # (B, H, gh, gw): what the pages show
     for image, number in enumerate((3, 0)):
         for head in range(3):

@@ -12,7 +12,7 @@ from conftest import run
 from datasets import Split, normalise
 from inspection.inputs import Picture, as_seen, model_input
 from loading.decode import fit_image, read_picture
-from loading.files import PictureLoader, load_pictures, picture_transform
+from loading.files import FileLoader, load_file_data, picture_transform
 from loading.memory import read_split
 from main_distillation import main
 from visualize_attention import main as visualize
@@ -41,7 +41,7 @@ def photograph(width=120, height=80):
 def training(**kwargs):
     transform = picture_transform((8, 12), **({"aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "hflip": 0.5,
                                                "interpolation": "random"} | kwargs.pop("transform", {})))  # fmt: skip
-    return PictureLoader(split(), DATA, 4, CPU, transform, **({"seed": 1} | kwargs))
+    return FileLoader(split(), DATA, 4, CPU, transform, **({"seed": 1} | kwargs))
 
 
 def drawn(loader, epoch=0):
@@ -92,7 +92,7 @@ def test_repeated_augmentation():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_evaluation_counts_every_image_once(world_size):
-    loaders = [PictureLoader(split(7), DATA, 2, CPU, rank=r, world_size=world_size) for r in range(world_size)]
+    loaders = [FileLoader(split(7), DATA, 2, CPU, rank=r, world_size=world_size) for r in range(world_size)]
     parts = [(len(loader), list(loader)) for loader in loaders]
     assert all(length == len(batches) for length, batches in parts)
     labels = [label for _, batches in parts for _, part in batches for label in part.tolist()]
@@ -100,7 +100,7 @@ def test_evaluation_counts_every_image_once(world_size):
 
 
 def test_an_evaluated_image_is_cropped_resized_and_normalised():
-    (images, _), *_ = PictureLoader(split(2), DATA | {"crop_pct": 0.75}, 2, CPU)
+    (images, _), *_ = FileLoader(split(2), DATA | {"crop_pct": 0.75}, 2, CPU)
     picture = read_picture(split(2), 1)
     expected = picture.resize((12, 8), Image.Resampling.BICUBIC, (2, 4, 14, 12))
     expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
@@ -109,7 +109,7 @@ def test_an_evaluated_image_is_cropped_resized_and_normalised():
 
 def test_few_images_make_a_small_even_batch():
     transform = picture_transform((8, 12), **PLAIN)
-    loader = PictureLoader(split(7), DATA, 64, CPU, transform)
+    loader = FileLoader(split(7), DATA, 64, CPU, transform)
     assert loader.batch_size == 6 and len(loader) == 1
     assert next(iter(loader))[0].shape == (6, 3, 8, 12)
 
@@ -120,7 +120,7 @@ def test_erasing_leaves_noise():
     changed = (plain != erased).any(dim=1)
     share = changed.float().mean(dim=(1, 2))
     assert (share > 0).all() and (share < 0.6).all()
-    evaluated = (next(iter(PictureLoader(split(2), DATA, 2, CPU, reprob=p)))[0] for p in (0.0, 1.0))
+    evaluated = (next(iter(FileLoader(split(2), DATA, 2, CPU, reprob=p)))[0] for p in (0.0, 1.0))
     assert torch.equal(*evaluated)
 
 
@@ -185,13 +185,13 @@ def test_no_augmentation_is_the_whole_image():
 def test_imnet_is_a_folder_with_train_and_val(photos, tmp_path):
     (tmp_path / "train").symlink_to(photos / "train")
     (tmp_path / "val").symlink_to(photos / "test")
-    data = load_pictures("IMNET", tmp_path, (16, 24), val_size=4, crop_pct=0.9)
+    data = load_file_data("IMNET", tmp_path, (16, 24), val_size=4, crop_pct=0.9)
     assert data.classes == ["blue", "red"]
     assert data.description()["images"] == {"train": 16, "val": 4, "test": 6}
     assert (data.description()["crop_pct"], data.description()["interpolation"]) == (0.9, "bicubic")
     assert isinstance(data.train.images, np.ndarray)  # names, not pixels
     assert read_picture(data.test, 0).getpixel((0, 0)) == (0, 0, 200)
-    everything = load_pictures("IMNET", tmp_path, (16, 24), val_size=0)
+    everything = load_file_data("IMNET", tmp_path, (16, 24), val_size=0)
     assert everything.val is None and len(everything.train) == 20
     split, _ = read_split("IMNET", tmp_path, False, (16, 24))
     assert split.images.shape == (6, 3, 16, 24) and split.labels.tolist() == [0, 0, 0, 1, 1, 1]

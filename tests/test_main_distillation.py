@@ -21,7 +21,7 @@ from checkpoints.weights import load_weights
 from conftest import STUDENT, TINY, noise, run, tiny
 from datasets import find_split
 from engine import evaluate, train_one_epoch
-from loading.files import PictureLoader
+from loading.files import FileLoader
 from main_distillation import RECIPES, parse
 from models_dynamic import DynamicViT
 from training import loop
@@ -323,9 +323,9 @@ def test_flags_of_the_data_reach_the_loader(tmp_path, capsys, monkeypatch):
 
     def loader(*args, **kwargs):
         made.append(kwargs)
-        return PictureLoader(*args, **kwargs)
+        return FileLoader(*args, **kwargs)
 
-    monkeypatch.setattr(main_distillation, "PictureLoader", loader)
+    monkeypatch.setattr(main_distillation, "FileLoader", loader)
     argv = "--max_steps 1 --batch_size 6 --reprob 0.75 --seed 7 --eval_crop_ratio 0.5 --interpolation random".split()
     train(capsys, tmp_path / "repeated", *argv)
     train(capsys, tmp_path / "once", *argv, "--no-repeated-aug")
@@ -360,7 +360,7 @@ def test_evaluation_tells_the_ema_apart(tmp_path, capsys):
     assert best == [last[1].replace("EMA a", "A")]
     model, checkpoint = load_model(tmp_path / "checkpoint.pth")
     split, _ = find_split("DIGITS", None, False)
-    batches = PictureLoader(split, checkpoint["data"], 100, torch.device("cpu"))
+    batches = FileLoader(split, checkpoint["data"], 100, torch.device("cpu"))
     for line, weights in zip(last, (checkpoint["model"], checkpoint["ema"])):
         model.load_state_dict(weights)
         figures = evaluate(model, batches)

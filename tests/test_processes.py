@@ -12,7 +12,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
 from conftest import ROOT, STUDENT, run, shell
 from engine import evaluate
-from loading.files import PictureLoader, load_pictures
+from loading.files import FileLoader, load_file_data
 from training.scoring import score
 
 # Nothing is drawn, so that one process and several see the same images in a step.
@@ -108,8 +108,8 @@ def test_every_image_is_counted_once(together):
 def test_the_saved_model_is_the_one_that_was_scored(together):
     """Also with batch norm, whose running statistics differ from process to process before they are shared."""
     model, checkpoint = load_model(together / "batchnorm" / "best_checkpoint.pth")
-    val = load_pictures("DIGITS", None, (32, 32), None, 1.0).val
-    figures = evaluate(model, PictureLoader(val, checkpoint["data"], 64, torch.device("cpu")))
+    val = load_file_data("DIGITS", None, (32, 32), None, 1.0).val
+    figures = evaluate(model, FileLoader(val, checkpoint["data"], 64, torch.device("cpu")))
     assert figures["loss"] == pytest.approx(checkpoint["metrics"]["val_loss"], rel=1e-5)
     assert figures["top1"] == checkpoint["metrics"]["val_top1"]
 

@@ -32,6 +32,7 @@ from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
 from checkpoints.weights import load_weights
 from conftest import STUDENT, TINY, noise, run, tiny
+from inspection import objects_pages
 from test_models_dynamic import inputs_of_blocks
 from training import run_log, scoring
 
@@ -377,9 +378,10 @@ def cheap(monkeypatch, contained):
         (visualize_attention, "write_viewer"),
     ):  # fmt: skip
         monkeypatch.setattr(where, name, reached)
+    monkeypatch.setattr(visualize_attention, "draw_page", lambda *_: None)
+    monkeypatch.setattr(objects_pages, "draw_boxes_page", lambda *_: None)
     monkeypatch.setattr(position_sweep, "seconds_left", lambda *_: 0.0)
     for script, write in ((visualize_attention, "write_pages"), (discover_objects, "write_pdf")):
-        monkeypatch.setattr(script, "draw_page", lambda *_: None)
         monkeypatch.setattr(script, write, lambda pages, *_: reached(list(pages)))
 
 

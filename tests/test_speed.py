@@ -11,7 +11,7 @@ import bench
 from conftest import noise, run, tiny
 from datasets import Split
 from engine import train_one_epoch
-from loading.memory import Loader, TrainTransform
+from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import set_fused_attention
 
 DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
@@ -63,7 +63,7 @@ def test_the_loader_calls_python_for_pieces_not_for_images():
     for count in (10, 200):
         images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
         split = Split(images, torch.zeros(count, dtype=torch.long))
-        loader = Loader(split, DATA, count, TrainTransform(DATA, "rand", 0.5, 0.25))
+        loader = MemoryLoader(split, DATA, count, TrainTransform(DATA, "rand", 0.5, 0.25))
         with torch.profiler.profile() as profile:
             for _ in loader:
                 pass
@@ -76,7 +76,7 @@ def test_training_does_not_wait_for_the_gpu():
     device = torch.device("cuda")
     images = torch.randint(256, (1280, 3, 32, 32), dtype=torch.uint8, device=device)
     split = Split(images, torch.zeros(1280, dtype=torch.long, device=device))
-    loader, model = Loader(split, DATA, 128, TrainTransform(DATA)), bench.ours(bench.CIFAR, device)
+    loader, model = MemoryLoader(split, DATA, 128, TrainTransform(DATA)), bench.ours(bench.CIFAR, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     step = bench.Still()
     loss = torch.nn.CrossEntropyLoss()

@@ -14,8 +14,8 @@ import main_distillation
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import STUDENT, TINY, killed_in_epoch_3, run, shell
-from loading.files import PictureLoader, load_pictures
-from loading.memory import Loader, load_data
+from loading.files import FileLoader, load_file_data
+from loading.memory import MemoryLoader, load_data
 from training import film, run_log
 from training.run_log import read_json_lines
 
@@ -105,7 +105,7 @@ def test_the_maps_are_those_of_the_saved_weights(whole):
     """Of the averaged ones, which are validated and saved, at the last epoch."""
     checkpoint = load_checkpoint(whole / "checkpoint.pth")
     val = load_data("DIGITS", None, (32, 32)).val
-    images = torch.cat([images for images, _ in Loader(val, checkpoint["data"], 64)])[[7, 1]]
+    images = torch.cat([images for images, _ in MemoryLoader(val, checkpoint["data"], 64)])[[7, 1]]
     check_maps(
         whole / "attention" / "epoch_0003.npz", model_from_checkpoint(checkpoint | {"model": checkpoint["ema"]}), images
     )
@@ -126,8 +126,8 @@ def test_pictures_and_the_distillation_token(trained, tmp_path, capsys):
     assert len(pages) == 4
     assert "Distillation token, epoch 1 of 1" in pages[3]
     checkpoint = load_checkpoint(tmp_path / "best_checkpoint.pth")
-    val = load_pictures("DIGITS", None, (32, 32), None, 1.0).val
-    images, _ = next(iter(PictureLoader(val, checkpoint["data"], 3, torch.device("cpu"))))
+    val = load_file_data("DIGITS", None, (32, 32), None, 1.0).val
+    images, _ = next(iter(FileLoader(val, checkpoint["data"], 3, torch.device("cpu"))))
     check_maps(tmp_path / "attention" / "epoch_0001.npz", model_from_checkpoint(checkpoint), images[2:])
 
 
@@ -239,7 +239,7 @@ def test_two_processes(tmp_path):
     assert done.stdout.count("Test accuracy") == 1
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     val = load_data("DIGITS", None, (32, 32)).val
-    images, _ = next(iter(Loader(val, checkpoint["data"], 4)))
+    images, _ = next(iter(MemoryLoader(val, checkpoint["data"], 4)))
     check_maps(tmp_path / "attention" / "epoch_0001.npz", model_from_checkpoint(checkpoint), images)
     with Image.open(tmp_path / "attention" / "attention_cls.gif") as film:
         assert film.n_frames == 2

@@ -27,7 +27,7 @@ from checkpoints.files import load_checkpoint, save_checkpoint
 from conftest import ROOT, STUDENT, noise, run, tiny
 from engine import NotFinite, train_one_epoch
 from forked import TINY, Faults, differences, light_curves
-from loading.memory import CHUNK, Loader, TrainTransform
+from loading.memory import CHUNK, MemoryLoader, TrainTransform
 from training import loop, run_folder, run_log
 from training.run_log import read_json_lines
 from training.state import TrainingState
@@ -271,7 +271,7 @@ def test_a_checkpoint_with_anything_wrong_is_refused_in_one_line(tmp_path, monke
     def reached(*_):
         raise SystemExit(0)
 
-    monkeypatch.setattr(loop, "_wrapped", reached)
+    monkeypatch.setattr(loop, "wrap", reached)
     argv = [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume", tmp_path / "c.pth"]
 
     def resumed(checkpoint):
@@ -310,7 +310,9 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, capsys):
         process.communicate()
     argv = [*TINY, "--epochs", "500", "--model_path", tmp_path / "model.pth", "--resume", "--max_steps", "1"]
     status, out, err = run(cifar_main.main, [*argv, "--overwrite"], capsys)
-    assert status == 0 and f"process {process.pid} on {socket.gethostname()}" in out and "its lock is void" in out, err
+    assert (
+        status == 0 and f"process {process.pid} on {socket.gethostname()}" in out and "removing its stale lock" in out
+    ), err
     assert not {"lock", "running.json"} & {file.name for file in tmp_path.iterdir()}
 
 
@@ -322,18 +324,18 @@ def test_the_best_model_elsewhere_is_locked_too(tmp_path):
         """In another process."""
 
         def main(_):
-            with run_folder.held(tmp_path / folder, best.with_name(path)):
+            with run_folder.locked(tmp_path / folder, best.with_name(path)):
                 pass
 
         return faults.run([], main)
 
-    with run_folder.held(tmp_path / "a", best):
+    with run_folder.locked(tmp_path / "a", best):
         assert hold("b", "best.pth")[0] == 2 and f"process {os.getpid()} on" in hold("b", "best.pth")[2]
         assert hold("a", "other.pth")[0] == 2
         assert hold("b", "other.pth")[0] == 0
-        with run_folder.held(tmp_path / "a"):  # by the same process, as a sweep does
+        with run_folder.locked(tmp_path / "a"):  # by the same process, as a sweep does
             pass
-    with run_folder.held(tmp_path / "b", best):
+    with run_folder.locked(tmp_path / "b", best):
         pass
     assert [file.name for file in best.parent.iterdir()] == []
 
@@ -477,13 +479,13 @@ def test_a_bad_batch_in_the_middle_of_a_group_is_kept_on_a_cpu():
 
 def planted(monkeypatch, *bad):
     """Batches of every run with these numbers of an epoch are not finite."""
-    work = cifar_train.Loader.__iter__
+    work = cifar_train.MemoryLoader.__iter__
 
     def batches(loader):
         for i, (images, labels) in enumerate(work(loader), loader.first):
             yield (images * float("nan") if loader.transform and i in bad else images), labels
 
-    monkeypatch.setattr(cifar_train.Loader, "__iter__", batches)
+    monkeypatch.setattr(cifar_train.MemoryLoader, "__iter__", batches)
 
 
 def test_a_run_with_a_bad_batch(tmp_path, monkeypatch, capsys):
@@ -513,7 +515,7 @@ def test_a_loader_begins_anywhere(first, monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", 3 * 16 * 16 * 12)  # three batches of four images in a piece
     split = datasets.Split(torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8), torch.arange(40))
     data = {"input_size": (16, 16), "mean": [0.5] * 3, "std": [0.2] * 3}
-    loader = Loader(split, data, 4, TrainTransform(data), seed=3)
+    loader = MemoryLoader(split, data, 4, TrainTransform(data), seed=3)
     loader.set_epoch(2)
     batches = list(loader)
     loader.set_epoch(2, first)
@@ -574,7 +576,7 @@ def test_a_log_is_mended(tmp_path):
     header, log = {"args": {"lr": 1}}, tmp_path / "log.txt"
     lines = [json.dumps(record).encode() for record in (header, {"epoch": 1, "a": 1}, {"epoch": 2}, {"epoch": 3})]
     log.write_bytes(b"\n".join([lines[0], lines[1], b"\xff\xfe{}", b"17", lines[3], b'{"epoch": 4, "tr']))
-    run_folder.go_on(tmp_path, header, 2, {"epoch": 2, "b": 2})
+    run_folder.resume_log(tmp_path, header, 2, {"epoch": 2, "b": 2})
     records = read_json_lines(log)
     assert records == [header | {"job": None}, {"epoch": 1, "a": 1}, {"epoch": 2, "b": 2}]
     assert log.read_text().count("\n") == 3
@@ -587,5 +589,7 @@ def test_no_flag_of_a_run_is_forgotten_by_the_comparison():
         for parser in (cifar_main.get_parser(), main_distillation.get_parser())
         for action in parser._actions
     }
-    assert set(run_folder.FREE) | set(run_folder.LONGER) <= known
-    assert {"lr", "seed", "batch_size", "mixup", "amp", "max_steps", "skip_bad_steps"} <= known - set(run_folder.FREE)
+    assert set(run_folder.MAY_DIFFER) | set(run_folder.MAY_GROW) <= known
+    assert {"lr", "seed", "batch_size", "mixup", "amp", "max_steps", "skip_bad_steps"} <= known - set(
+        run_folder.MAY_DIFFER
+    )

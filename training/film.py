@@ -16,8 +16,8 @@ import utils
 from datasets import denormalise, resize
 from inspection import inputs
 from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
-from loading.files import PictureLoader
-from loading.memory import Loader
+from loading.files import FileLoader
+from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -29,7 +29,7 @@ SIDE, LETTERS = 128, 18  # at most so many pixels of a picture's longer side, an
 FRAMES, FRAME_MS, LAST_MS = 40, 600, 3000  # of a GIF: at most so many, each and the last one shown so long
 
 
-class TrainingMaps:
+class Film:
     """What `run_epochs` calls, in every process; the first one draws. Without --viz_every it only removes files.
 
     Raises BadInput if there is nothing to draw.
@@ -80,8 +80,8 @@ class TrainingMaps:
         """The images as validation gives them to the model, and, smaller, as a person sees them."""
         split, data, device = self.val_batches.split, self.data, next(self.model.parameters()).device
         few = split.part(self.numbers)
-        pictures = isinstance(self.val_batches, PictureLoader)
-        loader = PictureLoader(few, data, len(few), device) if pictures else Loader(few, data, len(few))
+        pictures = isinstance(self.val_batches, FileLoader)
+        loader = FileLoader(few, data, len(few), device) if pictures else MemoryLoader(few, data, len(few))
         self.images, labels = next(iter(loader))
         self.labels = labels.tolist()
         shown = denormalise(self.images, data["mean"], data["std"])

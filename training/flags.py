@@ -83,7 +83,7 @@ def add_file_flags(group):
 
 
 def of_data(args) -> dict:
-    """The arguments of `load_data` and `load_pictures` that are flags."""
+    """The arguments of `load_data` and `load_file_data` that are flags."""
     return {name: getattr(args, name) for name in ("val_size", "test_size", "max_pixels", "bad_images")}
 
 

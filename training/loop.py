@@ -12,8 +12,8 @@ from checkpoints.files import save_checkpoint
 from engine import NotFinite, evaluate, train_one_epoch
 from models_dynamic import set_fused_attention
 from training import run_folder
-from training.film import TrainingMaps
-from training.run_log import _Record, environment, plain_args
+from training.film import Film
+from training.run_log import RunLogger, environment, plain_args
 from training.setup import updates_per_epoch
 from training.signals import StopSignals
 from training.state import TrainingState
@@ -47,19 +47,19 @@ def run_epochs(
     scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
     shown = ema.module if ema else model
-    maps = TrainingMaps(args, model, val_batches, description)
+    maps = Film(args, model, val_batches, description)
     state = TrainingState(model, optimizer, scaler, ema, description, args)
     if args.resume:
         state.restore(args.resume)
         if state.best is not None and not Path(best_path).is_file():  # gone on with in another folder, for instance
             say(f"note: {best_path}, the best weights so far, is not there; the best of the epochs to come will be")
             state.best = None
-    wrapped = _wrapped(model, args, description)
-    log = utils.main_decides(lambda: _begin_log(folder, best_path, state, device, amp_dtype))
-    record = _Record(log, args.tensorboard, state.epoch)
+    wrapped = wrap(model, args, description)
+    log = utils.main_decides(lambda: start_log(folder, best_path, state, device, amp_dtype))
+    record = RunLogger(log, args.tensorboard, state.epoch)
     maps.begin(shown, state.epoch, state.step)
     with StopSignals() as stop:
-        checks = _Checks(state, stop, val_batches)
+        checks = StepHooks(state, stop, val_batches)
         for epoch in range(state.epoch, args.epochs):
             if args.max_steps and state.step >= args.max_steps:
                 break
@@ -74,13 +74,13 @@ def run_epochs(
                     sums=state.sums, title=title,
                 )  # fmt: skip
             except NotFinite as error:
-                raise _told(error, title, state) from None
+                raise bad_batch_error(error, title, state) from None
             state.step, state.batch, state.sums = trained["step"], len(batches), trained["sums"]
-            metrics = _metrics(epoch + 1, trained, optimizer, device, model, ema, val_batches, checks)
-            say(_line(title, metrics))
+            metrics = epoch_metrics(epoch + 1, trained, optimizer, device, model, ema, val_batches, checks)
+            say(epoch_line(title, metrics))
             state.epoch, state.batch, state.sums, state.metrics = epoch + 1, 0, None, metrics
             state.skipped += trained["skipped"]
-            better = state.best is None or val_batches is None or _rank(metrics) > _rank(state.best)
+            better = state.best is None or val_batches is None or selection_key(metrics) > selection_key(state.best)
             if better:
                 state.best = metrics
                 if utils.is_main():
@@ -96,7 +96,7 @@ def run_epochs(
     return state.best
 
 
-class _Checks:
+class StepHooks:
     """What is looked at between two batches: averaged weights, whether to save, whether to end."""
 
     def __init__(self, state: TrainingState, stop: StopSignals, val_batches):
@@ -131,26 +131,26 @@ class _Checks:
         raise Stopped(number, f"{self.state.kept}; the same command with --resume goes on")
 
 
-def _begin_log(folder, best_path, state, device, amp_dtype) -> Path:
+def start_log(folder, best_path, state, device, amp_dtype) -> Path:
     header = {
         "args": plain_args(state.args), "model_args": state.model.model_args, "data": state.description,
         "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **environment(device),
     }  # fmt: skip
     if state.args.resume:
-        return run_folder.go_on(folder, header, state.epoch, state.metrics)
-    return run_folder.begin(folder, best_path, header)
+        return run_folder.resume_log(folder, header, state.epoch, state.metrics)
+    return run_folder.begin_log(folder, best_path, header)
 
 
-def _wrapped(model, args, description):
+def wrap(model, args, description):
     """The model as training calls it."""
     wrapped = model
     if utils.world_size() > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        _settle(wrapped, description)
+        rebuild_ddp_buckets(wrapped, description)
     return torch.compile(wrapped) if args.compile else wrapped
 
 
-def _settle(wrapped, description):
+def rebuild_ddp_buckets(wrapped, description):
     """Let DDP see one gradient, after which it arranges its buckets anew, once.
 
     How gradients lie in buckets decides in which order three or more processes add them up, so that a run that goes on
@@ -163,7 +163,7 @@ def _settle(wrapped, description):
     wrapped.train(training)
 
 
-def _told(error: NotFinite, title, state: TrainingState) -> RunFailed:
+def bad_batch_error(error: NotFinite, title, state: TrainingState) -> RunFailed:
     """The error for the user, with the batch that led to it in a file."""
     path = Path(state.args.output_dir) / f"bad_batch_step{error.batch['step']}_process{utils.rank()}.pth"
     save_checkpoint(path, error.batch)
@@ -171,7 +171,7 @@ def _told(error: NotFinite, title, state: TrainingState) -> RunFailed:
     return RunFailed(f"{title}: {error}; {path} has {has}, {state.kept}. Try a lower --lr, or --clip_grad 1")
 
 
-def _metrics(epoch, trained, optimizer, device, model, ema, val_batches, checks) -> dict:
+def epoch_metrics(epoch, trained, optimizer, device, model, ema, val_batches, checks) -> dict:
     """One epoch's record in the log. With EMA, `val_*` are the figures of the EMA weights, which are what is saved."""
     metrics = {
         "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"], "lr": optimizer.param_groups[0]["lr"],
@@ -191,11 +191,11 @@ def _metrics(epoch, trained, optimizer, device, model, ema, val_batches, checks)
     return metrics
 
 
-def _rank(metrics):
+def selection_key(metrics):
     return metrics["val_top1"], -metrics["val_loss"]
 
 
-def _line(title, metrics) -> str:
+def epoch_line(title, metrics) -> str:
     words = [f"train loss {metrics['train_loss']:.4f}"]
     if "val_top1" in metrics:
         words += [f"val loss {metrics['val_loss']:.4f}", f"val accuracy {metrics['val_top1']:.2f}%"]

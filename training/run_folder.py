@@ -24,14 +24,14 @@ from utils import BadInput, say
 
 NEWEST = "checkpoint.pth"
 # Flags that leave a run what it is: where, by whom and how it is watched. All others must be the same to go on.
-FREE = (
+MAY_DIFFER = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
     "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
     "max_pixels", "bad_images",
 )  # fmt: skip
-LONGER = ("epochs", "warmup_epochs")  # may change, and it is said
+MAY_GROW = ("epochs", "warmup_epochs")  # may change, and it is said
 # What decides which images are in which batch: the same within an epoch.
-BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
+DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
 
 
 class InUse(BadInput):
@@ -42,7 +42,7 @@ class InUse(BadInput):
 
 
 @contextmanager
-def held(folder, best_path=None):
+def locked(folder, best_path=None):
     """Hold the folder, and the file of the best weights if that lies elsewhere, for the processes of this run.
 
     The system lets a lock go when its process ends, however that happens. Raises InUse, naming who holds it.
@@ -52,27 +52,29 @@ def held(folder, best_path=None):
     if best_path is not None and Path(best_path).parent.resolve() != folder.resolve():
         paths.append(Path(best_path).with_name(f"{Path(best_path).name}.lock"))
     with ExitStack() as stack:
-        utils.main_decides(lambda: [stack.enter_context(_held(path)) for path in paths] and None)
+        utils.main_decides(lambda: [stack.enter_context(_locked(path)) for path in paths] and None)
         yield
 
 
 @contextmanager
-def _held(path: Path):
+def _locked(path: Path):
     owner = path.with_name("running.json" if path.name == "lock" else f"{path.name}.json")
     lock = FileLock(path, is_singleton=True)  # a sweep holds the folders of its cells already
     again = lock.is_locked
     try:
-        lock.acquire(timeout=0 if _lives(_owner(owner)) else 15)  # reading processes outlive a killed one by seconds
+        lock.acquire(
+            timeout=0 if _is_alive(_read_owner(owner)) else 15
+        )  # reading processes outlive a killed one by seconds
     except Timeout:
         raise InUse(
-            f"{path.parent} is in use by {_words(_owner(owner))}: wait for its end, stop it, or give another folder"
+            f"{path.parent} is in use by {_describe_owner(owner)}: wait for its end, stop it, or give another folder"
         ) from None
     except OSError as error:
         raise BadInput(f"cannot lock {path}: {error.strerror or error}; choose another folder") from None
     try:
         if not again:
             if owner.exists():
-                say(f"{_words(_owner(owner))} ended here without a word; its lock is void")
+                say(f"{_describe_owner(owner)} crashed; removing its stale lock")
             utils.remove_temporary(path.parent)
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             utils.write_atomically(owner, lambda file: file.write(json.dumps(me).encode()))
@@ -84,20 +86,21 @@ def _held(path: Path):
         lock.release()
 
 
-def _owner(path) -> dict:
+def _read_owner(path) -> dict:
     try:
         return next(iter(read_json_lines(path)), {})
     except OSError:
         return {}
 
 
-def _words(owner) -> str:
+def _describe_owner(path) -> str:
+    owner = _read_owner(path)
     if not owner:
         return "another run"
     return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
 
 
-def _lives(owner) -> bool:
+def _is_alive(owner) -> bool:
     """Whether that process may be alive; on another machine nobody can tell."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return True
@@ -142,7 +145,7 @@ def save(folder, checkpoint: dict, keep: int):
             file.unlink(missing_ok=True)
 
 
-def newest_whole(folder) -> Path | None:
+def newest_readable(folder) -> Path | None:
     """The newest checkpoint that can be read, None without one. Damaged ones are reported and moved aside."""
     for path in checkpoints(folder):
         try:
@@ -157,19 +160,19 @@ def newest_whole(folder) -> Path | None:
     return None
 
 
-def choose(args, best_path):
+def checkpoint_to_resume(args, best_path):
     """Set `args.resume` to the checkpoint to go on from, or None to begin; in all processes the same.
 
     `--resume` alone is the newest whole one of the folder. A process that torchrun started again (--max-restarts) goes
     on, too. Raises BadInput if another run would be lost, or there is nothing to go on from.
     """
-    args.resume = utils.main_decides(lambda: _choose(args, Path(args.output_dir), Path(best_path)))
+    args.resume = utils.main_decides(lambda: _checkpoint_to_resume(args, Path(args.output_dir), Path(best_path)))
 
 
-def _choose(args, folder, best_path):
+def _checkpoint_to_resume(args, folder, best_path):
     again, found = started_again(folder), checkpoints(folder)
     if args.resume == "" or (again and found):
-        path = newest_whole(folder)
+        path = newest_readable(folder)
         if path is not None:
             return str(path)
         if found:
@@ -209,7 +212,7 @@ def check_same_run(path, saved: dict, args):
     """
     here = plain_args(args) | {"processes": utils.world_size()}
     there = saved["args"] | {"processes": len(saved["processes"])}
-    other = _differ(there, here)
+    other = _changed_flags(there, here)
     values = {name: [utils.flag_value(flags[name]) for flags in (there, here)] for name in other}
     said = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
     if "finetune" in other and args.finetune:
@@ -217,13 +220,13 @@ def check_same_run(path, saved: dict, args):
             f"--resume: --finetune was {there['finetune']}, is now {args.finetune}, but the weights are those of "
             f"{path}; give the same --finetune, or leave out --resume"
         )
-    if saved["batch"] and set(other) & set(BATCHES):
-        of_batches = "; ".join(words for name, words in zip(other, said) if name in BATCHES)
+    if saved["batch"] and set(other) & set(DECIDE_BATCHES):
+        of_batches = "; ".join(words for name, words in zip(other, said) if name in DECIDE_BATCHES)
         raise BadInput(
             f"{path} is in the middle of an epoch, whose batches are of other images now ({of_batches}): give the "
             "same, or resume from a checkpoint at the end of an epoch"
         )
-    if not set(other) <= set(LONGER) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
+    if not set(other) <= set(MAY_GROW) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
         raise BadInput(
             f"{path} is of another run ({'; '.join(said)}): give the same flags, or another --output_dir; --overwrite "
             "goes on with these"
@@ -236,16 +239,16 @@ def _folder(args) -> Path:
     return Path(args.output_dir).resolve()
 
 
-def _differ(there: dict, here: dict) -> list[str]:
+def _changed_flags(there: dict, here: dict) -> list[str]:
     """Names of flags that both have, with other values; in JSON, tuples are lists."""
     there, here = json.loads(json.dumps(there)), json.loads(json.dumps(here))
-    return [name for name in here if name in there and name not in FREE and there[name] != here[name]]
+    return [name for name in here if name in there and name not in MAY_DIFFER and there[name] != here[name]]
 
 
 # Beginning, and the log -------------------------------------------------------------------------------------------
 
 
-def begin(folder, best_path, header: dict) -> Path:
+def begin_log(folder, best_path, header: dict) -> Path:
     """Begin a run: its log, and nothing of another one left that could be taken for its own. Returns the log."""
     log = Path(folder) / "log.txt"
     write_log(log, [header | {"job": job()}])
@@ -254,12 +257,12 @@ def begin(folder, best_path, header: dict) -> Path:
     return log
 
 
-def go_on(folder, header: dict, epoch: int, metrics: dict | None) -> Path:
+def resume_log(folder, header: dict, epoch: int, metrics: dict | None) -> Path:
     """Put the log in the state that it had when the checkpoint was written, whatever happened since. Returns it."""
     log = Path(folder) / "log.txt"
     records = read_json_lines(log) if log.exists() else []
     headers = [r for r in records if "epoch" not in r and isinstance(r.get("args"), dict)]
-    if not headers or _differ(headers[-1]["args"], header["args"]):
+    if not headers or _changed_flags(headers[-1]["args"], header["args"]):
         headers.append(header)
     epochs = {r["epoch"]: r for r in records if isinstance(r.get("epoch"), int) and r["epoch"] <= epoch}
     if metrics is not None:

@@ -17,7 +17,7 @@ from utils import BadInput, RunFailed, write_atomically
 CURVES_EVERY = 30  # seconds, at least; and after the last epoch
 
 
-class _Record:
+class RunLogger:
     """What the first process writes of each epoch: a line of the log, TensorBoard's figures, sometimes the curves."""
 
     def __init__(self, log: Path, on_tensorboard, epoch):

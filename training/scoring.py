@@ -4,8 +4,8 @@ import utils
 from checkpoints.models import data_folder
 from datasets import MAX_PIXELS, check_classes, find_split
 from engine import evaluate
-from loading.files import PictureLoader
-from loading.memory import Loader, read_split
+from loading.files import FileLoader
+from loading.memory import MemoryLoader, read_split
 from utils import say
 
 
@@ -21,10 +21,10 @@ def score(
     share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
     if "crop_pct" in data:
         split, classes = find_split(data["name"], path, False, data, max_pixels)
-        batches = PictureLoader(split, data, device=device, workers=workers, **share)
+        batches = FileLoader(split, data, device=device, workers=workers, **share)
     else:
         split, classes = read_split(data["name"], path, False, data["input_size"], data, max_pixels)
-        batches = Loader(split.to(device), data, **share)
+        batches = MemoryLoader(split.to(device), data, **share)
     check_classes(classes, data["classes"], "the test images", "the model")
     there = data.get("images", {}).get("test", len(split))
     if len(split) != there:

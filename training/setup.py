@@ -84,7 +84,7 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
     try:
         if args.model in SIZES:
             given = SIZES[args.model] | given
-            _check_memory(**given)
+            check_model_fits(**given)
             with torch.device(device):
                 return DynamicViT(**given)
         check_timm_model(args)
@@ -95,7 +95,7 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
         raise BadInput(str(error)) from None
 
 
-def _check_memory(img_size, patch_size, embed_dim, depth, mlp_ratio=4.0, num_register_tokens=4, **_):
+def check_model_fits(img_size, patch_size, embed_dim, depth, mlp_ratio=4.0, num_register_tokens=4, **_):
     """Raise BadInput for a model whose weights alone are more than the memory, where the system tells its size."""
     (h, w), (ph, pw) = to_2tuple(img_size), to_2tuple(patch_size)
     in_blocks = depth * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))

@@ -139,7 +139,7 @@ def a_signal(folder, number, expected) -> Row:
     out, err = process.communicate(timeout=120)
     seconds = time.monotonic() - start
     lost = [] if process.returncode == 128 + number else [f"status {process.returncode}: {out}{err}"]
-    lost += [] if "--resume goes on" in err and "Traceback" not in err else [err]
+    lost += [] if "--resume resumes it" in err and "Traceback" not in err else [err]
     lost += go_on(folder, TINY, expected)
     return Row(f"{signal.Signals(number).name} (status {process.returncode} after {seconds:.1f} s)", 1, not lost,
                "; ".join(lost) or "nothing")  # fmt: skip

@@ -155,7 +155,7 @@ def ranks(folder, processes, *killed) -> Row:
         )
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-        assert ("going on after" in out) == (rank >= 0), out
+        assert ("resuming after" in out) == (rank >= 0), out
         endings.append(ending(place))
     lost = [what for other in endings[1:] for what in differences(endings[0], other)]
     return Row(f"SIGKILL of one of {processes} processes, torchrun --max-restarts", len(killed),

@@ -18,6 +18,7 @@ import torch
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
+from checkpoints.schema import CELL_RESULT, first_wrong
 from cifar_test import test_model
 from cifar_train import train_from_flags
 from datasets import ImageData
@@ -134,34 +135,17 @@ def check_settings(args, here: dict):
             )
 
 
-# Of a result, what tables, statistics and the time that is left are made of; the last ones may be None.
-POSITIONS, OPTIONAL_FIGURES = (
-    ("cls_pos", "reg_pos"),
-    ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself"),
-)
-FIGURES = (
-    "val_top1", "best_epoch", "test_top1", "test_top5", "test_loss", "test_images", "params", "flops", "repeats",
-    "images_per_s", "train_seconds", "artefact_share",
-)  # fmt: skip
-
-
 def read_record(file) -> dict:
     """A settings.json or result.json. Raises BadInput for one that is damaged or lacks something."""
     try:
         if not file.is_file():  # a pipe would never end
             raise ValueError("it is no file")
         record = json.loads(file.read_text())
-        if not isinstance(record, dict):
-            raise ValueError("it holds no record")
-        if file.name == "result.json":
-            kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(OPTIONAL_FIGURES, (int, float, type(None)))
-            kinds |= dict.fromkeys(POSITIONS, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
-            wrong = [name for name, kind in kinds.items() if type(record.get(name, "")) not in kind]
-            hits = hits_of(record) if not wrong else None
-            if hits is not None and not abs(100 * hits.mean() - record["test_top1"]) < 1e-6:
-                wrong = ["test_hits"]
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} missing or wrong")
+        wrong = first_wrong(record, CELL_RESULT if file.name == "result.json" else {})
+        if file.name == "result.json" and not wrong and (hits := hits_of(record)) is not None:
+            wrong = None if abs(100 * hits.mean() - record["test_top1"]) < 1e-6 else "test_hits"
+        if wrong:
+            raise ValueError(f"{wrong} missing or wrong")
         return record
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None

@@ -25,7 +25,7 @@ from torch import nn
 import utils
 from checkpoints.files import save_checkpoint
 from datasets import Split
-from engine import train_one_epoch
+from engine import TrainingStep, train_one_epoch
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import SIZES, DynamicViT, set_fused_attention
 from training.run_log import environment
@@ -104,8 +104,8 @@ def training(model, batches, device, dtype=None, compiled=False):
         set_fused_attention(model, False)  # as in training: see `run_epochs`
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
     model = torch.compile(model) if compiled else model
-    loss = nn.CrossEntropyLoss()
-    return lambda: train_one_epoch(model, batches, loss, optimizer, Still(), amp_dtype=dtype)
+    step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, Still(), amp_dtype=dtype)
+    return lambda: train_one_epoch(step, batches)
 
 
 def inference(model, images, device, dtype=None, compiled=False):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import utils
 from inspection import inputs, interventions
-from inspection.statistics import TokenStatistics, readouts
+from inspection.statistics import TokenStatistics, probe_accuracies
 from inspection.statistics_pages import data_name, draw_pages
 from training.run_log import environment
 from training.setup import describe
@@ -44,7 +44,7 @@ def batches_of(pictures, model, data, device, failed):
 
 def chosen_pictures(args, data, checkpoint):
     """--num_images of the images, in random order: a part of one class folder after another would be of few classes."""
-    found = inputs.pictures(args, data, checkpoint)
+    found = inputs.find_images(args, data, checkpoint)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(args.seed)).tolist()
     found = [found[i] for i in order[: args.num_images or None]]
     if args.ablate and found[0].label is None:
@@ -82,7 +82,7 @@ def analyze(args) -> dict:
         },
         "accuracy": 100 * right / statistics.images if labelled and model.num_classes else None,
         **statistics.result(),
-        "readout": readouts(statistics.features, statistics.labels, model.depth) if statistics.labels else None,
+        "readout": probe_accuracies(statistics.features, statistics.labels, model.depth) if statistics.labels else None,
         "ablation": interventions.ablate(model, batches, args.ablate) if args.ablate else None,
         "environment": environment(device),
     }  # fmt: skip

@@ -341,7 +341,7 @@ class OnDevice(torch.utils.data.DataLoader):
     device = None
 
     def __iter__(self):
-        return ((images.to(self.device), labels.to(self.device)) for images, labels in super(OnDevice, self).__iter__())
+        return ((images.to(self.device), labels.to(self.device)) for images, labels in super().__iter__())
 
 
 def train_loader(images, aug="trivial", reprob=0.25):

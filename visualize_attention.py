@@ -22,8 +22,8 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.html import check_size, encode_picture, packed_size, write_viewer
-from inspection.pages import ATTENTION, TIMES_PATCHES, Cell, Page, Row, draw_page, write_pages
+from inspection.html import check_size, encode_image, packed_size, write_viewer
+from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, draw_page, write_pages
 from models_dynamic import AttentionMaps
 from utils import BadInput, number
 
@@ -52,7 +52,7 @@ class Token:
 
 
 @dataclass
-class Looked:
+class ImageMaps:
     """One image as one model sees it."""
 
     shown: Tensor  # (3, ., .) uint8
@@ -68,7 +68,7 @@ def entry_blocks(model) -> dict:
     return {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos}
 
 
-def wanted_kinds(model, blocks, asked) -> list[str]:
+def kinds_to_draw(model, blocks, asked) -> list[str]:
     """Which of 'cls', 'dist' and 'reg' to draw: those asked for, else all that are there at one of `blocks`.
 
     Raises BadInput for a token that was asked for and is at none of them, and if there is none at all.
@@ -106,7 +106,7 @@ def tokens_of(model, kinds, patches) -> list[Token]:
     return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
 
 
-def look(model, data, picture, blocks, patches, rollout) -> Looked:
+def image_maps(model, data, picture, blocks, patches, rollout) -> ImageMaps:
     """Read an image and compute what is drawn of it."""
     image, device = picture.read(), model.pos_embed.device
     images = inputs.model_input([image], [picture], data, device)
@@ -114,7 +114,7 @@ def look(model, data, picture, blocks, patches, rollout) -> Looked:
         logits = model(images)[0].cpu() if model.num_classes else None
     lines = [] if picture.label is None else [f"true: {inputs.class_name(picture.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
-    return Looked(
+    return ImageMaps(
         inputs.as_seen(image, picture, data), "\n".join(lines), model.attention_maps(images, blocks, patches),
         model.attention_rollout(images, blocks, patches) if rollout else {},
     )  # fmt: skip
@@ -123,7 +123,7 @@ def look(model, data, picture, blocks, patches, rollout) -> Looked:
 # Pages -----------------------------------------------------------------------------------------------------------
 
 
-def pages_of(kinds_of_pages, looked: Looked, tokens, blocks, patches):
+def pages_of(kinds_of_pages, looked: ImageMaps, tokens, blocks, patches):
     """The pages of one image under one model."""
 
     def row(token, block, label):
@@ -147,7 +147,7 @@ def pages_of(kinds_of_pages, looked: Looked, tokens, blocks, patches):
         rows = []
         for token in tokens:
             maps = {f"block {block}": token.of(looked.rollout[block], patches) for block in blocks}
-            cells = [Cell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
+            cells = [MapCell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
             rows.append(Row(token.name, looked.shown, cells))
         yield Page("rollout", "Attention rollout from the first block on", rows, looked.caption, ROLLOUT)
 
@@ -161,13 +161,13 @@ def _absent(token) -> str:
     return "absent: not in this model" if token.enters is None else f"absent: enters at block {token.enters}"
 
 
-def _cells(token, maps, patches) -> list[Cell]:
+def _cells(token, maps, patches) -> list[MapCell]:
     """The mean over heads, and each head; one empty cell for a token that is absent."""
     heads = token.of(maps, patches) if token.enters is not None else None
     if heads is None:
-        return [Cell("", None, _absent(token))]
+        return [MapCell("", None, _absent(token))]
     named = [("mean over heads", heads.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(heads))]
-    return [Cell(name, attention, mark=token.mark) for name, attention in named]
+    return [MapCell(name, attention, mark=token.mark) for name, attention in named]
 
 
 def compared_pages(names, models, looks, asked, blocks, patches, one_scale):
@@ -215,8 +215,8 @@ def load_all(args):
     """[(name, model, data, checkpoint)] of --model_path or --compare, on the device."""
     device = utils.pick_device(args.device)
     paths = args.compare or [args.model_path]
-    flags = [inputs.of_file(args, i, len(paths)) for i in range(len(paths))]
-    found = [(p, *inputs.load(p, mine, foreign_flags_may_rest=len(paths) > 1)) for p, mine in zip(paths, flags)]
+    flags = [inputs.flags_for_file(args, i, len(paths)) for i in range(len(paths))]
+    found = [(p, *inputs.load(p, mine, one_of_several=len(paths) > 1)) for p, mine in zip(paths, flags)]
     for _, model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
@@ -237,15 +237,15 @@ def page_maker(args, loaded, blocks):
             raise BadInput(f"none of these models has {' or '.join(WORDS[k] for k in args.tokens or KINDS)}")
 
         def compared(picture):
-            looks = [look(model, data, picture, blocks, patches, False) for _, model, data, _ in loaded]
+            looks = [image_maps(model, data, picture, blocks, patches, False) for _, model, data, _ in loaded]
             return compared_pages(names, models, looks, args.tokens, blocks, patches, args.scale != "map")
 
         return compared
     _, model, data, _ = loaded[0]
-    kinds = [] if patches and not args.tokens else wanted_kinds(model, blocks, args.tokens)
+    kinds = [] if patches and not args.tokens else kinds_to_draw(model, blocks, args.tokens)
     tokens = tokens_of(model, kinds, patches)
     return lambda picture: pages_of(
-        args.pages, look(model, data, picture, blocks, patches, rollout), tokens, blocks, patches
+        args.pages, image_maps(model, data, picture, blocks, patches, rollout), tokens, blocks, patches
     )
 
 
@@ -300,8 +300,8 @@ def write_html(args, model, data, found, blocks, failed):
 
         images = inputs.model_input([picture.read()], [picture], data, device)
         model.trace(images, attention=keep, last=max(blocks))
-        looked = look(model, data, picture, [], [], False)
-        encoded.append(encode_picture(picture.name, looked.caption, looked.shown, layouts, attention, model.grid_size))
+        looked = image_maps(model, data, picture, [], [], False)
+        encoded.append(encode_image(picture.name, looked.caption, looked.shown, layouts, attention, model.grid_size))
     about = {
         "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos,
         "dist_pos": model.dist_pos, "reg_pos": model.reg_pos, "registers": model.num_register_tokens,
@@ -323,7 +323,7 @@ def visualize(args):
     for _, other, _, _ in loaded:
         blocks = inputs.chosen_blocks(other, args.layer_num)
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
-    found, failed = inputs.pictures(args, data, checkpoint, args.img_num), []
+    found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []
     if args.format == "html":
         write_html(args, model, data, found, blocks, failed)
     else:

@@ -2,7 +2,7 @@
 
 `viewer.html` is the page; here the attention is packed and put into it.
 
-    pictures = [encode_picture("dog", "predicted: dog", shown, layouts, attention, model.grid_size)]
+    pictures = [encode_image("dog", "predicted: dog", shown, layouts, attention, model.grid_size)]
     write_viewer("attention.html", "Attention of best_model.pth", about_the_model, pictures)
 """
 
@@ -43,7 +43,7 @@ def check_size(size: int):
         )
 
 
-def encode_picture(
+def encode_image(
     name: str, caption: str, shown: Tensor, layouts: dict[int, TokenLayout], attention: dict[int, Tensor],
     grid: tuple[int, int],
 ) -> dict:  # fmt: skip
@@ -112,7 +112,7 @@ def write_viewer(path, title: str, model: dict, pictures: list[dict]) -> int:
 
     Args:
         model: "depth", "heads", "cls_pos", "dist_pos", "reg_pos" (None for what there is not) and "registers".
-        pictures: of `encode_picture`.
+        pictures: of `encode_image`.
 
     Raises BadInput if all pictures together are too large for a browser.
     """

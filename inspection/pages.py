@@ -23,7 +23,7 @@ LEFT, RIGHT, BOTTOM, SCALE = 0.35, 0.1, 0.45, 2.2  # inches: margins of a page, 
 
 
 @dataclass
-class Cell:
+class MapCell:
     name: str
     map: Tensor | None  # (gh, gw), shares; None: absent
     absent: str = ""  # why
@@ -34,7 +34,7 @@ class Cell:
 class Row:
     label: str
     shown: Tensor  # (3, h, w) uint8: the picture
-    cells: list[Cell]
+    cells: list[MapCell]
 
 
 @dataclass

@@ -31,7 +31,7 @@ FOLDS, NEIGHBOURS = 5, 5
 
 
 class TokenStatistics:
-    """See the module. `readout_images`: of how many images at most the tokens are kept for `readouts`."""
+    """See the module. `readout_images`: of how many images at most the tokens are kept for `probe_accuracies`."""
 
     def __init__(self, model: DynamicViT, readout_images=1000):
         self.model, self.readout_images = model, readout_images
@@ -42,7 +42,7 @@ class TokenStatistics:
         self.distances = _patch_distances(model)
 
     def add(self, images: Tensor, labels=None) -> Tensor:
-        """Count (B, 3, h, w) normalised images in; returns their logits (B, K). `labels`: (B,), for `readouts`."""
+        """Add (B, 3, h, w) normalised images, and labels (B,) for `probe_accuracies`; returns their logits (B, K)."""
         self.keep = 0 if labels is None else max(0, self.readout_images - self.images)
         self.labels += [] if labels is None else labels[: self.keep].tolist()
         logits = self.model.trace(images, attention=self._see_attention, output=self._see_output)
@@ -220,7 +220,7 @@ def artefact_bin(counts: Tensor) -> tuple[int, float]:
 # Read-outs -------------------------------------------------------------------------------------------------------
 
 
-def readouts(features: dict, labels: list[int], depth) -> dict | None:
+def probe_accuracies(features: dict, labels: list[int], depth) -> dict | None:
     """How much of the class can be read off each token at each block, by cross-validation over the images.
 
     A linear read-out (linear discriminants, with the covariance shrunk as Ledoit and Wolf estimate: nothing to tune)

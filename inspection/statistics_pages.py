@@ -16,7 +16,7 @@ def draw_pages(figures, file):
     pages = [norms_page, artefacts_page, entropy_page, distance_page]
     pages += [attention_page] if figures["cls_attention"] and any(figures["cls_attention"]["patches"]) else []
     pages += [similarity_page] if any(figures["register_similarity"]) else []
-    pages += [readout_page] if figures["readout"] else []
+    pages += [probe_page] if figures["readout"] else []
     pages += [ablation_page] if figures["ablation"] else []
     write_pdf((page(figures) for page in pages), file)
 
@@ -256,7 +256,7 @@ def similarity_page(figures):
     return figure
 
 
-def readout_page(figures):
+def probe_page(figures):
     readout = figures["readout"]
     figure = _page(
         figures, "What can be read off each token",

@@ -9,7 +9,7 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
-from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
+from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, write_pdf
 from loading.memory import MemoryLoader
 from sweep.cells import GridCell
 from sweep.results import MIN_SEEDS, baseline_of, collect, grouped, key_of, label, margins, place, summarise
@@ -180,10 +180,10 @@ def attention_page(folder, records, summary, data: ImageData):
     for i in range(len(few)):
         for record, (model, checkpoint) in zip(pair, models):
             images, _ = next(iter(MemoryLoader(few, checkpoint["data"], len(few))))
-            maps, enters = torch.from_numpy(token_maps(model, images[i : i + 1])["cls"][0]), record["cls_pos"]
-            cells = [
-                Cell(f"block {b}", None if b < enters else m, f"enters at block {enters}") for b, m in enumerate(maps)
-            ]
+            maps = torch.from_numpy(token_maps(model, images[i : i + 1])["cls"][0])
+            enters = record["cls_pos"]
+            named = ((f"block {b}", None if b < enters else m) for b, m in enumerate(maps))
+            cells = [MapCell(name, shown, f"enters at block {enters}") for name, shown in named]
             rows.append(Row(f"{label(record)}\nclass: {data.classes[int(few.labels[i])]}", few.images[i], cells))
     title = f"The class token in the best cell, and with all tokens from block 0 (seed {seeds[0]})"
     return Page("sweep", title, rows, "held-out images, mean over heads", f"{ATTENTION}, mean over heads")

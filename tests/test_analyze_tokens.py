@@ -16,7 +16,15 @@ from analyze_tokens import main, table
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, shell, tiny
 from inspection.interventions import _replaced, _watch, ablate
-from inspection.statistics import LOWEST, PER_DECADE, TokenStatistics, artefact_bin, bin_edge, quantile, readouts
+from inspection.statistics import (
+    LOWEST,
+    PER_DECADE,
+    TokenStatistics,
+    artefact_bin,
+    bin_edge,
+    probe_accuracies,
+    quantile,
+)
 from loading.memory import load_data
 from sweep import cells, pages
 
@@ -203,7 +211,7 @@ def test_what_can_be_read_off_is_where_it_was_planted():
     images = noise(model, 60) * 0.1
     images[torch.arange(60), labels] += 1.0  # the class is a colour
     statistics = measured(model, images, labels, batch=7)
-    found = readouts(statistics.features, statistics.labels, 4)
+    found = probe_accuracies(statistics.features, statistics.labels, 4)
     assert found["images"] == 60
     assert found["classes"] == 3
     assert found["chance"] == pytest.approx(100 / 3)
@@ -217,10 +225,10 @@ def test_what_can_be_read_off_is_where_it_was_planted():
 
 def test_few_images_of_a_class_are_left_out_of_the_readouts():
     features = {("class token", 0): [torch.randn(23, 4)]}
-    found = readouts(features, [0] * 10 + [1] * 9 + [2] * 4, 1)
+    found = probe_accuracies(features, [0] * 10 + [1] * 9 + [2] * 4, 1)
     assert (found["images"], found["classes"]) == (19, 2)
     assert found["chance"] == pytest.approx(100 * 10 / 19)
-    assert readouts(features, [0] * 20 + [1] * 3, 1) is None
+    assert probe_accuracies(features, [0] * 20 + [1] * 3, 1) is None
 
 
 def test_tokens_of_no_more_images_than_asked_for_are_kept():

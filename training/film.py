@@ -15,7 +15,7 @@ from torch import Tensor
 import utils
 from datasets import denormalise, resize
 from inspection import inputs
-from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
+from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, write_pdf
 from loading.files import FileLoader
 from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
@@ -169,7 +169,7 @@ def _page(saved, key, epochs) -> Page:
     enters = int(all_maps[0, :, 0, 0].isnan().sum())
     for caption, picture, maps in zip(saved["captions"], pictures, all_maps):
         there = [None] * enters + list(maps[enters:])
-        cells = [Cell(f"block {b}", m, f"absent: enters at block {enters}") for b, m in enumerate(there)]
+        cells = [MapCell(f"block {b}", m, f"absent: enters at block {enters}") for b, m in enumerate(there)]
         rows.append(Row(str(caption), picture, cells))
     names = {"cls": "Class token", "dist": "Distillation token"}
     registers = sum(token.startswith("reg") for token in _tokens(saved))

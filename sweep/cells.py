@@ -280,7 +280,7 @@ def behaviour(model_path, data: ImageData, device) -> dict:
     block. None where a token is not there.
     """
     model, checkpoint = load_model(model_path)
-    statistics, count = TokenStatistics(model.to(device), readout_images=0), min(LOOKED_AT, len(data.val))
+    statistics, count = TokenStatistics(model.to(device), probe_images=0), min(LOOKED_AT, len(data.val))
     few = type(data.val)(data.val.images[:count], data.val.labels[:count])
     for images, _ in MemoryLoader(few.to(device), checkpoint["data"], 100):
         statistics.add(images)

@@ -85,7 +85,7 @@ def _record(model, images, kinds) -> tuple:
     def attention(i, attn):
         layout = model.token_layout(i)
         if layout.registers is not None and layout.cls is not None:
-            seen["cls_attention_to_registers", i] = attn[:, :, layout.cls, layout.registers].squeeze(2).clone()
+            seen["cls_attention_to_registers", i] = attn[:, :, layout.cls, layout.registers].squeeze(-2).clone()
 
     logits = model.trace(images, tokens=tokens, attention=attention)
     return logits, {key: values for key, values in seen.items() if key[0] in kinds}
@@ -102,7 +102,7 @@ def _replaced(model, images, kind, new):
 
     def attention(i, attn):
         if ("cls_attention_to_registers", i) in new:
-            layout, given = model.token_layout(i), new["cls_attention_to_registers", i].unsqueeze(2)
+            layout, given = model.token_layout(i), new["cls_attention_to_registers", i].unsqueeze(-2)
             attn = attn.clone()
             row = attn[:, :, layout.cls]  # (B, H, 1, N), a view
             rest = (1 - row[..., layout.registers].sum(dim=-1, keepdim=True)).clamp_min(1e-12)

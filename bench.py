@@ -28,9 +28,9 @@ from torch import nn
 import utils
 from checkpoints.files import save_checkpoint
 from datasets import Split
-from engine import train_one_epoch
+from engine import TrainingStep, train_one_epoch
 from loading.memory import MemoryLoader, TrainTransform
-from models_dynamic import SIZES, DynamicViT, set_fused_attention
+from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu, set_fused_attention
 from training.run_log import environment
 
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
@@ -116,12 +116,11 @@ def random_batch(size, batch, device):
 
 def training(model, batches, device, dtype=None, compiled=False):
     """A function that takes a training step with each batch: the engine's, with AdamW."""
-    if dtype is not None and device.type == "cpu":
-        set_fused_attention(model, False)  # as in training: see `run_epochs`
+    plain_attention_on_cpu(model, device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
     model = torch.compile(model) if compiled else model
-    loss = nn.CrossEntropyLoss()
-    return lambda: train_one_epoch(model, batches, loss, optimizer, ConstantRate(), amp_dtype=dtype)
+    step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, ConstantRate(), amp_dtype=dtype)
+    return lambda: train_one_epoch(step, batches)
 
 
 def inference(model, images, device, dtype=None, compiled=False):

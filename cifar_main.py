@@ -30,7 +30,7 @@ def get_parser():
     group.add_argument("--eval", action="store_true", help="only test the model at --model_path")
     group.add_argument("--overwrite", action="store_true", help="train anew though a model is there")
     group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="go on from the newest whole checkpoint, or from FILE"
+        "--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE"
     )
 
     flags.add_small_image_flags(parser)
@@ -78,7 +78,7 @@ def main(argv=None):
     else:
         check_same_model(args, data_given, everything=not args.eval)
         if not args.eval:
-            say("It is only tested now: --overwrite trains anew, --resume goes on with its training.")
+            say("It is only tested now: --overwrite trains anew, --resume resumes its training.")
     test_model(args.model_path, data_path, device, args.batch_size, max_pixels=args.max_pixels)
     if trains:
         film.write_film(args)

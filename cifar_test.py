@@ -1,4 +1,4 @@
-"""Test a trained model. The checkpoint says everything: the model, the data, the normalisation.
+"""Test a trained model. The checkpoint has everything: the model, the data, the normalisation.
 
     python cifar_test.py --model_path ./models/best_model.pth
     python cifar_test.py --model_path ./models/best_model.pth --per_class --confusion

@@ -1,4 +1,4 @@
-"""`train_model`: the epochs, validation, saving. `cifar_main.py` is what a user starts."""
+"""`train_model`: training on small images in memory. `cifar_main.py` is what a user starts."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from datasets import ImageData
 from loading.memory import MemoryLoader, TrainTransform, load_data
 from models_dynamic import DynamicViT
 from training import flags, run_folder
-from training.loop import run_epochs
-from training.setup import build_model, load_finetune, make_mixup_and_loss, make_optimizer, say_what
+from training.loop import Run, run_epochs
+from training.setup import build_model, load_finetune, make_step, report_run
 
 
 def train_from_flags(args, device, data: ImageData | None = None) -> dict:
@@ -16,44 +16,34 @@ def train_from_flags(args, device, data: ImageData | None = None) -> dict:
     input_size = build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
     utils.writable_folder(Path(args.model_path).parent)
     with run_folder.locked(args.output_dir, args.model_path):
-        run_folder.checkpoint_to_resume(args, args.model_path)
+        resume = run_folder.checkpoint_to_resume(args, args.model_path)
         if data is None:
             data = load_data(args.data_set, args.data_path, input_size, **flags.of_data(args))
         utils.seed_everything(args.seed)
         model = build_model(args, len(data.classes))
-        if args.finetune and not args.resume:
+        if args.finetune and not resume:
             load_finetune(model, args.finetune)
-        say_what(model, data)
+        report_run(model, data)
         utils.seed_everything(args.seed + utils.rank())
-        return train_model(model, data, args, device)
+        return train_model(model, data, args, device, resume)
 
 
-def train_model(model: DynamicViT, data: ImageData, args, device) -> dict:
+def train_model(model: DynamicViT, data: ImageData, args, device, resume=None) -> dict:
     """Train `model` on images in memory, as `run_epochs` does; the best weights go to `args.model_path`.
 
     Args:
         model: on the CPU or `device`, not wrapped.
         args: the flags of `cifar_main.py`.
+        resume: the checkpoint to resume from.
 
-    Returns:
-        The metrics of the saved weights.
-
-    Raises:
-        BadInput: the checkpoint to resume from is of another model or other data; a folder cannot be written.
-        RunFailed: a loss that is not finite.
+    Returns and raises what `run_epochs` does.
     """
-    utils.writable_folder(Path(args.model_path).parent)
+    best_path = Path(args.model_path)
+    utils.writable_folder(best_path.parent)
     model.to(device)
-    description = data.description()
-    batches, val_batches = _loaders(data, description, args, device)
-    optimizer, scheduler = make_optimizer(
-        model, args, len(batches), opt="adamw", lr=args.lr, warmup_lr=1e-6, min_lr=1e-6
-    )
-    mixup, criterion = make_mixup_and_loss(args, batches.batch_size, len(data.classes))
-    return run_epochs(
-        model, batches, val_batches, criterion, optimizer, scheduler, description, args, device,
-        best_path=Path(args.model_path), mixup=mixup,
-    )  # fmt: skip
+    batches, val_batches = _loaders(data, data.description(), args, device)
+    step = make_step(args, model, batches, len(data.classes))
+    return run_epochs(Run(model, batches, val_batches, data.description(), args, device, best_path, resume), step)
 
 
 def _loaders(data, description, args, device) -> tuple[MemoryLoader, MemoryLoader | None]:

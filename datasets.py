@@ -23,7 +23,7 @@ CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # an
 ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIFAR100"}
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # and names of their folders
 LIKE_PARTS = {"training", "testing", *(name for names in PARTS.values() for name in names)}  # no names of classes
-FOLDERS = {"FOLDER": "test", "IMNET": "val"}  # and the part that is the test, unless a checkpoint says another
+FOLDERS = {"FOLDER": "test", "IMNET": "val"}  # and the part that is the test, unless a checkpoint has another
 EXPECTED = {
     "FOLDER": "train/<class>/ and test/<class>/ (or val/<class>/), or with <class>/ alone",
     "IMNET": "train/<class>/ and val/<class>/; --data_set FOLDER takes others, too",
@@ -73,7 +73,7 @@ class ImageData:
     origin: dict | None = None  # of images in folders: how `find_split` finds the same test images again
 
     def description(self) -> dict:
-        """What a checkpoint says about its data, as plain values."""
+        """The description of the data in a checkpoint, as plain values."""
         sizes = {part: len(getattr(self, part) or ()) for part in ("train", "val", "test")}
         return {
             "name": self.name, "classes": list(self.classes), "input_size": tuple(self.input_size),

@@ -3,7 +3,10 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,46 +29,91 @@ class NotFinite(RunFailed):
         self.batch = batch
 
 
+@dataclass
+class TrainingStep:
+    """What an optimizer step takes, and how it is taken.
+
+    Args:
+        model: may be wrapped by DDP or torch.compile.
+        criterion: (what the model returns, labels (B,) or, after `mixup`, class shares (B, K)) -> mean loss. With
+            a `teacher`, images -> logits (B, K), those are its third argument.
+        scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step.
+        accum_steps: batches for one optimizer step.
+        clip_grad: largest norm of the gradient; 0 or None: any.
+    """
+
+    model: torch.nn.Module
+    criterion: Callable
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    accum_steps: int = 1
+    mixup: Callable | None = None
+    teacher: Callable | None = None
+    amp_dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+    clip_grad: float | None = None
+
+    def backward(self, images, labels, of=1, last=True) -> torch.Tensor:
+        """Add the gradient of one `of` so many batches; returns the loss, detached. `last`: an update follows."""
+        with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+            with autocast(images.device, self.amp_dtype):
+                more = () if self.teacher is None else (self._teacher_logits(images),)
+                loss = self.criterion(self.model(images), labels, *more)
+            (loss if self.scaler is None else self.scaler.scale(loss)).div(of).backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _teacher_logits(self, images):
+        return self.teacher(images)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm of the gradient before it was clipped, on its device."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.clip_grad:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def update(self, good=True):
+        """Take the step if it is `good`; in any case forget the gradient."""
+        if self.scaler is not None:
+            if good:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif good:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@dataclass
+class Position:
+    """Where in a run `train_one_epoch` begins.
+
+    Args:
+        step: optimizer steps taken so far.
+        batch, sums: what `progress` gave, to resume in the middle of an epoch.
+        first_update: the place in the schedule at which this epoch begins: the steps of so many epochs like this one,
+            whatever the batch size and the number of processes of those before it. None: the steps that were taken.
+    """
+
+    step: int = 0
+    batch: int = 0
+    sums: dict | None = None
+    first_update: int | None = None
+
+
 def train_one_epoch(
-    model,
-    batches,
-    criterion,
-    optimizer,
-    scheduler,
-    *,
-    step=0,
-    first_update=None,
-    last_step=None,
-    accum_steps=1,
-    mixup=None,
-    teacher=None,
-    amp_dtype=None,
-    scaler=None,
-    clip_grad=None,
-    skip_bad=0,
-    on_step=None,
-    done=0,
-    sums=None,
-    title="",
+    parts: TrainingStep, batches, *, start: Position | None = None, last_step=None, skip_bad=0, on_step=None, title=""
 ) -> dict:
     """Train on every batch once. The device is never waited for between two reports of progress (but with `skip_bad`).
 
     Args:
-        model: may be wrapped by DDP or torch.compile.
-        batches: sized iterable of (images (B, 3, h, w), labels (B,)) on the model's device.
-        criterion: (what the model returns, labels (B,) or, after `mixup`, class shares (B, K)) -> mean loss. With
-            a `teacher`, images -> logits (B, K), those are its third argument.
-        scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step, to that of
-            `first_update` + the step's place in the epoch.
-        step: optimizer steps taken so far; `last_step`: stop when so many are taken.
-        first_update: the place in the schedule at which this epoch begins: the steps of so many epochs like this one,
-            whatever the batch size and the number of processes of those before it. None: the steps that were taken.
-        accum_steps: batches for one optimizer step.
+        batches: sized iterable of (images (B, 3, h, w), labels (B,)) on the model's device. In the middle of an epoch
+            it begins at batch `start.batch`, but its length is that of the whole epoch.
+        last_step: stop when so many steps are taken.
         skip_bad: leave out so many steps whose loss or gradient is not finite; they count as steps for the schedule.
         on_step: called after each step, not after one that was left out, with the number of steps taken and the
             progress of the epoch: `progress.done` batches, and `progress.sums()`.
-        done, sums: what `progress` said, to go on in the middle of an epoch; `batches` then begins there, but its
-            length is that of the whole epoch.
 
     Returns:
         `loss` (mean) and `images`, over all processes; `grad_norm` (mean over the steps, before clipping), `seconds`,
@@ -76,61 +124,32 @@ def train_one_epoch(
         NotFinite: as the name says, and it was not to be skipped. On a CPU that step was not taken; on a GPU, which
             is not waited for, it was, and some more: the weights are spoiled. Nothing is saved here.
     """
-    model.train()
-    watch = _Watch(title, optimizer, skip_bad, sums["skipped"] if sums else 0)
-    progress = _Progress(title, len(batches), optimizer, watch, done, sums)
-    group = []
-    if first_update is None:
-        first_update = step - done // accum_steps
-    for i, (images, labels) in enumerate(progress.timed(batches), done):
+    start, accum = start or Position(), parts.accum_steps
+    step, group = start.step, []
+    first_update = step - start.batch // accum if start.first_update is None else start.first_update
+    parts.model.train()
+    watch = _Watch(title, parts.optimizer, skip_bad, start.sums["skipped"] if start.sums else 0)
+    progress = _Progress(title, len(batches), parts.optimizer, watch, start.batch, start.sums)
+    for i, (images, labels) in enumerate(progress.timed(batches), start.batch):
         if last_step is not None and step >= last_step:
             break
-        size = min(accum_steps, len(batches) - i // accum_steps * accum_steps)  # the last group may be smaller
-        complete = i % accum_steps == size - 1
-        if mixup is not None:
-            images, labels = mixup(images, labels)
-        with nullcontext() if complete or not hasattr(model, "no_sync") else model.no_sync():
-            with autocast(images.device, amp_dtype):
-                more = () if teacher is None else (_logits_of(teacher, images),)
-                loss = criterion(model(images), labels, *more)
-            (loss if scaler is None else scaler.scale(loss)).div(size).backward()
-        group.append((i, len(images), loss.detach()))
-        watch.sees(i, images, labels, loss.detach())
+        size = min(accum, len(batches) - i // accum * accum)  # the last group may be smaller
+        complete = i % accum == size - 1
+        if parts.mixup is not None:
+            images, labels = parts.mixup(images, labels)
+        loss = parts.backward(images, labels, size, last=complete)
+        group.append((i, len(images), loss))
+        watch.sees(i, images, labels, loss)
         if complete:
-            scheduler.step_update(first_update + i // accum_steps)
-            norm = _gradient_norm(model, optimizer, scaler, clip_grad)
-            good = watch.allows(step, group, norm, overflow_is_usual=scaler is not None)
-            _optimizer_step(optimizer, scaler, good)
+            parts.scheduler.step_update(first_update + i // accum)
+            norm = parts.gradient_norm()
+            good = watch.allows(step, group, norm, overflow_is_usual=parts.scaler is not None)
+            parts.update(good)
             progress.add(group, norm, good)
             step, group = step + 1, []
             if good and on_step is not None:
                 on_step(step, progress)
     return {"sums": progress.sums()} | progress.close() | {"step": step, "skipped": watch.skipped}
-
-
-@torch.no_grad()
-def _logits_of(teacher, images):
-    return teacher(images)
-
-
-def _gradient_norm(model, optimizer, scaler, clip_grad) -> torch.Tensor:
-    """The norm of the gradient before it was clipped, on its device."""
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    if clip_grad:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-
-def _optimizer_step(optimizer, scaler, good):
-    """Take the step if it is `good`; in any case forget the gradient."""
-    if scaler is not None:
-        if good:
-            scaler.step(optimizer)
-        scaler.update()
-    elif good:
-        optimizer.step()
-    optimizer.zero_grad()
 
 
 class _Watch:
@@ -223,7 +242,7 @@ class _Progress:
         self.start = self.shown - before["seconds"]
 
     def sums(self) -> dict:
-        """What a new one needs to go on from here. Waits for the device; raises NotFinite if a step was not."""
+        """What a new one needs to resume here. Waits for the device; raises NotFinite if a step was not."""
         self.watch.finish()
         return {
             "loss": float(self.loss_sum), "images": self.images, "norm": float(self.norm_sum),

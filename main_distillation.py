@@ -18,33 +18,31 @@ from statistics import median
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
 from datasets import DATA_SETS
-from engine import train_one_epoch
+from engine import TrainingStep, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
-from models_dynamic import SIZES, set_fused_attention
+from models_dynamic import SIZES, plain_attention_on_cpu
 from training import film, flags, run_folder
-from training.loop import run_epochs
-from training.losses import DistillationLoss
+from training.loop import Run, run_epochs, wrap
 from training.scoring import score
 from training.setup import (
     build_model,
     check_timm_model,
     describe,
     load_finetune,
-    make_mixup_and_loss,
     make_optimizer,
-    say_what,
+    make_step,
+    report_run,
     start,
 )
 from training.teachers import WHOLE, check_whole, images_of, make_teacher, on_channels_last
 from utils import BadInput, number, say
 
-# Defaults of the flags. Where a recipe was published for a number of images a step, `step_images` says so.
+# Defaults of the flags. Where a recipe was published for a number of images a step, `step_images` has it.
 RECIPES = {
     # DeiT (arXiv 2012.12877, table 9). AdamW at 5e-4 for each 512 images a step.
     "deit": dict(
@@ -85,7 +83,7 @@ def get_parser():
     group.add_argument("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
     group.add_argument("--overwrite", action="store_true", help="train anew though a run is there")
     group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="go on from the newest whole checkpoint, or from FILE"
+        "--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE"
     )
     group.add_argument(
         "--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir"
@@ -154,7 +152,7 @@ def get_parser():
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher_model", metavar="NAME", help="one of timm's models")
     group.add_argument(
-        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project, which says its model "
+        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project, which names its model "
         "(default: timm downloads them)",
     )  # fmt: skip
     group.add_argument("--distillation_type", choices=("none", "soft", "hard"), default="none")
@@ -178,7 +176,7 @@ def parse(argv=None):
     first = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     recipe = dict(RECIPES[first.recipe])
     if first.model not in SIZES:
-        recipe.pop("init_values", None)  # timm's model has LayerScale if its name says so
+        recipe.pop("init_values", None)  # timm's model has LayerScale if its name asks for it
     step_images = recipe.pop("step_images", None)
     parser.set_defaults(interpolation="bicubic", **recipe)
     args = parser.parse_args(argv)
@@ -209,9 +207,12 @@ def resolve(args, given):
         check_distillation(args)
     if args.num_workers is None:
         args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not (args.eval and not args.finetune):  # else the checkpoint names its data set
+        args.data_set = args.data_set or "IMNET"
+        args.data_path = args.data_path or ("./data/imagenet" if args.data_set == "IMNET" else None)
     if args.resume == "" and args.eval:
         args.resume = str(Path(args.output_dir) / run_folder.NEWEST)
-    if args.eval:  # what was asked for, whatever a file says
+    if args.eval:  # what was asked for, whatever a file has
         asked = {"crop_pct": given.eval_crop_ratio, "interpolation": given.interpolation}
         args.asked_crop = {name: value.replace("random", "bicubic") if isinstance(value, str) else value
                            for name, value in asked.items() if value is not None}  # fmt: skip
@@ -235,18 +236,15 @@ def input_size(args) -> tuple[int, int]:
 
 def read_data(args):
     """The data set of the flags, of the size of their model."""
-    name = args.data_set or "IMNET"
-    path = args.data_path or ("./data/imagenet" if name == "IMNET" else None)
-    args.data_set, args.data_path = name, path
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
-    return load_file_data(name, path, input_size(args), **crop, **flags.of_data(args))
+    return load_file_data(args.data_set, args.data_path, input_size(args), **crop, **flags.of_data(args))
 
 
-def make_model(args, num_classes):
-    """The model of the flags, with the weights of --finetune, on the CPU."""
+def make_model(args, num_classes, resume=None):
+    """The model of the flags, on the CPU, with the weights of --finetune unless it gets those of a resumed run."""
     utils.seed_everything(args.seed)
     model, new = build_model(args, num_classes), []
-    if args.finetune and (args.attn_only or not args.resume):  # a resumed run has its own weights
+    if args.finetune and not args.throughput and (args.attn_only or not resume):  # --attn_only asks what is new
         new = load_finetune(model, args.finetune).new
     if args.attn_only:
         trained = ("head", "pos_embed", *new)
@@ -256,7 +254,7 @@ def make_model(args, num_classes):
             raise BadInput(f"--attn_only: {args.model} has no attention")
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    if hasattr(model, "set_distilled_training"):  # timm's distilled models give both heads' logits only if told
+    if hasattr(model, "set_distilled_training"):  # timm's distilled models give both heads' logits only if asked to
         model.set_distilled_training(args.distillation_type != "none")
     return on_channels_last(model)
 
@@ -264,41 +262,34 @@ def make_model(args, num_classes):
 def train(args, device):
     """Train, and leave the best weights in best_checkpoint.pth."""
     with run_folder.locked(args.output_dir):
-        run_folder.checkpoint_to_resume(args, Path(args.output_dir) / BEST)
-        _train(args, device)
+        resume = run_folder.checkpoint_to_resume(args, Path(args.output_dir) / BEST)
+        data = read_data(args)
+        teacher = make_teacher(args, data, device)
+        model = make_model(args, len(data.classes), resume)
+        report_run(model, data)
+        utils.seed_everything(args.seed + utils.rank())
+        model.to(device)
+        batches, val_batches = make_loaders(args, data, device)
+        step = make_step(args, model, batches, len(data.classes), teacher)
+        best_path = Path(args.output_dir) / BEST
+        run_epochs(Run(model, batches, val_batches, data.description(), args, device, best_path, resume), step)
 
 
-def _train(args, device):
-    data = read_data(args)
-    teacher = make_teacher(args, data, device)
-    model = make_model(args, len(data.classes))
-    say_what(model, data)
-    utils.seed_everything(args.seed + utils.rank())
-    model.to(device)
-
-    description, ranks = data.description(), dict(rank=utils.rank(), world_size=utils.world_size())
+def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
+    """Batches to train on, and to validate on."""
     transform = picture_transform(
         data.input_size, args.aa, args.color_jitter, args.hflip, args.interpolation, args.ThreeAugment, args.src,
         args.no_aug,
     )  # fmt: skip
-    share = dict(batch_size=args.batch_size, device=device, workers=args.num_workers, **ranks)
-    batches = FileLoader(
-        data.train, description, transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
+    share = dict(
+        batch_size=args.batch_size, device=device, workers=args.num_workers, rank=utils.rank(),
+        world_size=utils.world_size(),
+    )  # fmt: skip
+    train = FileLoader(
+        data.train, data.description(), transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
         seed=args.seed, **share,
     )  # fmt: skip
-    val_batches = FileLoader(data.val, description, **share) if data.val else None
-    optimizer, scheduler = make_optimizer(
-        model, args, len(batches), opt=args.opt, lr=args.lr, warmup_lr=args.warmup_lr, min_lr=args.min_lr
-    )
-    mixup, criterion = make_mixup_and_loss(
-        args, batches.batch_size, len(data.classes), args.mix_switch_prob, args.bce_loss
-    )
-    if teacher is not None:
-        criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    run_epochs(
-        model, batches, val_batches, criterion, optimizer, scheduler, description, args, device,
-        best_path=Path(args.output_dir) / BEST, mixup=mixup, teacher=teacher,
-    )  # fmt: skip
+    return train, FileLoader(data.val, data.description(), **share) if data.val else None
 
 
 def test(path, args, device, data_path=None):
@@ -370,29 +361,22 @@ def _finetuned(args, data):
 def throughput(args, device, rounds=5, steps=5):
     """Print images/s of training steps and of inference, on random images that lie on the device: medians."""
     size, amp_dtype = input_size(args), utils.amp_dtype(args.amp, device)
-    args.finetune = None
     model = make_model(args, 1000).to(device)
-    if device.type == "cpu" and amp_dtype is not None:
-        set_fused_attention(model, False)  # see `run_epochs`
-    optimizer, scheduler = make_optimizer(model, args, steps, opt=args.opt, lr=1e-5, warmup_lr=0.0, min_lr=0.0)
-    wrapped = DistributedDataParallel(model) if utils.world_size() > 1 else model
-    wrapped = torch.compile(wrapped) if args.compile else wrapped
+    plain_attention_on_cpu(model, device, amp_dtype)
     images = torch.randn(args.batch_size, 3, *size, device=device)
     batches = [(images, torch.randint(1000, (args.batch_size,), device=device))] * steps
+    slow = argparse.Namespace(**vars(args) | {"lr": 1e-5, "warmup_lr": 0.0, "min_lr": 0.0})
+    step = TrainingStep(model, sum_of_losses, *make_optimizer(model, slow, batches), amp_dtype=amp_dtype)
+    wrap(step, args, size)
     trained, inferred = [], []
-
-    def criterion(outputs, labels):
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        return sum(torch.nn.functional.cross_entropy(logits, labels) for logits in heads)
-
     for _ in range(rounds + 1):  # the first one warms up
-        done = train_one_epoch(wrapped, batches, criterion, optimizer, scheduler, amp_dtype=amp_dtype)
+        done = train_one_epoch(step, batches)
         trained.append(done["images"] / done["seconds"])
-        wrapped.eval()
+        step.model.eval()
         with torch.no_grad(), utils.autocast(device, amp_dtype):
             start = time.perf_counter()
             for _ in range(steps):
-                logits = wrapped(images)
+                logits = step.model(images)
             logits.sum().item()  # waits for the device
         inferred.append(args.batch_size * steps * utils.world_size() / (time.perf_counter() - start))
     say(describe(model))
@@ -400,6 +384,12 @@ def throughput(args, device, rounds=5, steps=5):
     setting = f"batch {args.batch_size}, {size[0]} x {size[1]} pixels, {precision}, {device}"
     rates = f"training {median(trained[1:]):,.1f} images/s, inference {median(inferred[1:]):,.1f} images/s"
     say(f"Throughput: {rates} ({setting}, {utils.world_size()} processes)")
+
+
+def sum_of_losses(outputs, labels):
+    """Of each head that the model has."""
+    heads = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum(torch.nn.functional.cross_entropy(logits, labels) for logits in heads)
 
 
 def main(argv=None):

@@ -423,6 +423,12 @@ class DynamicViT(nn.Module):
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
 
 
+def plain_attention_on_cpu(model: nn.Module, device, amp_dtype):
+    """Plain products where torch's fused kernel is several times slower: in bfloat16 on CPUs."""
+    if device.type == "cpu" and amp_dtype is not None:
+        set_fused_attention(model, False)
+
+
 def set_fused_attention(model: nn.Module, on: bool):
     """Fused attention (the default) or plain products, here and in timm's models; the same figures to rounding."""
     for module in model.modules():

@@ -28,11 +28,11 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 
 class BadInput(Exception):
-    """Something that the user can mend. One line: what is wrong and what to do. Exit status 2."""
+    """Something that the user can fix. One line: what is wrong and what to do. Exit status 2."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on. One line. Exit status 1."""
+    """A run that failed. One line. Exit status 1."""
 
 
 class Stopped(Exception):
@@ -62,7 +62,7 @@ def run_script(main, *args):
     except OSError as error:
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}; give another path, or mend that one", 2)
+        _fail(f"{error.filename}: {error.strerror}; give another path, or fix that one", 2)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):

@@ -84,7 +84,7 @@ def _in_memory(split, input_size, title) -> tuple[Split, dict[int, BadInput]]:
 
 
 def check_images_fit(count, size):
-    """Refuse what would not fit, where the system tells what does (Linux)."""
+    """Refuse what would not fit, where the system reports its free memory (Linux)."""
     wanted = count * 3 * size[0] * size[1]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -135,7 +135,7 @@ class MemoryLoader:
     """Batches of (images (B, 3, h, w) normalised, labels (B,)), transformed on the device of the split's images.
 
     With a `TrainTransform`: shuffled anew in each pass, the last incomplete batch dropped, and all randomness a
-    function of (seed, epoch, place in the epoch), so that a resumed run goes on as if never stopped, in the middle of
+    function of (seed, epoch, place in the epoch), so that a resumed run is as if never stopped, in the middle of
     an epoch too (`set_epoch`). Without one: in order, all once. Over several processes each takes its share, without
     padding.
 

@@ -149,7 +149,7 @@ def test_a_preempted_job_saves_is_requeued_and_resumes(tmp_path):
         os.kill(task, signal.SIGUSR2)
     assert job.results() == [None, None]
     assert "stopped by SIGUSR2" in job.stderr() and "this job is" in job.stdout()
-    assert "going on after epoch" in job.stdout() and "Accuracy: top-1" in job.stdout()
+    assert "resuming after epoch" in job.stdout() and "Accuracy: top-1" in job.stdout()
     epochs = [record["epoch"] for record in read_json_lines(log) if "epoch" in record]
     assert epochs == [1, 2, 3, 4, 5, 6]
 

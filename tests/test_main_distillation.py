@@ -20,7 +20,7 @@ from checkpoints.models import load_model, model_from_checkpoint
 from checkpoints.weights import load_weights
 from conftest import STUDENT, TINY, noise, run, tiny
 from datasets import find_split
-from engine import evaluate, train_one_epoch
+from engine import TrainingStep, evaluate, train_one_epoch
 from loading.files import FileLoader
 from main_distillation import RECIPES, parse
 from models_dynamic import DynamicViT
@@ -91,9 +91,10 @@ def test_soft_distillation_is_per_image():
 @pytest.mark.parametrize("mixed", [False, True])
 def test_losses_on_the_labels(mixed):
     """Smoothing is done once, by the loss or by Mixup; binary cross-entropy sees each class by itself."""
-    args = argparse.Namespace(mixup=0.8 * mixed, cutmix=0.0, mix_prob=1.0, smoothing=0.1)
+    args = argparse.Namespace(mixup=0.8 * mixed, cutmix=0.0, mix_prob=1.0, smoothing=0.1, mix_switch_prob=0.5)
     for bce in (False, True):
-        mixup, criterion = make_mixup_and_loss(args, 2, 5, bce=bce)
+        args.bce_loss = bce
+        mixup, criterion = make_mixup_and_loss(args, 2, 5)
         assert (mixup is not None) == mixed
         logits = torch.randn(2, 5)
         images, labels = torch.randn(2, 3, 4, 4), LABELS
@@ -117,7 +118,7 @@ def test_a_step_of_distillation(kind, dist_pos):
     images = noise(model)
     criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), kind, alpha=0.3, tau=3.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    report = train_one_epoch(model, [(images, LABELS)], criterion, optimizer, Still(), teacher=teacher)
+    report = train_one_epoch(TrainingStep(model, criterion, optimizer, Still(), teacher=teacher), [(images, LABELS)])
 
     by_hand.train()
     outputs = by_hand(images)

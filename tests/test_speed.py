@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from conftest import noise, run, tiny
 from datasets import Split
-from engine import train_one_epoch
+from engine import TrainingStep, train_one_epoch
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import set_fused_attention
 
@@ -78,9 +78,9 @@ def test_training_does_not_wait_for_the_gpu():
     split = Split(images, torch.zeros(1280, dtype=torch.long, device=device))
     loader, model = MemoryLoader(split, DATA, 128, TrainTransform(DATA)), bench.ours(bench.CIFAR, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step = bench.ConstantRate()
     loss = torch.nn.CrossEntropyLoss()
-    train_one_epoch(model, loader, loss, optimizer, step, amp_dtype=torch.bfloat16)  # makes its constants
+    parts = TrainingStep(model, loss, optimizer, bench.ConstantRate(), amp_dtype=torch.bfloat16)
+    train_one_epoch(parts, loader)  # makes its constants
     steps = iter(range(100))
 
     def strict(taken):
@@ -89,7 +89,7 @@ def test_training_does_not_wait_for_the_gpu():
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_one_epoch(model, loader, loss, optimizer, step, amp_dtype=torch.bfloat16, on_step=strict)
+        train_one_epoch(parts, loader, on_step=strict)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -271,7 +271,7 @@ def test_a_killed_sweep_goes_on_and_each_cell_is_a_run_of_cifar_main(tmp_path, c
     listed = sweep(capsys, folder, *FOUR, "--dry_run")
     assert listed.count("to do  ") == 3 and "finished" in listed and "4 cells, 3 to do: about < 1 min" in listed
     out = sweep(capsys, folder, *FOUR)
-    assert "going on after epoch 1" in out and "finished CLS at 0, 1 registers at 1, seed 3; 2 of 4 cells left" in out
+    assert "resuming after epoch 1" in out and "finished CLS at 0, 1 registers at 1, seed 3; 2 of 4 cells left" in out
     assert epochs_of(folder) == dict.fromkeys(records_in(folder), 2) and len(records_in(folder)) == 4
     assert "epoch 1/2" not in sweep(capsys, folder, *FOUR)  # nothing is left to do
     for cls, reg in ((0, 1), (2, 0)):

@@ -16,7 +16,7 @@ import utils
 from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import STUDENT, TINY, killed_in_epoch_3, noise, run, shell, tiny
-from engine import evaluate, train_one_epoch
+from engine import Position, TrainingStep, evaluate, train_one_epoch
 from models_dynamic import DynamicViT
 from training import loop, run_folder, run_log
 from training.run_log import read_json_lines
@@ -52,8 +52,9 @@ def test_the_rate_of_every_step(monkeypatch):
     step_of = type(optimizer).step
     monkeypatch.setattr(optimizer, "step", lambda: used.append(optimizer.param_groups[0]["lr"]) or step_of(optimizer))
     batches, step = [(noise(model), torch.tensor([0, 1]))] * 5, 0
+    parts = TrainingStep(model, torch.nn.CrossEntropyLoss(), optimizer, scheduler)
     for _ in range(4):
-        step = train_one_epoch(model, batches, torch.nn.CrossEntropyLoss(), optimizer, scheduler, step=step)["step"]
+        step = train_one_epoch(parts, batches, start=Position(step))["step"]
     assert step == 20
     expected = [1e-6 + (0.1 - 1e-6) * t / 5 for t in range(5)]
     expected += [1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * t / 20)) / 2 for t in range(5, 20)]
@@ -69,7 +70,9 @@ def test_accumulated_batches_are_one_large_batch(count):
     models = tiny(), tiny()
     for model, batches, accum_steps in zip(models, (small, large), (2, 1)):
         criterion = torch.nn.CrossEntropyLoss()
-        report = train_one_epoch(model, batches, criterion, *plain(model, lr=1e-3), accum_steps=accum_steps)
+        report = train_one_epoch(
+            TrainingStep(model, criterion, *plain(model, lr=1e-3), accum_steps=accum_steps), batches
+        )
         assert report["step"] == -(-count // 2)
         assert report["images"] == 2 * count
     for a, b in zip(*(model.parameters() for model in models)):
@@ -97,7 +100,9 @@ def test_waiting_for_data_and_gradient_norms_are_measured():
 
     model = tiny()
     batches = type("Slow", (), {"__iter__": lambda self: slow(), "__len__": lambda self: 3})()
-    report = train_one_epoch(model, batches, torch.nn.CrossEntropyLoss(), *plain(model, lr=0.0), clip_grad=1e-3)
+    report = train_one_epoch(
+        TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model, lr=0.0), clip_grad=1e-3), batches
+    )
     assert 0.6 / report["seconds"] * 0.9 < report["data_wait"] < 1
     by_hand = tiny().train()
     torch.nn.functional.cross_entropy(by_hand(noise(by_hand)), torch.tensor([0, 1])).backward()
@@ -109,7 +114,7 @@ def test_the_gradient_is_clipped():
     model = tiny()
     before = [p.detach().clone() for p in model.parameters()]
     batches = [(100 * noise(model), torch.tensor([0, 1]))]
-    train_one_epoch(model, batches, torch.nn.CrossEntropyLoss(), *plain(model, lr=1.0), clip_grad=0.01)
+    train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model, lr=1.0), clip_grad=0.01), batches)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm().detach()
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
@@ -133,7 +138,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
     model = tiny()
     batches = [(noise(model), torch.tensor([0, 1])), (noise(model) * float("nan"), torch.tensor([0, 1]))]
     with pytest.raises(RunFailed, match="the loss is nan"):
-        train_one_epoch(model, batches, torch.nn.CrossEntropyLoss(), *plain(model))
+        train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model)), batches)
 
 
 # Scripts ---------------------------------------------------------------------------------------------------------
@@ -160,7 +165,7 @@ def test_the_same_command_again_tests_and_changes_nothing(trained, capsys):
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in trained.iterdir()}
     status, out, err = run(cifar_main.main, [*DIGITS, "--model_path", trained / "model.pth"], capsys)
     assert status == 0, err
-    assert "--overwrite trains anew, --resume goes on" in out
+    assert "--overwrite trains anew, --resume resumes its training" in out
     lines = out.splitlines()
     assert "CLS enters at block 2, 2 registers at block 1" in lines[0]
     for main, argv in ((cifar_main.main, ["--eval", "--device", "cpu"]), (cifar_test.main, ["--device", "cpu"])):
@@ -248,10 +253,10 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatc
     (tmp_path / "b" / "m.pth").unlink()
     status, _, err = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"], capsys)
     assert status == 2  # an unfinished run is not thrown away
-    assert "--resume goes on with it, --overwrite trains anew" in err
+    assert "--resume resumes it, --overwrite trains anew" in err
     status, out, _ = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume"], capsys)
     assert status == 0
-    assert "going on after epoch 2" in out
+    assert "resuming after epoch 2" in out
     whole, resumed = (load_checkpoint(tmp_path / run / "checkpoint.pth") for run in "ab")
     assert all(torch.equal(t, resumed["model"][n]) for n, t in whole["model"].items())
     logs = [read_json_lines(tmp_path / run / "log.txt") for run in "ab"]
@@ -276,8 +281,8 @@ def begun(main, argv, capsys):
     """(status, output, error, what `train_one_epoch` is called with): a run up to its first step."""
     seen = {}
 
-    def first_epoch(model, batches, criterion, optimizer, scheduler, **kwargs):
-        seen.update(kwargs, model=model, batches=batches, criterion=criterion, optimizer=optimizer, schedule=scheduler)
+    def first_epoch(parts, batches, start, **kwargs):
+        seen.update(kwargs, **vars(parts), batches=batches, first_update=start.first_update)
         raise utils.RunFailed("reached")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -290,7 +295,7 @@ def rates(seen, steps):
     """The rate at each of so many steps of the schedule from the epoch's beginning on."""
     found = []
     for step in range(steps):
-        seen["schedule"].step_update(seen["first_update"] + step)
+        seen["scheduler"].step_update(seen["first_update"] + step)
         found.append(seen["optimizer"].param_groups[1]["lr"])
     return found
 
@@ -312,7 +317,7 @@ REFUSED = None
 # What each flag that makes another run does to `--resume --overwrite` after the first epoch of a run: it takes effect,
 # or is refused. (flag, value): a check of what the next epoch is trained with.
 OF_BOTH = {
-    ("epochs", 4): lambda seen: seen["schedule"].t_initial == 4 * len(seen["batches"]),
+    ("epochs", 4): lambda seen: seen["scheduler"].t_initial == 4 * len(seen["batches"]),
     ("batch_size", 32): lambda seen: seen["batches"].batch_size == 32,
     ("lr", 0.5): lambda seen: max(rates(seen, 30)) > 0.01,
     ("weight_decay", 5): lambda seen: group(seen)["weight_decay"] == 5 and seen["optimizer"].state,
@@ -361,8 +366,8 @@ OF_PICTURES = {
     ("opt", "sgd"): lambda seen: "nesterov" in group(seen) and not seen["optimizer"].state,
     ("unscale_lr", ""): lambda seen: max(rates(seen, 30)) > 4e-4,
     ("recipe", "fast"): REFUSED,  # for its stochastic depth
-    ("warmup_lr", 3e-4): lambda seen: seen["schedule"].warmup_lr_init == 3e-4,
-    ("min_lr", 3e-4): lambda seen: seen["schedule"].lr_min == 3e-4,
+    ("warmup_lr", 3e-4): lambda seen: seen["scheduler"].warmup_lr_init == 3e-4,
+    ("min_lr", 3e-4): lambda seen: seen["scheduler"].lr_min == 3e-4,
     ("bce_loss", ""): lambda seen: "Binary" in type(seen["criterion"]).__name__,
     ("distillation_type", "soft"): lambda seen: seen["teacher"] is not None and seen["criterion"].kind == "soft",
     ("distillation_alpha", 0.3): lambda seen: seen["criterion"].alpha == 0.3,
@@ -434,8 +439,8 @@ def test_the_schedule_is_at_the_share_of_the_epochs_that_are_done(tmp_path, caps
         more = []
     argv += ["--resume", "--overwrite", *more]
     status, out, err, seen = begun(cifar_main.main, argv, capsys)
-    assert "not as in" in out and seen["first_update"] == seen["schedule"].t_initial / 2
-    used = rates(seen, seen["schedule"].t_initial // 2)
+    assert "not as in" in out and seen["first_update"] == seen["scheduler"].t_initial / 2
+    used = rates(seen, seen["scheduler"].t_initial // 2)
     assert used[0] == pytest.approx((1e-3 + 1e-6) / 2) and used == sorted(used, reverse=True)
     assert run(cifar_main.main, argv, capsys)[0] == 0
     assert read_json_lines(tmp_path / "log.txt")[-1]["lr"] == pytest.approx(used[-1])
@@ -481,11 +486,11 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, monke
     planned = iter([{}, {}, {"lr": 1e30}])
     argv = [*DIGITS, "--epochs", "4", "--mixup", "0", "--cutmix", "0", "--model_path", tmp_path / "m.pth"]
 
-    def diverges_in_epoch_3(model, batches, criterion, optimizer, scheduler, **kwargs):
+    def diverges_in_epoch_3(parts, batches, **kwargs):
         if next(planned):
-            for parameter in model.parameters():
+            for parameter in parts.model.parameters():
                 parameter.data.mul_(float("inf"))
-        return engine.train_one_epoch(model, batches, criterion, optimizer, scheduler, **kwargs)
+        return engine.train_one_epoch(parts, batches, **kwargs)
 
     monkeypatch.setattr(loop, "train_one_epoch", diverges_in_epoch_3)
     status, _, err = run(cifar_main.main, argv, capsys)

@@ -25,7 +25,7 @@ import utils
 import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
 from conftest import ROOT, STUDENT, noise, run, tiny
-from engine import NotFinite, train_one_epoch
+from engine import NotFinite, TrainingStep, train_one_epoch
 from forked import TINY, Faults, differences, light_curves
 from loading.memory import CHUNK, MemoryLoader, TrainTransform
 from training import loop, run_folder, run_log
@@ -92,7 +92,7 @@ def test_signals(tmp_path, expected, number):
         loop.TrainingState.checkpoint = checkpoint
 
     status, out, err = faults.run([*TINY, "--model_path", tmp_path / "model.pth"], before=before)
-    assert status == 128 + number and "epoch 0, and 5 batches" in err and "--resume goes on" in err, out + err
+    assert status == 128 + number and "epoch 0, and 5 batches" in err and "--resume resumes it" in err, out + err
     assert faults.go_on(tmp_path, TINY, expected) == []
 
 
@@ -130,7 +130,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_a_signal_in_validation_ends_the_run_before_the_next_epoch(tmp_path, expected):
-    """The epoch is not trained again: it is validated when the run goes on."""
+    """The epoch is not trained again: it is validated when the run is resumed."""
 
     def before():
         light_curves()
@@ -152,7 +152,7 @@ def test_torchrun_starts_killed_processes_again(tmp_path):
 
 
 def test_one_process_told_to_stop_stops_all(tmp_path):
-    """Both save the same step; the run goes on in as many processes, not in another number of them."""
+    """Both save the same step; the run resumes in as many processes, not in another number of them."""
     argv = [
         *TINY,
         "--batch_size",
@@ -212,7 +212,7 @@ def test_other_flags_are_another_run(tmp_path, capsys):
     assert run(cifar_main.main, argv, capsys)[0] == 0
     before = {f: f.read_bytes() for f in (tmp_path / "a").iterdir()}
     status, _, err = run(cifar_main.main, [*argv, "--resume", "--lr", "1e-3"], capsys)
-    assert status == 2 and "--lr was 0.002, is now 0.001" in err and "--overwrite goes on with these" in err
+    assert status == 2 and "--lr was 0.002, is now 0.001" in err and "--overwrite resumes with these" in err
     assert before == {f: f.read_bytes() for f in (tmp_path / "a").iterdir()}
     status, out, err = run(cifar_main.main, [*argv, "--resume", "--epochs", "2"], capsys)  # longer, and said
     assert status == 0 and "--epochs was 1, is now 2" in out, err
@@ -359,9 +359,9 @@ def test_the_batch_that_was_not_finite_is_told_and_its_step_not_taken():
     with pytest.raises(
         NotFinite, match=r"the loss is nan in batch 2 \(step 2\), norm of the gradient nan, .* 0\.1"
     ) as error:
-        train_one_epoch(model, batches_with(model, 2), criterion, *sgd(model))
+        train_one_epoch(TrainingStep(model, criterion, *sgd(model)), batches_with(model, 2))
     assert error.value.batch["batch"] == 2 and error.value.batch["images"].isnan().all()
-    train_one_epoch(good, batches_with(good)[:2], criterion, *sgd(good))
+    train_one_epoch(TrainingStep(good, criterion, *sgd(good)), batches_with(good)[:2])
     assert differences(model.state_dict(), good.state_dict()) == []
 
 
@@ -369,7 +369,7 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is():
     model = tiny()
     model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NotFinite, match=r"the loss is \d.* in batch 0 .*, norm of the gradient (inf|nan)"):
-        train_one_epoch(model, batches_with(model), torch.nn.CrossEntropyLoss(), *sgd(model))
+        train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *sgd(model)), batches_with(model))
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])
@@ -378,17 +378,17 @@ def test_bad_steps_are_left_out(accum_steps):
     model, good = tiny(), tiny()
     criterion, seen = torch.nn.CrossEntropyLoss(), []
     report = train_one_epoch(
-        model, batches_with(model, 1, count=6), criterion, *sgd(model), skip_bad=2, accum_steps=accum_steps,
+        TrainingStep(model, criterion, *sgd(model), accum_steps), batches_with(model, 1, count=6), skip_bad=2,
         on_step=lambda step, _: seen.append(step),
     )  # fmt: skip
     assert report["skipped"] == 1 and report["step"] == 6 // accum_steps
     assert seen == ([1, 3, 4, 5, 6] if accum_steps == 1 else [2, 3])
     rest = batches_with(good, count=6)
     del rest[1 if accum_steps == 1 else slice(0, 2)]
-    fewer = train_one_epoch(good, rest, criterion, *sgd(good), accum_steps=accum_steps)
+    fewer = train_one_epoch(TrainingStep(good, criterion, *sgd(good), accum_steps), rest)
     assert differences(model.state_dict(), good.state_dict()) == [] and report["loss"] == fewer["loss"]
     with pytest.raises(NotFinite):
-        train_one_epoch(tiny(), batches_with(model, 1, 2, 3), criterion, *sgd(model), skip_bad=2)
+        train_one_epoch(TrainingStep(tiny(), criterion, *sgd(model)), batches_with(model, 1, 2, 3), skip_bad=2)
 
 
 class Late:
@@ -447,17 +447,17 @@ def test_the_watch_keeps_one_batch(monkeypatch, accum_steps):
                 del images
                 kept.append(sum(image() is not None for image in made))
 
-    train_one_epoch(model, Batches(), torch.nn.CrossEntropyLoss(), *sgd(model), accum_steps=accum_steps)
+    train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *sgd(model), accum_steps), Batches())
     assert max(kept) == 1
 
 
 def test_an_older_batch_that_was_not_finite_is_reported_in_numbers(tmp_path, monkeypatch, capsys):
     never_answers(monkeypatch)
     with pytest.raises(NotFinite, match=r"the loss is nan in batch 2 \(step 2\)") as error:
-        train_one_epoch(tiny(), batches_with(tiny(), 2), torch.nn.CrossEntropyLoss(), *sgd(tiny()))
+        train_one_epoch(TrainingStep(tiny(), torch.nn.CrossEntropyLoss(), *sgd(tiny())), batches_with(tiny(), 2))
     assert "images" not in error.value.batch and error.value.batch["batch"] == 2
     with pytest.raises(NotFinite) as error:  # the newest one
-        train_one_epoch(tiny(), batches_with(tiny(), 4), torch.nn.CrossEntropyLoss(), *sgd(tiny()))
+        train_one_epoch(TrainingStep(tiny(), torch.nn.CrossEntropyLoss(), *sgd(tiny())), batches_with(tiny(), 4))
     assert error.value.batch["images"].isnan().all()
     planted(monkeypatch, 3)
     argv = [*DIGITS, "--mixup", "0", "--cutmix", "0", "--model_path", tmp_path / "m.pth", "--save_steps", "100"]
@@ -471,8 +471,8 @@ def test_a_bad_batch_in_the_middle_of_a_group_is_kept_on_a_cpu():
     for bad in (4, 5, 6):
         with pytest.raises(NotFinite, match=rf"in batch {bad} \(step 1\)") as error:
             train_one_epoch(
-                tiny(), batches_with(tiny(), 1, bad, count=8), torch.nn.CrossEntropyLoss(), *sgd(tiny()),
-                accum_steps=4, skip_bad=1,
+                TrainingStep(tiny(), torch.nn.CrossEntropyLoss(), *sgd(tiny()), accum_steps=4),
+                batches_with(tiny(), 1, bad, count=8), skip_bad=1,
             )  # fmt: skip
         assert error.value.batch["images"].isnan().all() and error.value.batch["batch"] == bad
 

@@ -35,9 +35,10 @@ class Film:
     Raises BadInput if there is nothing to draw.
     """
 
-    def __init__(self, args, model, val_batches, data):
+    def __init__(self, args, model, val_batches, data, resumed):
         self.args, self.data, self.folder = args, data, Path(args.output_dir) / FOLDER
-        self.val_batches, self.numbers = val_batches, _chosen_images(args, self.folder, model, val_batches)
+        self.val_batches, self.resumed = val_batches, resumed
+        self.numbers = _chosen_images(args, self.folder if resumed else None, model, val_batches)
         if self.numbers:
             utils.writable_folder(self.folder)
 
@@ -50,7 +51,7 @@ class Film:
             return
         for file in self.folder.glob("*"):
             drawn = EPOCH.fullmatch(file.name)
-            fresh = not self.args.resume and (drawn or FILM.fullmatch(file.name))
+            fresh = not self.resumed and (drawn or FILM.fullmatch(file.name))
             if fresh or (drawn and int(drawn[1]) > epoch):
                 file.unlink()
         if self.numbers:
@@ -119,9 +120,7 @@ def _chosen_images(args, folder, model, val_batches) -> list[int]:
     if not isinstance(model, DynamicViT):
         raise BadInput(f"--viz_every cannot draw timm's models; leave it out, or give --model {next(iter(SIZES))}")
     if model.cls_pos is model.dist_pos is model.reg_pos is None:
-        raise BadInput(
-            "--viz_every draws attention of CLS and registers, and this model has none; give --num_reg 4"
-        )
+        raise BadInput("--viz_every draws attention of CLS and registers, and this model has none; give --num_reg 4")
     if val_batches is None:
         raise BadInput("--viz_every needs held-out images, and --val_size 0 holds none out; leave out one of the two")
     count = len(val_batches.split)
@@ -129,7 +128,7 @@ def _chosen_images(args, folder, model, val_batches) -> list[int]:
         if i >= count:
             raise BadInput(f"--viz_images {i}: there is no such image, the held-out images are 0..{count - 1}")
     numbers = list(args.viz_images or range(min(4, count)))
-    for file in _epochs(folder) if args.resume else ():
+    for file in () if folder is None else _epochs(folder):
         with np.load(file) as saved:
             before = saved["images"].tolist()
         if before != numbers:

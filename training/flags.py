@@ -138,6 +138,8 @@ def add_small_image_flags(parser):
     group.add_argument("--warmup_epochs", type=number(float, 0), help="linear warm-up (default: a tenth of --epochs)")
     add_training_flags(group)
     add_machine_flags(parser)
+    # What main_distillation.py has flags for.
+    parser.set_defaults(opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False)
 
 
 def resolve(args):

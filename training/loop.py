@@ -1,7 +1,10 @@
 """The epochs of a run: training, validation, saving. Both training scripts call `run_epochs`."""
 
+from argparse import Namespace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -9,8 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from checkpoints.files import save_checkpoint
-from engine import NotFinite, evaluate, train_one_epoch
-from models_dynamic import set_fused_attention
+from engine import NotFinite, Position, TrainingStep, evaluate, train_one_epoch
 from training import run_folder
 from training.film import Film
 from training.run_log import RunLogger, environment, plain_args
@@ -20,84 +22,100 @@ from training.state import TrainingState
 from utils import RunFailed, Stopped, say
 
 
-def run_epochs(
-    model, batches, val_batches, criterion, optimizer, scheduler, description, args, device, *, best_path, mixup=None,
-    teacher=None,
-) -> dict:  # fmt: skip
-    """Train on `batches`, validate after each epoch, and write:
-
-    `best_path` (the weights with the best validation accuracy; without validation images the last ones), and in
-    `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines), `training_curves.png/.pdf` and,
-    with --viz_every, the pages of `training_maps`.
+@dataclass
+class Run:
+    """What a run has, beside the step that it repeats.
 
     Args:
         model: on `device`, not wrapped; with `model_args`, from which it can be built again.
-        batches: see `engine.train_one_epoch`; with `set_epoch(epoch)`.
+        batches: see `engine.train_one_epoch`; with `set_epoch(epoch, batch)`.
         val_batches: the same for `engine.evaluate`, or None.
-        description: what a checkpoint says about its data.
-        args: the flags in `flags.add_training_flags` and `add_machine_flags`, `epochs`, `output_dir`, `resume`.
-
-    Returns and raises what `train_model` does.
+        data: the description of the data in a checkpoint.
+        args: the flags in `flags.add_training_flags` and `add_machine_flags`, `epochs`, `output_dir`.
+        best_path: for the weights with the best validation accuracy; without validation images the last ones.
+        resume: the checkpoint to resume from, or None.
     """
-    folder = utils.writable_folder(args.output_dir)
-    utils.reset_peak_memory(device)  # a sweep has a run after another in one process
-    amp_dtype = utils.amp_dtype(args.amp, device)
-    if device.type == "cpu" and amp_dtype is not None:
-        set_fused_attention(model, False)  # torch's fused kernel is several times slower in bfloat16 on CPUs
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
+
+    model: torch.nn.Module
+    batches: Any
+    val_batches: Any
+    data: dict
+    args: Namespace
+    device: torch.device
+    best_path: Path
+    resume: str | None = None
+
+
+def run_epochs(run: Run, step: TrainingStep) -> dict:
+    """Train, validate after each epoch, and write:
+
+    `run.best_path`, and in `args.output_dir` `checkpoint.pth` (to resume from), `log.txt` (JSON lines),
+    `training_curves.png/.pdf` and, with --viz_every, the pages of `training.film`.
+
+    Returns:
+        The metrics of the saved weights.
+
+    Raises:
+        BadInput: the checkpoint to resume from is of another model or other data; a folder cannot be written.
+        RunFailed: a loss that is not finite.
+        Stopped: by a signal; the run is saved.
+    """
+    args, model = run.args, run.model
+    utils.writable_folder(args.output_dir)
+    utils.reset_peak_memory(run.device)  # a sweep has a run after another in one process
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
     shown = ema.module if ema else model
-    maps = Film(args, model, val_batches, description)
-    state = TrainingState(model, optimizer, scaler, ema, description, args)
-    if args.resume:
-        state.restore(args.resume)
-        if state.best is not None and not Path(best_path).is_file():  # gone on with in another folder, for instance
-            say(f"note: {best_path}, the best weights so far, is not there; the best of the epochs to come will be")
+    film = Film(args, model, run.val_batches, run.data, resumed=bool(run.resume))
+    state = TrainingState(model, step.optimizer, step.scaler, ema, run.data, args)
+    if run.resume:
+        state.restore(run.resume)
+        if state.best is not None and not run.best_path.is_file():  # resumed in another folder, for instance
+            say(f"note: {run.best_path}, the best weights so far, is missing; the best of the epochs to come is saved")
             state.best = None
-    wrapped = wrap(model, args, description)
-    log = utils.main_decides(lambda: start_log(folder, best_path, state, device, amp_dtype))
-    record = RunLogger(log, args.tensorboard, state.epoch)
-    maps.begin(shown, state.epoch, state.step)
+    wrap(step, args, run.data["input_size"])
+    log = utils.main_decides(lambda: start_log(run, state, step.amp_dtype))
+    logger = RunLogger(log, args.tensorboard, state.epoch)
+    film.begin(shown, state.epoch, state.step)
     with StopSignals() as stop:
-        checks = StepHooks(state, stop, val_batches)
+        hooks = StepHooks(state, stop, run.val_batches)
         for epoch in range(state.epoch, args.epochs):
             if args.max_steps and state.step >= args.max_steps:
                 break
-            batches.set_epoch(epoch, state.batch)
             title = f"epoch {epoch + 1}/{args.epochs}"
-            try:
-                trained = train_one_epoch(
-                    wrapped, batches, criterion, optimizer, scheduler, step=state.step, last_step=args.max_steps,
-                    first_update=epoch * updates_per_epoch(len(batches), args), accum_steps=args.accum_steps,
-                    mixup=mixup, teacher=teacher, amp_dtype=amp_dtype, scaler=scaler, clip_grad=args.clip_grad,
-                    skip_bad=max(args.skip_bad_steps - state.skipped, 0), on_step=checks.after_step, done=state.batch,
-                    sums=state.sums, title=title,
-                )  # fmt: skip
-            except NotFinite as error:
-                raise bad_batch_error(error, title, state) from None
-            state.step, state.batch, state.sums = trained["step"], len(batches), trained["sums"]
-            metrics = epoch_metrics(epoch + 1, trained, optimizer, device, model, ema, val_batches, checks)
+            trained = train_epoch(run, step, state, hooks, epoch, title)
+            metrics = epoch_metrics(epoch + 1, trained, step, run, ema, hooks)
             say(epoch_line(title, metrics))
-            state.epoch, state.batch, state.sums, state.metrics = epoch + 1, 0, None, metrics
-            state.skipped += trained["skipped"]
-            better = state.best is None or val_batches is None or selection_key(metrics) > selection_key(state.best)
-            if better:
-                state.best = metrics
-                if utils.is_main():
-                    save_checkpoint(best_path, {"model": shown.state_dict(), **state.about()})
+            if state.end_epoch(metrics, trained["skipped"], run.val_batches is None) and utils.is_main():
+                save_checkpoint(run.best_path, {"model": shown.state_dict(), **state.about()})
             state.save()
             if utils.is_main():
-                record.add(metrics)
-                maps.after(epoch + 1, state.step)
-        record.draw()
-        utils.barrier()  # nobody goes on to test before the result is written
+                logger.add(metrics)
+                film.after(epoch + 1, state.step)
+        logger.draw()
+        utils.barrier()  # nobody tests before the result is written
         if number := stop.agreed(wait=True):
-            raise Stopped(number, f"training is done and saved; test {best_path}")
+            raise Stopped(number, f"training is done and saved; test {run.best_path}")
     return state.best
 
 
+def train_epoch(run: Run, step: TrainingStep, state: TrainingState, hooks, epoch, title) -> dict:
+    """What `train_one_epoch` returns for this epoch, or for the rest of it."""
+    run.batches.set_epoch(epoch, state.batch)
+    first_update = epoch * updates_per_epoch(run.batches, run.args)
+    try:
+        trained = train_one_epoch(
+            step, run.batches, start=Position(state.step, state.batch, state.sums, first_update),
+            last_step=run.args.max_steps, skip_bad=max(run.args.skip_bad_steps - state.skipped, 0),
+            on_step=hooks.after_step, title=title,
+        )  # fmt: skip
+    except NotFinite as error:
+        raise bad_batch_error(error, title, state) from None
+    state.step, state.batch, state.sums = trained["step"], len(run.batches), trained["sums"]
+    return trained
+
+
 class StepHooks:
-    """What is looked at between two batches: averaged weights, whether to save, whether to end."""
+    """Called between two batches: updates the EMA weights, saves, ends the run after a signal."""
 
     def __init__(self, state: TrainingState, stop: StopSignals, val_batches):
         self.state, self.stop, self.every = state, stop, state.args.save_steps
@@ -128,39 +146,39 @@ class StepHooks:
 
     def _end(self, number):
         utils.barrier()  # until it is saved
-        raise Stopped(number, f"{self.state.kept}; the same command with --resume goes on")
+        raise Stopped(number, f"{self.state.kept}; the same command with --resume resumes it")
 
 
-def start_log(folder, best_path, state, device, amp_dtype) -> Path:
+def start_log(run: Run, state: TrainingState, amp_dtype) -> Path:
     header = {
-        "args": plain_args(state.args), "model_args": state.model.model_args, "data": state.description,
-        "amp": str(amp_dtype), "device": str(device), "processes": utils.world_size(), **environment(device),
+        "args": plain_args(run.args), "model_args": run.model.model_args, "data": run.data, "amp": str(amp_dtype),
+        "device": str(run.device), "processes": utils.world_size(), **environment(run.device),
     }  # fmt: skip
-    if state.args.resume:
-        return run_folder.resume_log(folder, header, state.epoch, state.metrics)
-    return run_folder.begin_log(folder, best_path, header)
+    if run.resume:
+        return run_folder.resume_log(run.args.output_dir, header, state.epoch, state.metrics)
+    return run_folder.begin_log(run.args.output_dir, run.best_path, header)
 
 
-def wrap(model, args, description):
-    """The model as training calls it."""
-    wrapped = model
+def wrap(step: TrainingStep, args, input_size):
+    """Put DDP and torch.compile around the step's model, as processes and flags ask for."""
     if utils.world_size() > 1:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        rebuild_ddp_buckets(wrapped, description)
-    return torch.compile(wrapped) if args.compile else wrapped
+        step.model = DistributedDataParallel(step.model, gradient_as_bucket_view=True)
+        rebuild_ddp_buckets(step, input_size)
+    if args.compile:
+        step.model = torch.compile(step.model)
 
 
-def rebuild_ddp_buckets(wrapped, description):
+def rebuild_ddp_buckets(step: TrainingStep, input_size):
     """Let DDP see one gradient, after which it arranges its buckets anew, once.
 
-    How gradients lie in buckets decides in which order three or more processes add them up, so that a run that goes on
+    How gradients lie in buckets decides in which order three or more processes add them up, so that a resumed run
     would otherwise round its first step in another way than the one that never stopped.
     """
-    device, training = next(wrapped.parameters()).device, wrapped.training
-    outputs = wrapped.eval()(torch.zeros(2, 3, *description["input_size"], device=device))
-    sum(logits.sum() for logits in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
-    wrapped.zero_grad()
-    wrapped.train(training)
+    device, training = next(step.model.parameters()).device, step.model.training
+    step.model.eval()  # nothing is drawn
+    step.backward(torch.zeros(2, 3, *input_size, device=device), torch.zeros(2, dtype=torch.long, device=device))
+    step.model.zero_grad()
+    step.model.train(training)
 
 
 def bad_batch_error(error: NotFinite, title, state: TrainingState) -> RunFailed:
@@ -171,28 +189,24 @@ def bad_batch_error(error: NotFinite, title, state: TrainingState) -> RunFailed:
     return RunFailed(f"{title}: {error}; {path} has {has}, {state.kept}. Try a lower --lr, or --clip_grad 1")
 
 
-def epoch_metrics(epoch, trained, optimizer, device, model, ema, val_batches, checks) -> dict:
-    """One epoch's record in the log. With EMA, `val_*` are the figures of the EMA weights, which are what is saved."""
+def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> dict:
+    """One epoch's record in the log. With EMA, `val_*` are those of the EMA weights, which are what is saved."""
     metrics = {
-        "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"], "lr": optimizer.param_groups[0]["lr"],
-        "grad_norm": trained["grad_norm"], "seconds": round(trained["seconds"], 3),
-        "images_per_s": round(trained["images"] / trained["seconds"], 1),
-        "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(device), 1),
+        "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"],
+        "lr": step.optimizer.param_groups[0]["lr"], "grad_norm": trained["grad_norm"],
+        "seconds": round(trained["seconds"], 3), "images_per_s": round(trained["images"] / trained["seconds"], 1),
+        "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(run.device), 1),
     }  # fmt: skip
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
-    utils.broadcast_buffers(model)
-    if val_batches is not None:
-        scored = evaluate(model, val_batches, on_batch=checks.in_validation())
+    utils.broadcast_buffers(run.model)
+    if run.val_batches is not None:
+        scored = evaluate(run.model, run.val_batches, on_batch=hooks.in_validation())
         if ema is not None:
             metrics |= {"raw_val_loss": scored["loss"], "raw_val_top1": scored["top1"]}
-            scored = evaluate(ema.module, val_batches, on_batch=checks.in_validation())
+            scored = evaluate(ema.module, run.val_batches, on_batch=hooks.in_validation())
         metrics |= {"val_loss": scored["loss"], "val_top1": scored["top1"], "val_top5": scored["top5"]}
     return metrics
-
-
-def selection_key(metrics):
-    return metrics["val_top1"], -metrics["val_loss"]
 
 
 def epoch_line(title, metrics) -> str:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class DistillationLoss(nn.Module):
-    """(1 - alpha) * loss on the labels + alpha * loss on what a teacher says (DeiT, arXiv 2012.12877, section 4).
+    """(1 - alpha) * loss on the labels + alpha * loss on a teacher's output (DeiT, arXiv 2012.12877, section 4).
 
     Where the model has a distillation token, its own head learns from the teacher, and the other one from the labels;
     else the one head learns from both.

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, its checkpoints, which of them to go on from, its log.
+"""The folder of a run: one run at a time, its checkpoints, which of them to resume from, its log.
 
 checkpoint.pth        the newest; checkpoint_1.pth the one before it, and so on, as many as --keep says
 checkpoint*.damaged   what was found damaged, moved aside
@@ -23,7 +23,7 @@ from training.run_log import plain_args, read_json_lines
 from utils import BadInput, say
 
 NEWEST = "checkpoint.pth"
-# Flags that leave a run what it is: where, by whom and how it is watched. All others must be the same to go on.
+# Flags that leave a run what it is: where, by whom and how it is watched. All others must be the same to resume.
 MAY_DIFFER = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
     "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
@@ -160,13 +160,13 @@ def newest_readable(folder) -> Path | None:
     return None
 
 
-def checkpoint_to_resume(args, best_path):
-    """Set `args.resume` to the checkpoint to go on from, or None to begin; in all processes the same.
+def checkpoint_to_resume(args, best_path) -> str | None:
+    """The checkpoint to resume from, or None to begin; in all processes the same.
 
-    `--resume` alone is the newest whole one of the folder. A process that torchrun started again (--max-restarts) goes
-    on, too. Raises BadInput if another run would be lost, or there is nothing to go on from.
+    `--resume` alone is the newest whole one of the folder. A process that torchrun started again (--max-restarts)
+    resumes, too. Raises BadInput if another run would be lost, or there is nothing to resume from.
     """
-    args.resume = utils.main_decides(lambda: _checkpoint_to_resume(args, Path(args.output_dir), Path(best_path)))
+    return utils.main_decides(lambda: _checkpoint_to_resume(args, Path(args.output_dir), Path(best_path)))
 
 
 def _checkpoint_to_resume(args, folder, best_path):
@@ -185,8 +185,7 @@ def _checkpoint_to_resume(args, folder, best_path):
     there = [*found, *([best_path] if best_path.is_file() else [])]
     if there and not (args.overwrite or again):
         raise BadInput(
-            f"{there[0]} is there, of another run: --resume goes on with it, --overwrite trains anew; "
-            "or give another --output_dir"
+            f"{there[0]} is of another run: --resume resumes it, --overwrite trains anew; or give another --output_dir"
         )
     return None
 
@@ -229,7 +228,7 @@ def check_same_run(path, saved: dict, args):
     if not set(other) <= set(MAY_GROW) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
         raise BadInput(
             f"{path} is of another run ({'; '.join(said)}): give the same flags, or another --output_dir; --overwrite "
-            "goes on with these"
+            "resumes with these"
         )
     if said:
         say(f"note: not as in {path}: {'; '.join(said)}")

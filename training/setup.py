@@ -14,48 +14,65 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import timm_model
 from checkpoints.weights import LoadReport, load_weights
-from models_dynamic import SIZES, DynamicViT
+from engine import TrainingStep
+from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu
 from training import flags
 from training.flags import MODEL_FLAGS, OF_ANY_MODEL, given_model_args
+from training.losses import DistillationLoss
 from utils import BadInput
 
 
 def updates_per_epoch(batches, args) -> int:
-    return -(-batches // args.accum_steps)
+    return -(-len(batches) // args.accum_steps)
 
 
-def make_optimizer(model, args, batches_per_epoch, *, opt, lr, warmup_lr, min_lr):
+def make_step(args, model, batches, classes: int, teacher=None) -> TrainingStep:
+    """Optimizer, schedule, Mixup, loss and precision as the flags say, for `model` on its device."""
+    device = next(model.parameters()).device
+    optimizer, scheduler = make_optimizer(model, args, batches)
+    mixup, criterion = make_mixup_and_loss(args, batches.batch_size, classes)
+    if teacher is not None:
+        criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    amp_dtype = utils.amp_dtype(args.amp, device)
+    plain_attention_on_cpu(model, device, amp_dtype)
+    scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
+    return TrainingStep(
+        model, criterion, optimizer, scheduler, args.accum_steps, mixup, teacher, amp_dtype, scaler, args.clip_grad
+    )
+
+
+def make_optimizer(model, args, batches):
     """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps.
 
     Raises BadInput if there is no such optimizer.
     """
     device = next(model.parameters()).device
-    fused = {"fused": True} if opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
+    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
     try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
-        optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=args.weight_decay or 1.0, **fused)
+        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, **fused)
     except (ValueError, AssertionError) as error:
-        raise BadInput(f"--opt {opt}: {error}") from None
+        raise BadInput(f"--opt {args.opt}: {error}") from None
     if not args.weight_decay:
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=warmup_lr,
-        min_lr=min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch(batches_per_epoch, args),
+        optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch(batches, args),
     )  # fmt: skip
     return optimizer, scheduler
 
 
-def make_mixup_and_loss(args, batch_size, classes, switch_prob=0.5, bce=False):
+def make_mixup_and_loss(args, batch_size, classes: int):
     """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two."""
     mixup, smoothing = None, args.smoothing
     if args.mixup or args.cutmix:
         flags.check_pairs(args, batch_size)
         mixup = Mixup(
-            args.mixup, args.cutmix, prob=args.mix_prob, switch_prob=switch_prob, label_smoothing=args.smoothing,
+            args.mixup, args.cutmix, prob=args.mix_prob, switch_prob=args.mix_switch_prob, label_smoothing=smoothing,
             num_classes=classes,
         )  # fmt: skip
         smoothing = 0.0
-    if bce:
+    if args.bce_loss:
         return mixup, BinaryCrossEntropy(smoothing=smoothing)
     return mixup, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
 
@@ -96,7 +113,7 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
 
 
 def check_model_fits(img_size, patch_size, embed_dim, depth, mlp_ratio=4.0, num_register_tokens=4, **_):
-    """Raise BadInput for a model whose weights alone are more than the memory, where the system tells its size."""
+    """Raise BadInput for a model whose weights alone are more than the memory, where the system reports its size."""
     (h, w), (ph, pw) = to_2tuple(img_size), to_2tuple(patch_size)
     in_blocks = depth * embed_dim * (4 * embed_dim + 2 * int(embed_dim * mlp_ratio))
     wanted = 4 * (in_blocks + embed_dim * (3 * ph * pw + h * w // (ph * pw) + num_register_tokens))
@@ -143,7 +160,7 @@ def describe(model) -> str:
     return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
 
 
-def say_what(model, data):
+def report_run(model, data):
     """The line that a run begins with."""
     sizes = data.description()["images"]
     utils.say(f"{describe(model)}; {data.name}: " + ", ".join(f"{n} {part}" for part, n in sizes.items()) + " images")

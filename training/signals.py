@@ -15,7 +15,7 @@ from utils import SIGNALS, Stopped, world_size
 
 
 class StopSignals:
-    """`with StopSignals() as stop`: signals are only noted. `stop.agreed()` tells between two steps whether one came.
+    """`with StopSignals() as stop`: signals are only noted. `stop.agreed()`, between two steps, is whether one came.
 
     Processes of a job may get it at different times, or only one of them: they tell each other, by Gloo, so that no GPU
     is waited for, and without waiting: the answer to one call is what all of them knew at the call before.
@@ -32,7 +32,7 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.noted and kind is not None and not issubclass(kind, Stopped):
-            signal.raise_signal(self.noted)  # the run is failing, and was told to end: torchrun waits for that
+            signal.raise_signal(self.noted)  # the run is failing, and was asked to end: torchrun waits for that
 
     def _note(self, number, _):
         if number == signal.SIGINT and self.noted == number:

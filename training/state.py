@@ -1,4 +1,4 @@
-"""All that a run has to remember, in memory and in a checkpoint: a run that goes on is one that never stopped."""
+"""All that a run has to remember, in memory and in a checkpoint, so that a resumed run is one that never stopped."""
 
 from pathlib import Path
 
@@ -25,14 +25,14 @@ class TrainingState:
         self.kept = "nothing was saved"  # in words
 
     def about(self) -> dict:
-        """What every checkpoint says, beside the weights."""
+        """What every checkpoint has beside the weights."""
         return {
             "model_args": self.model.model_args, "data": self.description, "args": plain_args(self.args),
             "epoch": self.epoch, "metrics": self.metrics,
         }  # fmt: skip
 
     def checkpoint(self) -> dict:
-        """To go on from. All processes have a part in it; it is the same in all of them."""
+        """To resume from. All processes have a part in it; it is the same in all of them."""
         return {
             "model": self.model.state_dict(), **self.about(), "best": self.best, "step": self.step,
             "batch": self.batch, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
@@ -40,6 +40,14 @@ class TrainingState:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "processes": utils.gather({"random": utils.random_states(), "sums": self.sums}),
         }  # fmt: skip
+
+    def end_epoch(self, metrics, skipped, last_is_best) -> bool:
+        """Count an epoch. Returns whether its weights are the best so far, and so to be saved."""
+        self.epoch, self.batch, self.sums, self.metrics = metrics["epoch"], 0, None, metrics
+        self.skipped += skipped
+        if self.best is None or last_is_best or selection_key(metrics) > selection_key(self.best):
+            self.best = metrics
+        return self.best is metrics
 
     def save(self):
         """Write the newest checkpoint of the run's folder."""
@@ -71,7 +79,7 @@ class TrainingState:
         if self.epoch >= self.args.epochs:
             say(f"{path} has all {self.epoch} epochs; a larger --epochs resumes it")
         else:
-            say(f"going on after epoch {self.epoch}{f' and {self.batch} batches' * bool(self.batch)} of {path}")
+            say(f"resuming after epoch {self.epoch}{f' and {self.batch} batches' * bool(self.batch)} of {path}")
 
     def _check_kinds(self, saved):
         """Of what is not used at once, so that nothing is met later that training would not have written."""
@@ -113,7 +121,7 @@ class TrainingState:
             utils.set_random_states(mine["random"])
 
     def _restore_optimizer(self, path, saved):
-        """Its state, with what flags say now of its groups; no state where that is of another optimizer."""
+        """Its state, with its groups as the flags are now; no state where that is of another optimizer."""
         there, here = saved["args"], plain_args(self.args)
         changed = [name for name in ("opt", "attn_only", "finetune") if there.get(name) != here.get(name)]
         old, groups = saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
@@ -127,3 +135,8 @@ class TrainingState:
         flagged = ("initial_lr", "weight_decay", "fused")
         groups = [was | {key: now[key] for key in flagged if key in now} for was, now in zip(old, groups)]
         self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
+
+
+def selection_key(metrics):
+    """What the best epoch has the largest of."""
+    return metrics["val_top1"], -metrics["val_loss"]

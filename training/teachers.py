@@ -8,10 +8,10 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model, timm_model
 from checkpoints.weights import LoadReport, load_weights
 from datasets import check_classes
-from models_dynamic import SIZES, TOKENS, DynamicViT, set_fused_attention
+from models_dynamic import SIZES, TOKENS, DynamicViT, plain_attention_on_cpu
 from utils import BadInput
 
-WHOLE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how images are resized for a checkpoint that does not say it
+WHOLE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how images are resized for a checkpoint without these keys
 
 
 def on_channels_last(model):
@@ -28,8 +28,7 @@ def make_teacher(args, data, device):
         wanted, here = (utils.flag_value(tuple(size)) for size in (about["input_size"], data.input_size))
         raise BadInput(f"the teacher sees images of {wanted} pixels, here they are {here}; give --input_size {wanted}")
     model = on_channels_last(model).to(device).eval().requires_grad_(False)
-    if device.type == "cpu" and utils.amp_dtype(args.amp, device) is not None:
-        set_fused_attention(model, False)  # see `run_epochs`
+    plain_attention_on_cpu(model, device, utils.amp_dtype(args.amp, device))
     here, there = (
         torch.tensor([mean, std], device=device)[:, :, None, None]
         for mean, std in ((data.mean, data.std), (about["mean"], about["std"]))
@@ -54,7 +53,7 @@ def _teacher_model(args, data):
         fixed = isinstance(model, DynamicViT) or "img_size" in model.model_args
         return model, about | {"fixed": fixed}
     if name is None:
-        raise BadInput(f"{path} does not say its model; give --teacher_model NAME")
+        raise BadInput(f"{path} does not name its model; give --teacher_model NAME")
     if not timm.is_model(name):
         raise BadInput(f"--teacher_model: timm has no model {name}")
     config, classes = timm.get_pretrained_cfg(name), len(data.classes)
@@ -77,7 +76,7 @@ def _teacher_model(args, data):
 
 
 def images_of(checkpoint, name, data, whose) -> dict:
-    """What a model wants of its images, as in a description of data: a checkpoint of this project says it, timm says it
+    """What a model wants of its images, as in a description of data: from a checkpoint of this project, or from timm
     of its model `name`, else it is what training on `data` would want.
 
     Raises BadInput for a checkpoint of other classes than those of the data.

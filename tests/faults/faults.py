@@ -139,7 +139,7 @@ def a_signal(folder, number, expected) -> Row:
     out, err = process.communicate(timeout=120)
     seconds = time.monotonic() - start
     lost = [] if process.returncode == 128 + number else [f"status {process.returncode}: {out}{err}"]
-    lost += [] if "--resume goes on" in err and "Traceback" not in err else [err]
+    lost += [] if "--resume resumes it" in err and "Traceback" not in err else [err]
     lost += go_on(folder, TINY, expected)
     return Row(f"{signal.Signals(number).name} (status {process.returncode} after {seconds:.1f} s)", 1, not lost,
                "; ".join(lost) or "nothing")  # fmt: skip
@@ -155,7 +155,7 @@ def ranks(folder, processes, *killed) -> Row:
         )
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-        assert ("going on after" in out) == (rank >= 0), out
+        assert ("resuming after" in out) == (rank >= 0), out
         endings.append(ending(place))
     lost = [what for other in endings[1:] for what in differences(endings[0], other)]
     return Row(f"SIGKILL of one of {processes} processes, torchrun --max-restarts", len(killed),

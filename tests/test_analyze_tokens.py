@@ -391,7 +391,7 @@ def test_the_script(trained, tmp_path):
     assert "Accuracy with registers replaced: zero " in done.stdout
     pages = [page.extract_text() for page in PdfReader(tmp_path / "analysis.pdf").pages]
     titles = [
-        "Norms of the tokens", "artefact patches", "entropy of its attention", "mean distance",
+        "Norms of the tokens", "artefact patches", "Entropy of the attention", "mean distance",
         "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
         "when registers are replaced",
     ]  # fmt: skip
@@ -578,7 +578,9 @@ def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monk
         if script:
             assert run(script.main, [*argv, *more.split()], capsys)[0] == 0
         elif what == "behaviour":
-            cells.behaviour(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
+            cells.attention_and_artefacts(
+                trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu")
+            )
         else:
             assert pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
         assert seen == {(False, "highest")}

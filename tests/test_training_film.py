@@ -185,7 +185,7 @@ def test_maps_of_an_overwritten_run_are_removed(whole, tmp_path, capsys):
     ("script", "argv", "message"),
     [
         (cifar_main, ["--viz_every", "0"], "argument --viz_every: must be at least 1, not 0"),
-        (cifar_main, ["--viz_images", "1"], "give --viz_every N, too"),
+        (cifar_main, ["--viz_images", "1"], "also give --viz_every N"),
         (cifar_main, ["--viz_every", "1", "--val_size", "0"], "--val_size 0 holds none out; leave out one of the two"),
         (cifar_main, ["--viz_every", "1", "--viz_images", "144"], "no such image, the held-out images are 0..143"),
         (cifar_main, ["--viz_every", "1", "--cls_pos", "none", "--num_reg", "0"], "this model has none; give --num_"),

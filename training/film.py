@@ -70,7 +70,7 @@ class Film:
         saved, file = self._maps_and_captions(epoch), self._file(epoch)
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
         pages = [_page(saved, key, self.args.epochs) for key in _tokens(saved)]
-        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.largest(), scope="this page")) for page in pages])
+        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.largest())) for page in pages])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
 

@@ -9,6 +9,7 @@ The same command resumes where it was stopped, also in the middle of a cell. Sev
 Flags of model and recipe are those of cifar_main.py.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -65,9 +66,7 @@ def get_parser():
     group.add_argument("--mix", action="store_true", help="allow cells of other settings in one table")
     group.add_argument("--dry_run", action="store_true", help="only list the cells, and estimate the time left")
     group = parser.add_argument_group("several processes (they may also be started by hand in the same folder)")
-    group.add_argument(
-        "--shard", type=shard, metavar="I/N", help="only every N-th cell, starting with the I-th, from 0"
-    )
+    group.add_argument("--shard", type=shard, metavar="I/N", help="only cells I, I + N, I + 2 N, ..., counted from 0")
     group.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
     group.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array, each with a "
                        "GPU unless --device cpu")  # fmt: skip
@@ -172,16 +171,10 @@ def work(args, data, current, cells, device):
 
 def command(argv, without) -> list[str]:
     """This command line without some flags that take a value."""
-    kept, skip = [], False
-    for arg in argv:
-        name = arg.split("=")[0].replace("-", "_").lstrip("_")
-        if skip:
-            skip = False
-        elif arg.startswith("--") and name in without:
-            skip = "=" not in arg
-        else:
-            kept.append(arg)
-    return [sys.executable, str(Path(__file__).resolve()), *kept]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in without:
+        parser.add_argument(f"--{name}")
+    return [sys.executable, str(Path(__file__).resolve()), *parser.parse_known_args(argv)[1]]
 
 
 def on_gpus(args, argv, data, cells):
@@ -210,9 +203,8 @@ def on_gpus(args, argv, data, cells):
     write_results(args, data)
     bad = [str(log) for worker, log in workers if worker.returncode]
     if bad:
-        raise RunFailed(
-            f"{len(bad)} of {args.gpus} processes failed; see the last lines of {', '.join(bad)}. The same command resumes"
-        )
+        logs = ", ".join(bad)
+        raise RunFailed(f"{len(bad)} of {args.gpus} processes failed; see the end of {logs}. The same command resumes")
 
 
 class Shard:

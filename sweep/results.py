@@ -102,8 +102,12 @@ def paired(group, baseline, comparisons=1) -> dict | None:
     if lacks:
         return found | {"low": None, "high": None, "lacks": lacks}
     hits = [np.array([hits_of(one[s]) for s in seeds], np.float32) for one in (group, baseline)]
-    half = 100 * float(half_width(hits[0] - hits[1], -1, 1, comparisons))
-    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "lacks": None}
+    return found | _interval(found["mean"], hits[0] - hits[1], -1, comparisons) | {"lacks": None}
+
+
+def _interval(mean, hits, least, comparisons=1) -> dict:
+    half = 100 * float(half_width(hits, least, 1, comparisons))
+    return {"low": mean - half, "high": mean + half}
 
 
 def _why_no_interval(records, seeds) -> str | None:
@@ -231,8 +235,7 @@ def _margin(by_seed: list[list[dict]]) -> dict:
     if _why_no_interval([r for one in by_seed for r in one], len(by_seed)):
         return point | {"low": None, "high": None}
     hits = np.array([np.mean([hits_of(r) for r in one], 0) for one in by_seed])  # (S, n)
-    half = 100 * float(half_width(hits, 0, 1))
-    return point | {"low": point["mean"] - half, "high": point["mean"] + half}
+    return point | _interval(point["mean"], hits, 0)
 
 
 def write_tables(folder, about: dict) -> dict:

@@ -391,7 +391,7 @@ def test_the_script(trained, tmp_path):
     assert "Accuracy with registers replaced: zero " in done.stdout
     pages = [page.extract_text() for page in PdfReader(tmp_path / "analysis.pdf").pages]
     titles = [
-        "Norms of the tokens", "artefact patches", "Entropy of the attention", "mean distance",
+        "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",
         "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
         "when registers are replaced",
     ]  # fmt: skip

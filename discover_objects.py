@@ -21,9 +21,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,49 +34,33 @@ from inspection.annotations import Annotated, check_matches, entry_of, folder_of
 from inspection.objects import FEATURES, Found, lost, model_sizes, patch_features
 from inspection.objects_pages import boxes_pages, one_line, short
 from inspection.pages import write_pdf
-from loading.decode import read_image
 from utils import BadInput, number
 
 SAME = 0.5  # intersection over union from which an object is found
 NO_BOX, OTHER_SIZE = "no annotated box", "other size than annotated"
 
 
-@dataclass
-class Item:
-    name: str
-    file: Path | None  # None: an image of the data set
-    read: Callable  # () -> PIL image
-    entry: Annotated | None
-
-
-def find_items(args, data, checkpoint) -> list[Item]:
-    """The images to look for objects in, and their annotations."""
+def find_images(args, data, checkpoint) -> tuple[list[inputs.InputImage], dict[str, Annotated]]:
+    """The images to look for objects in, and the annotated ones by their names."""
     entries = read_annotations(Path(args.annotations)) if args.annotations else []
-    index, files = index_of(entries), inputs.image_paths(args.image_path) if args.image_path else []
+    index, files = index_of(entries), None
     if args.annotations and not args.image_path:
         folder = folder_of_images(Path(args.annotations))
         files = [file for file in image_files(folder) if entry_of(file, index)]
         if not files:
             raise BadInput(f"none of the images of {args.annotations} is in {folder}; give --image_path")
-    if files:
-        items = [
-            Item(one_line(file.name), file, partial(read_image, file, args.max_pixels), entry_of(file, index))
-            for file in files
-        ]
-    else:
-        found = inputs.find_images(args, data, checkpoint, args.img_num)
-        items = [Item(one_line(image.name), None, image.read, None) for image in found]
+    images = inputs.find_images(args, data, checkpoint, args.img_num, files)
     if args.annotations:
-        check_matches(items, entries, args.annotations)
-    return items
+        check_matches(images, entries, index, args.annotations)
+    return images, index
 
 
-def record(item, size, grid, found: Found) -> dict:
+def record(image, entry: Annotated | None, size, grid, found: Found) -> dict:
     """The entry of `objects.json` for an image; boxes in its pixels."""
     scale = (size[0] / grid[1], size[1] / grid[0]) * 2
     box = [edge * pixels for edge, pixels in zip(found.box, scale)]
-    truth = item.entry.boxes if item.entry else []
-    if item.entry and item.entry.size not in (None, size):
+    truth = entry.boxes if entry else []
+    if entry and entry.size not in (None, size):
         verdict, judged = OTHER_SIZE, []
     else:
         verdict, judged = NO_BOX, truth
@@ -88,8 +70,8 @@ def record(item, size, grid, found: Found) -> dict:
         best, whole = box_iou(both, torch.tensor(judged, dtype=torch.double)).amax(dim=1).tolist()
         verdict = "found" if best >= SAME else "missed"
     return {
-        "name": item.name, "file": item.file and str(item.file), "size": size, "box": [round(v, 2) for v in box],
-        "annotated": truth, "best_iou": best, "verdict": verdict, "whole_image_iou": whole, "grid": grid[::-1],
+        "name": one_line(image.title), "file": image.file and str(image.file), "size": size,
+        "box": [round(v, 2) for v in box], "annotated": truth, "best_iou": best, "verdict": verdict, "whole_image_iou": whole, "grid": grid[::-1],
         **{key: value for key, value in asdict(found).items() if key != "box"},
     }  # fmt: skip
 
@@ -136,30 +118,30 @@ def discover(args):
     model, data, checkpoint = inputs.load(args.model_path, args)
     (block,) = inputs.chosen_blocks(model, [model.depth - 1 if args.layer_num is None else args.layer_num])
     model_for = model_sizes(model.to(device), args)
-    items = find_items(args, data, checkpoint)
+    images, index = find_images(args, data, checkpoint)
     folder, records, failed = utils.writable_folder(args.output_dir), [], []
 
-    def examine(item):
-        image = item.read()
-        sized = model_for(*image.size)
-        features = patch_features(sized, image, data, block, args.features)
+    def examine(image):
+        pixels = image.read()
+        sized = model_for(*pixels.size)
+        features = patch_features(sized, pixels, data, block, args.features)
         found = lost(features, sized.grid_size, args.k_patches, args.bias)
-        records.append(record(item, image.size, sized.grid_size, found))
-        return records[-1], image
+        records.append(record(image, entry_of(image.file, index), pixels.size, sized.grid_size, found))
+        return records[-1], pixels
 
     name = short(one_line(Path(args.model_path).name))
     title = f"LOST on the {args.features} of block {block}, bias {args.bias:g}: {name}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of names in other scripts; objects.json has them
-        there = inputs.readable(items, failed)
-        write_pdf(boxes_pages(there, len(items), examine, title, args), folder / "objects.pdf")
+        there = inputs.readable(images, failed)
+        write_pdf(boxes_pages(there, len(images), examine, title, args), folder / "objects.pdf")
     results = settings_and_scores(args, block, records) | {"left_out": failed}
     lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
     content = f'{{"settings": {json.dumps(results, indent=1)},\n"images": [\n{lines}\n]}}\n'
     utils.write_atomically(folder / "objects.json", lambda file: file.write(content.encode()))
     report(args, results, records)
     utils.say(f"wrote {folder / 'objects.json'} ({len(records)} images) and {folder / 'objects.pdf'}")
-    inputs.report_failed(failed, len(items))
+    inputs.report_failed(failed, len(images))
 
 
 def main(argv=None):

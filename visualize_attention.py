@@ -173,7 +173,7 @@ def compared_pages(names, models, images, asked, blocks, patches, one_scale):
     `one_scale`: models with different numbers of patches are shown as attention times that number; in per cent, the
     model with the fewest patches would leave the others black.
     """
-    times_patches = one_scale and len({math.prod(model.grid_size) for model in models}) > 1
+    colour = TIMES_PATCHES if one_scale and len({math.prod(m.grid_size) for m in models}) > 1 else ATTENTION
     kinds = [k for k in KINDS if any(entry_blocks(model)[k] is not None for model in models) and k in (asked or KINDS)]
     of_models = [{token.key: token for token in tokens_of(model, kinds, patches)} for model in models]
     keys = {key: token.name for tokens in of_models for key, token in tokens.items()}  # in order, each once
@@ -185,8 +185,7 @@ def compared_pages(names, models, images, asked, blocks, patches, one_scale):
                 predicted = seen.caption.split("\n")[-1]
                 rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block], patches)))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
-            colour = TIMES_PATCHES if times_patches else ATTENTION
-            yield Page(f"block{block}_{key}", title, rows, colour=colour, times_patches=times_patches)
+            yield Page(f"block{block}_{key}", title, rows, colour=colour)
 
 
 def check(args):

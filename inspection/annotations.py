@@ -114,14 +114,15 @@ def entry_of(file: Path | None, index) -> Annotated | None:
     return next((index[name] for name in names if name in index), None)
 
 
-def check_matches(items, entries, path):
-    """Raise BadInput if two of `items` (with `name`, `file`, `entry`) are one image, or none has an entry."""
+def check_matches(images, entries, index, path):
+    """Raise BadInput if two `InputImage`s have the same entry, or none has one."""
     owner = {}
-    for item in items:
-        if item.entry and owner.setdefault(id(item.entry), item) is not item:
-            first = owner[id(item.entry)].file
-            raise BadInput(f"{first} and {item.file} are one image in {path}; leave one out of --image_path")
+    for image in images:
+        entry = entry_of(image.file, index)
+        if entry and owner.setdefault(id(entry), image) is not image:
+            first = owner[id(entry)].file
+            raise BadInput(f"{first} and {image.file} are one image in {path}; leave one out of --image_path")
     if not owner:
-        raise BadInput(f"none of the images ({items[0].name}, ...) is in {path}; give those that are annotated there")
+        raise BadInput(f"none of the images ({images[0].title}, ...) is in {path}; give those that are annotated there")
     if len(owner) < len(entries):
         utils.say(f"note: {len(entries) - len(owner)} of {len(entries)} annotated images are missing; left out")

@@ -96,14 +96,11 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
 
 
 def _data_uri(shown: Tensor) -> str:
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
-    image, file = Image.fromarray(shown.permute(1, 2, 0).contiguous().cpu().numpy()), io.BytesIO()
-    if max(image.size) <= SMALL:
-        image.save(file, format="png", optimize=True)
-    else:
-        image.save(file, format="jpeg", quality=90)
-    kind = "png" if max(image.size) <= SMALL else "jpeg"
+    image, file = to_pil_image(shown.cpu()), io.BytesIO()
+    kind, options = ("png", {"optimize": True}) if max(image.size) <= SMALL else ("jpeg", {"quality": 90})
+    image.save(file, format=kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 

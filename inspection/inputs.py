@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -31,6 +32,11 @@ class InputImage:
     read: Callable  # () -> PIL image in RGB
     label: int | None = None
     in_memory: bool = False  # of a data set that training holds in memory, where images are resized and not cropped
+    file: Path | None = None  # None: an image of the data set
+
+    @property
+    def title(self) -> str:
+        return self.file.name if self.file else self.name
 
 
 def add_checkpoint_flags(parser, several=False):
@@ -60,8 +66,8 @@ def add_image_flags(parser):
     add_max_pixels(parser)
 
 
-def flags_for_file(args, i, count):
-    """The flags for file `i` of `count`, where each of `STATE_DICT_FLAGS` has one value, or one per file.
+def flags_for_file(args, i, total):
+    """The flags for file `i` of `total`, where each of `STATE_DICT_FLAGS` has one value, or one per file.
 
     Raises BadInput for another number of values.
     """
@@ -69,8 +75,8 @@ def flags_for_file(args, i, count):
     for flag in STATE_DICT_FLAGS:
         values = getattr(args, flag, None)
         if values is not None:
-            if len(values) not in (1, count):
-                raise BadInput(f"--{flag} has {len(values)} values for {count} files; give one value, or one per file")
+            if len(values) not in (1, total):
+                raise BadInput(f"--{flag} has {len(values)} values for {total} files; give one value, or one per file")
             setattr(mine, flag, values[i if len(values) > 1 else 0])
     return mine
 
@@ -142,15 +148,15 @@ def _describe_data(path, checkpoint, model, args, one_of_several) -> dict:
     }  # fmt: skip
 
 
-def find_images(args, data, checkpoint, numbers=None) -> list[InputImage]:
-    """The images of --image_path, else the test images `numbers` (None: all) of the data set; read later.
+def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputImage]:
+    """The images of `files` or --image_path, else the test images `numbers` (None: all) of the data set; read later.
 
     Fills in `data["classes"]` from the data set.
     """
-    if args.image_path:
-        files = image_paths(args.image_path)
+    if files or args.image_path:
+        files = files or image_paths(args.image_path)
         named = zip(unique_names(files), files)
-        return [InputImage(name, partial(read_image, file, args.max_pixels)) for name, file in named]
+        return [InputImage(name, partial(read_image, file, args.max_pixels), file=file) for name, file in named]
     if data["name"] is None:
         raise BadInput(f"{args.model_path} does not name its data set; give --image_path FILE, or --data_set")
     path = data_folder(checkpoint, args.data_path) if "data" in checkpoint else args.data_path
@@ -204,26 +210,23 @@ def readable(images, failed: list[str]):
         raise BadInput(f"{words}{problem}")
 
 
-def report_failed(failed: list[str], count: int):
-    """At the end of a run: list what was left out of `count` images, and raise RunFailed if it was anything."""
+def report_failed(failed: list[str], total: int):
+    """At the end of a run: list what was left out of `total` images, and raise RunFailed if it was anything."""
     if failed:
         for problem in failed:
             utils.say(utils.printable(f"left out: {problem}"))
-        raise RunFailed(f"{len(failed)} of {count} images could not be read, the others are done: {failed[0]}")
+        raise RunFailed(f"{len(failed)} of {total} images could not be read, the others are done: {failed[0]}")
 
 
 def unique_names(files) -> list[str]:
     """A name for each file: its own, cut to NAME bytes, and a number if it is not the first of that name."""
     names = {}  # ordered
     for file in files:
-        stem, n = os.fsencode(file.stem)[:NAME].decode(errors="ignore"), 1
-        if len(os.fsencode(file.stem)) <= NAME:
-            stem = file.stem
-        name = stem
-        while name in names:
-            n += 1
-            name = f"{stem}_{n}"
-        names[name] = None
+        stem, encoded = file.stem, os.fsencode(file.stem)
+        if len(encoded) > NAME:
+            stem = encoded[:NAME].decode(errors="ignore")
+        candidates = (stem if n == 1 else f"{stem}_{n}" for n in count(1))
+        names[next(name for name in candidates if name not in names)] = None
     return list(names)
 
 

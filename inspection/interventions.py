@@ -8,6 +8,8 @@ Zero is out of distribution, so it costs more than the token's information: the 
 another image's values keep everything but what belongs to this image.
 """
 
+from collections import Counter
+
 import torch
 from tqdm import tqdm
 
@@ -48,7 +50,7 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
             last[key] = values[-1:]
         count += len(images)
     means = {key: total / count for key, total in sums.items()}
-    hits, changed = {"clean": 0}, {}
+    hits, changed = Counter(), Counter()
     for images, labels in tqdm(batches(), "ablation", leave=False, disable=None):
         logits, seen = _record(model, images, kinds)
         clean = logits.argmax(dim=1)
@@ -59,18 +61,16 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
         for kind in kinds:
             for name, new in zip(REPLACEMENTS, (zeros, means, others)):
                 predicted = _replaced(model, images, kind, new).argmax(dim=1)
-                hits[kind, name] = hits.get((kind, name), 0) + int((predicted == labels).sum())
-                changed[kind, name] = changed.get((kind, name), 0) + int((predicted != clean).sum())
+                hits[kind, name] += int((predicted == labels).sum())
+                changed[kind, name] += int((predicted != clean).sum())
 
-    def share(number):
-        return 100 * number / count
-
-    return {"images": count, "clean": share(hits["clean"])} | {
-        kind: {
-            name: {"accuracy": share(hits[kind, name]), "changed": share(changed[kind, name])} for name in REPLACEMENTS
+    result = {"images": count, "clean": 100 * hits["clean"] / count}
+    for kind in kinds:
+        result[kind] = {
+            name: {"accuracy": 100 * hits[kind, name] / count, "changed": 100 * changed[kind, name] / count}
+            for name in REPLACEMENTS
         }
-        for kind in kinds
-    }
+    return result
 
 
 def _record(model, images, kinds) -> tuple:

@@ -59,7 +59,11 @@ class Page:
     rows: list[Row]
     caption: str = ""
     colour: str = ATTENTION  # what a map's colour means
-    times_patches: bool = False  # show attention times the number of patches, not per cent
+
+    @property
+    def times_patches(self) -> bool:
+        """Whether colours show attention times the number of patches, not per cent."""
+        return self.colour == TIMES_PATCHES
 
     def shades(self, attention: Tensor) -> Tensor:
         """The values that the colours of a map show: shares, or multiples of uniform attention."""
@@ -141,7 +145,7 @@ def _write_margins(figure, page, title, caption, vmax, scope, one_row):
         figure.text(LEFT / page_w, 1 - below / page_h, caption, fontsize=8, va="top")
     own = "Each map has its own scale" + ("." if one_row else "; its largest value is above it.")
     words = f"Colour: {page.colour}. {own if vmax is None else f'One scale for {scope}.'}"
-    words = "\n".join(wrap(words, int(19 * (page_w - LEFT))))
+    words = fill(words, int(19 * (page_w - LEFT)))
     figure.text(LEFT / page_w, 0.2 / page_h, words, fontsize=7.5, color="0.35", va="center")
     if vmax is not None:
         left, width = page_w - RIGHT - SCALE + 0.25, SCALE - 0.45
@@ -152,10 +156,14 @@ def _write_margins(figure, page, title, caption, vmax, scope, one_row):
 
 
 def _draw_image(axes, shown, label, letters, size):
-    height, width = shown.shape[1:]
-    axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, width, height, 0))
+    _show_image(axes, shown)
     lines = [line for part in label.split("\n") for line in wrap(part, letters)]
     axes.set_title("\n".join(lines[:3]), fontsize=size, loc="left")
+
+
+def _show_image(axes, shown):
+    height, width = shown.shape[1:]
+    axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, width, height, 0))
 
 
 def _draw_map(axes, page, cell, shown, overlay, vmax):
@@ -170,14 +178,14 @@ def _draw_map(axes, page, cell, shown, overlay, vmax):
         axes.set_title(f"{cell.name}\n{cell.absent}".strip(), fontsize=size, loc="left")
         return None
     if overlay:
-        axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=extent)
+        _show_image(axes, shown)
     drawn = axes.imshow(
         page.unit * page.shades(cell.map).numpy(), interpolation="nearest", extent=extent, cmap=COLOURS,
         alpha=0.6 if overlay else 1.0, vmin=0, vmax=None if vmax is None else page.unit * vmax,
     )  # fmt: skip
     _frame_patch(axes, cell, shown)
     total = f"{100 * float(cell.map.sum()):.0f}%"
-    words = f"{total} on patches" if one_row or vmax is not None else f"{total}, max {_percent(cell.map.max())}"
+    words = f"{total} on patches" if one_row or vmax is not None else f"{total}, max {100 * float(cell.map.max()):.3g}%"
     axes.set_title(f"{cell.name}\n{words}", fontsize=size, loc="left")
     return drawn
 
@@ -191,20 +199,15 @@ def _frame_patch(axes, cell, shown):
         axes.add_patch(box)
 
 
-def _percent(share) -> str:
-    return f"{100 * float(share):.3g}%"
-
-
 def _draw_scale(axes, top, across=False):
-    """A colour scale from 0 to `top`. One image; matplotlib's own colour bar is 256 small areas, which take
-    longer to write than all of the page."""
-    levels = [[level] for level in range(256)]
+    """A colour scale from 0 to `top` as one image: matplotlib's is 256 areas, slower than all of the page."""
+    levels = range(256)
     if across:
-        axes.imshow([[v for (v,) in levels]], cmap=COLOURS, aspect="auto", extent=(0, top, 0, 1))
+        axes.imshow([levels], cmap=COLOURS, aspect="auto", extent=(0, top, 0, 1))
         axes.set_yticks([])
         axes.xaxis.get_major_locator().set_params(nbins=4)
     else:
-        axes.imshow(levels, cmap=COLOURS, origin="lower", aspect="auto", extent=(0, 1, 0, top))
+        axes.imshow([[level] for level in levels], cmap=COLOURS, origin="lower", aspect="auto", extent=(0, 1, 0, top))
         axes.set_xticks([])
         axes.yaxis.tick_right()
         axes.yaxis.get_major_locator().set_params(nbins=4)

@@ -82,11 +82,8 @@ class TokenStatistics:
         artefacts = [self._artefacts(i) for i in blocks]
         begins = next((i for i, found in enumerate(artefacts) if found["share"] >= BEGIN), None)
 
-        def means(*key):
-            return [self.moments[(*key, i)].mean() if (*key, i) in self.moments else None for i in blocks]
-
-        def deviations(*key):
-            return [self.moments[(*key, i)].deviation() if (*key, i) in self.moments else None for i in blocks]
+        def of_blocks(moment, *key):
+            return [getattr(self.moments[(*key, i)], moment)() if (*key, i) in self.moments else None for i in blocks]
 
         return {
             "images": self.images,
@@ -96,13 +93,13 @@ class TokenStatistics:
                 for kind in kinds
             },
             "artefacts": {"rule": RULE, "begins_at_block": begins, "blocks": artefacts},
-            "entropy": {kind: means("entropy", kind) for kind in kinds},
-            "entropy_deviation": {kind: deviations("entropy", kind) for kind in kinds},
-            "distance": means("distance"),
-            "distance_deviation": deviations("distance"),
-            "cls_attention": {kind: means("cls_share", kind) for kind in kinds},
-            "cls_attention_deviation": {kind: deviations("cls_share", kind) for kind in kinds},
-            "register_similarity": means("similarity"),
+            "entropy": {kind: of_blocks("mean", "entropy", kind) for kind in kinds},
+            "entropy_deviation": {kind: of_blocks("deviation", "entropy", kind) for kind in kinds},
+            "distance": of_blocks("mean", "distance"),
+            "distance_deviation": of_blocks("deviation", "distance"),
+            "cls_attention": {kind: of_blocks("mean", "cls_share", kind) for kind in kinds},
+            "cls_attention_deviation": {kind: of_blocks("deviation", "cls_share", kind) for kind in kinds},
+            "register_similarity": of_blocks("mean", "similarity"),
         }
 
     def _artefacts(self, i) -> dict:

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from inspection.pages import headed_figure, write_pdf
 
 ABSENT = "0.88"  # the grey of absent tokens
@@ -39,10 +41,6 @@ def _block_axis(axes, results):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _with_nan(values):
-    return [float("nan") if value is None else value for value in values]
-
-
 def norms_page(results):
     kinds = [kind for kind in WORDS if kind in results["norms"]]
     figure = _page(
@@ -58,7 +56,7 @@ def norms_page(results):
     for axes, kind in zip(plots, kinds):
         drawn = _draw_histograms(axes, results["norms"][kind])
         medians = [None if found is None else found["quantiles"]["0.5"] for found in results["norms"][kind]]
-        axes.plot(_with_nan(medians), "o", color="white", markeredgecolor="black", markersize=4)
+        axes.plot(np.array(medians, float), "o", color="white", markeredgecolor="black", markersize=4)
         if kind == "patches":
             thresholds = [found["threshold"] for found in results["artefacts"]["blocks"]]
             axes.plot(thresholds, "--", color="tab:red", linewidth=1)
@@ -256,8 +254,8 @@ def probe_page(results):
         for token, values in probes[kind].items():
             spread = probes["deviation_over_folds"][f"{kind}, {token}"]
             axes.errorbar(
-                range(len(values)), _with_nan(values), _with_nan(spread), color=hues[token], marker=".", label=token,
-                elinewidth=0.6, linewidth=1.4,
+                range(len(values)), np.array(values, float), np.array(spread, float), color=hues[token], label=token,
+                marker=".", elinewidth=0.6, linewidth=1.4,
             )  # fmt: skip
         axes.axhline(probes["chance"], color="0.4", linestyle="--", linewidth=1)
         axes.set(title=title, ylabel="accuracy (%)", ylim=(0, 102))

@@ -123,12 +123,7 @@ def settings(args, data: ImageData) -> dict:
 
 def differences(saved: dict, current: dict) -> list[str]:
     names = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
-    return [f"{name} was {_short(saved.get(name))}, is now {_short(current.get(name))}" for name in names]
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return [f"{name} was {str(saved.get(name))[:40]}, is now {str(current.get(name))[:40]}" for name in names]
 
 
 def check_settings(args, current: dict):

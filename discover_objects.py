@@ -71,7 +71,8 @@ def record(image, entry: Annotated | None, size, grid, found: Found) -> dict:
         verdict = "found" if best >= SAME else "missed"
     return {
         "name": one_line(image.title), "file": image.file and str(image.file), "size": size,
-        "box": [round(v, 2) for v in box], "annotated": truth, "best_iou": best, "verdict": verdict, "whole_image_iou": whole, "grid": grid[::-1],
+        "box": [round(v, 2) for v in box], "annotated": truth, "best_iou": best, "verdict": verdict,
+        "whole_image_iou": whole, "grid": grid[::-1],
         **{key: value for key, value in asdict(found).items() if key != "box"},
     }  # fmt: skip
 

@@ -187,8 +187,8 @@ def on_gpus(args, argv, data, cells):
                 log = logs / f"gpu{i}.log"
                 with open(log, "w") as file:
                     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-                    begun = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
-                workers.append((begun, log))
+                    worker = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
+                workers.append((worker, log))
             say(f"{args.gpus} processes; what they print goes to {logs}")
             with tqdm(total=len(cells), unit="cell", disable=None) as bar:
                 while any(worker.poll() is None for worker, _ in workers):

@@ -23,18 +23,7 @@ from torch import Tensor
 import utils
 from inspection import inputs
 from inspection.html import check_size, encode_image, packed_size, write_viewer
-from inspection.pages import (
-    ATTENTION,
-    TIMES_PATCHES,
-    MapCell,
-    Page,
-    Row,
-    by_token,
-    draw_page,
-    token_name,
-    write_pages,
-)  # fmt: skip
-from models_dynamic import AttentionMaps
+from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
 from utils import BadInput, number
 
 KINDS = ("cls", "dist", "reg")
@@ -51,13 +40,6 @@ class Token:
     enters: int | None  # the block; None: the model has no such token
     mark: tuple[int, int] | None = None  # x, y of a patch
 
-    def of(self, maps: AttentionMaps, patches) -> Tensor | None:
-        """(H, gh, gw) of the first image, or None where the token has not entered."""
-        if self.mark is not None:
-            return maps.patches[0, patches.index(self.mark)].cpu()
-        heads = by_token(maps).get(self.key)
-        return None if heads is None else heads[0].cpu()
-
 
 @dataclass
 class ImageMaps:
@@ -65,8 +47,8 @@ class ImageMaps:
 
     shown: Tensor  # (3, ., .) uint8
     caption: str
-    maps: dict[int, AttentionMaps]
-    rollout: dict[int, AttentionMaps]
+    maps: dict[int, dict[str, Tensor]]  # block -> key of a token -> (H, gh, gw)
+    rollout: dict[int, dict[str, Tensor]]  # the same with H = 1
 
 
 def entry_blocks(model) -> dict:
@@ -114,17 +96,20 @@ def image_maps(model, data, image, blocks, patches, rollout) -> ImageMaps:
         logits = model(images)[0].cpu() if model.num_classes else None
     lines = [] if image.label is None else [f"true: {inputs.class_name(image.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
-    return ImageMaps(
-        inputs.as_seen(pixels, image, data), "\n".join(lines), model.attention_maps(images, blocks, patches),
-        model.attention_rollout(images, blocks, patches) if rollout else {},
-    )  # fmt: skip
+
+    def maps(function):
+        found = function(images, blocks, patches)
+        return {b: {key: heads[0].cpu() for key, heads in by_token(m, patches).items()} for b, m in found.items()}
+
+    shown, rolled_out = inputs.as_seen(pixels, image, data), maps(model.attention_rollout) if rollout else {}
+    return ImageMaps(shown, "\n".join(lines), maps(model.attention_maps), rolled_out)
 
 
-def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, patches):
+def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     """The pages of one image under one model."""
 
     def row(token, block, label):
-        return Row(label, seen.shown, _cells(token, seen.maps[block], patches))
+        return Row(label, seen.shown, _cells(token, seen.maps[block]))
 
     if "heads" in kinds_of_pages:
         for block in blocks:
@@ -143,7 +128,7 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, patches):
     if "rollout" in kinds_of_pages:
         rows = []
         for token in tokens:
-            maps = {f"block {block}": token.of(seen.rollout[block], patches) for block in blocks}
+            maps = {f"block {block}": seen.rollout[block].get(token.key) for block in blocks}
             cells = [MapCell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
             rows.append(Row(token.name, seen.shown, cells))
         yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, ROLLOUT)
@@ -158,9 +143,9 @@ def _absent(token) -> str:
     return "absent: not in this model" if token.enters is None else f"absent: enters at block {token.enters}"
 
 
-def _cells(token, maps, patches) -> list[MapCell]:
+def _cells(token, maps) -> list[MapCell]:
     """The mean over heads, and each head; one empty cell for a token that is absent."""
-    heads = token.of(maps, patches) if token.enters is not None else None
+    heads = maps.get(token.key)
     if heads is None:
         return [MapCell("", None, _absent(token))]
     named = [("mean over heads", heads.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(heads))]
@@ -183,7 +168,7 @@ def compared_pages(names, models, images, asked, blocks, patches, one_scale):
             for label, seen, tokens in zip(names, images, of_models):
                 token = tokens.get(key) or Token(key, name, None)
                 predicted = seen.caption.split("\n")[-1]
-                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block], patches)))
+                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block])))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
             yield Page(f"block{block}_{key}", title, rows, colour=colour)
 
@@ -233,9 +218,7 @@ def page_maker(args, loaded, blocks):
     _, model, data, _ = loaded[0]
     kinds = [] if patches and not args.tokens else kinds_to_draw(model, blocks, args.tokens)
     tokens = tokens_of(model, kinds, patches)
-    return lambda image: pages_of(
-        args.pages, image_maps(model, data, image, blocks, patches, rollout), tokens, blocks, patches
-    )
+    return lambda image: pages_of(args.pages, image_maps(model, data, image, blocks, patches, rollout), tokens, blocks)
 
 
 def _short_names(paths) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the scripts that look at a trained model share: their flags, the model, and the images to look at."""
+"""What the inspection scripts share: their flags, the model, and the images."""
 
 import copy
 import os

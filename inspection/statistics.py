@@ -22,7 +22,7 @@ PER_DECADE, LOWEST, DECADES = 100, -4, 9
 BINS = PER_DECADE * DECADES
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 DEVIATIONS, TIMES = 5, 2  # of the threshold for artefacts, see `artefact_bin`
-BEGIN = 0.001  # share of artefact patches from which a block is said to have them
+BEGIN = 0.001  # share of artefact patches from which a block counts as having them
 RULE = (
     f"a patch is an artefact if the logarithm of its norm is more than {DEVIATIONS} robust standard deviations (1.4826 "
     f"times the median absolute deviation) above the block's median, and its norm at least {TIMES} times the median"

@@ -246,14 +246,14 @@ def resumable(folder) -> str | None:
 
     Damaged checkpoints are moved aside. Without the best weights so far, the resumed cell could end with worse ones.
     """
-    begun, path = run_folder.checkpoints(folder), run_folder.newest_readable(folder)
+    found, path = run_folder.checkpoints(folder), run_folder.newest_readable(folder)
     try:
         if path is not None and load_checkpoint(path).get("best"):
             load_checkpoint(folder / "model.pth")
     except BadInput as error:
         say(str(error).partition(";")[0])
         path = None
-    if path is None and begun:
+    if path is None and found:
         say(f"{folder.name} cannot be resumed; it is trained from its beginning")
     return None if path is None else str(path)
 

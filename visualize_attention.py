@@ -186,12 +186,12 @@ def check(args):
 
 
 def load_all(args):
-    """[(name, model, data, checkpoint)] of --model_path or --compare, on the device."""
+    """[(model, data, checkpoint)] of --model_path or --compare, on the device."""
     device = utils.pick_device(args.device)
     paths = args.compare or [args.model_path]
     flags = [inputs.flags_for_file(args, i, len(paths)) for i in range(len(paths))]
-    found = [(p, *inputs.load(p, mine, one_of_several=len(paths) > 1)) for p, mine in zip(paths, flags)]
-    for _, model, _, _ in found:
+    found = [inputs.load(p, mine, one_of_several=len(paths) > 1) for p, mine in zip(paths, flags)]
+    for model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
         for x, y in args.patch or ():
@@ -203,7 +203,7 @@ def load_all(args):
 def page_maker(args, loaded, blocks):
     """A function: image -> its pages. Raises BadInput if there would be none."""
     patches, rollout = args.patch or [], "rollout" in args.pages
-    models = [model for _, model, _, _ in loaded]
+    models = [model for model, _, _ in loaded]
     if args.compare:
         names = _short_names(args.compare)
         present = {kind for model in models for kind, at in entry_blocks(model).items() if at is not None}
@@ -211,11 +211,11 @@ def page_maker(args, loaded, blocks):
             raise BadInput(f"none of these models has {' or '.join(WORDS[k] for k in args.tokens or KINDS)}")
 
         def compared(image):
-            images = [image_maps(model, data, image, blocks, patches, False) for _, model, data, _ in loaded]
+            images = [image_maps(model, data, image, blocks, patches, False) for model, data, _ in loaded]
             return compared_pages(names, models, images, args.tokens, blocks, patches, args.scale != "map")
 
         return compared
-    _, model, data, _ = loaded[0]
+    model, data, _ = loaded[0]
     kinds = [] if patches and not args.tokens else kinds_to_draw(model, blocks, args.tokens)
     tokens = tokens_of(model, kinds, patches)
     return lambda image: pages_of(args.pages, image_maps(model, data, image, blocks, patches, rollout), tokens, blocks)
@@ -288,8 +288,8 @@ def write_html(args, model, data, found, blocks, failed):
 @utils.full_precision()
 def visualize(args):
     loaded = load_all(args)
-    _, model, data, checkpoint = loaded[0]
-    least_depth = min((model for _, model, _, _ in loaded), key=lambda model: model.depth)
+    model, data, checkpoint = loaded[0]
+    least_depth = min((model for model, _, _ in loaded), key=lambda model: model.depth)
     blocks = inputs.chosen_blocks(least_depth, args.layer_num)
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []

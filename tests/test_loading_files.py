@@ -10,7 +10,7 @@ from timm.data import create_transform
 
 from conftest import run
 from datasets import Split, normalise
-from inspection.inputs import Picture, as_seen, model_input
+from inspection.inputs import InputImage, as_seen, model_input
 from loading.decode import fit_image, read_picture
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.memory import read_split
@@ -199,7 +199,7 @@ def test_imnet_is_a_folder_with_train_and_val(photos, tmp_path):
 
 def test_a_page_shows_the_part_that_is_cropped():
     data, picture = DATA | {"crop_pct": 0.5}, photograph(120, 80)
-    asked = Picture("name", lambda: picture)
+    asked = InputImage("name", lambda: picture)
     expected = normalise(fit_image(picture, (8, 12), 0.5)[None], data["mean"], data["std"])
     assert torch.equal(model_input([picture], [asked], data), expected)
     assert torch.equal(

@@ -17,7 +17,7 @@ import main_distillation
 import utils
 import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
-from conftest import ROOT, TINY, run, shell
+from conftest import ROOT, TINY, run, shell, typed
 from training import run_folder
 
 DIGITS = [*TINY, "--data_set", "DIGITS", "--max_steps", "1"]
@@ -219,10 +219,11 @@ def test_as_a_process(tmp_path):
         ("cifar_test.py", []),
         ("visualize_attention.py", []),
     ):
-        done = shell(script, *argv, cwd=tmp_path, status=2)
-        assert done.stdout == ""
-        assert len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith(f"{script}: error: ")
+        out, err = shell(script, *argv, cwd=tmp_path, status=2)
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert err.startswith(f"{script}: error: ")
+    assert typed(ROOT / script, cwd=tmp_path, status=2) == (out, err)
 
 
 def test_values_in_hints_are_as_the_flag_takes_them(tmp_path):

@@ -18,10 +18,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked import TINY, Faults, differences, ending, light_curves, run
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+import cifar_main
+from forked import AUGMENTED, Child, Faults, differences, ending, light_curves, run, torchrun
+from training import signals
 
 
 @dataclass
@@ -34,14 +33,14 @@ class Row:
     lost: str = "nothing"
 
 
-def undisturbed(folder, argv=TINY) -> dict:
+def undisturbed(folder, argv=AUGMENTED) -> dict:
     """`ending` of the run that nothing happens to."""
     status, out, err = run([*argv, "--model_path", folder / "model.pth"], before=light_curves)
     assert status == 0, out + err
     return ending(folder)
 
 
-def go_on(folder, argv=TINY, expected=None) -> list[str]:
+def go_on(folder, argv=AUGMENTED, expected=None) -> list[str]:
     """Go on with the run in `folder` to its end, as a user would; names of what is not as `expected`."""
     argv = [*argv, "--model_path", folder / "model.pth"]
     begun = list(folder.glob("checkpoint*.pth"))
@@ -58,7 +57,7 @@ def go_on(folder, argv=TINY, expected=None) -> list[str]:
 def soak(folder, kills, seed=0) -> Row:
     """One run, killed so many times at random moments; each time it is started again."""
     epochs = kills // 2 + 2
-    argv = [*TINY, "--epochs", str(epochs), "--save_steps", "1"]
+    argv = [*AUGMENTED, "--epochs", str(epochs), "--save_steps", "1"]
     expected = undisturbed(folder / "undisturbed", argv)
     generator, done, lives = random.Random(seed), 0, folder / "killed"
     lives.mkdir()
@@ -85,7 +84,7 @@ def soak(folder, kills, seed=0) -> Row:
 def at_every_write(folder, how, each=1) -> Row:
     """A run for each thing that a run does to a file (open, write, flush, rename, remove); there it is killed, or the
     call fails, half done."""
-    argv = [*TINY, "--epochs", "2", "--save_steps", "4"]
+    argv = [*AUGMENTED, "--epochs", "2", "--save_steps", "4"]
     expected = undisturbed(folder / "undisturbed", argv)
     log = folder / "actions"
     status, out, err = run(
@@ -114,47 +113,48 @@ def at_every_write(folder, how, each=1) -> Row:
 # Signals, several processes ---------------------------------------------------------------------------------------
 
 
-def started(*argv, processes=0, script="cifar_main.py", restarts=0):
-    """A script in a process of its own, or in several by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    launcher += [f"--max-restarts={restarts}"] if processes else []
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def until_epoch(process, number):
-    for line in process.stdout:
-        if line.startswith(f"epoch {number}/"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
 def a_signal(folder, number, expected) -> Row:
     """The signal, after the first epoch of a run in a process of its own."""
-    process = started(*TINY, "--model_path", folder / "model.pth")
-    until_epoch(process, 1)
+    child = Child([*AUGMENTED, "--model_path", folder / "model.pth"], before=light_curves)
+    child.until("epoch 1/")
     start = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    child.kill(number)
+    status, out, err = child.end()
     seconds = time.monotonic() - start
-    lost = [] if process.returncode == 128 + number else [f"status {process.returncode}: {out}{err}"]
+    lost = [] if status == 128 + number else [f"status {status}: {out}{err}"]
     lost += [] if "--resume resumes it" in err and "Traceback" not in err else [err]
-    lost += go_on(folder, TINY, expected)
-    return Row(f"{signal.Signals(number).name} (status {process.returncode} after {seconds:.1f} s)", 1, not lost,
+    lost += go_on(folder, AUGMENTED, expected)
+    return Row(f"{signal.Signals(number).name} (status {status} after {seconds:.1f} s)", 1, not lost,
                "; ".join(lost) or "nothing")  # fmt: skip
+
+
+def dies(rank, step):
+    """`cifar_main.main`; the process `rank` is killed at that step, unless it was started again."""
+
+    def main(argv):
+        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (str(rank), "0"):
+            agreed, calls = signals.StopSignals.agreed, []
+
+            def killed(stop, wait=False):
+                calls.append(1)
+                if len(calls) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return agreed(stop, wait)
+
+            signals.StopSignals.agreed = killed
+        cifar_main.main(argv)
+
+    return main
 
 
 def ranks(folder, processes, *killed) -> Row:
     """Processes of a job under torchrun --max-restarts=1, one of which is killed: (its rank, at which step)."""
-    argv, endings = [*TINY, "--batch_size", "32", "--epochs", "2", "--model_path"], []
+    argv, endings = [*AUGMENTED, "--batch_size", "32", "--epochs", "2", "--model_path"], []
     for rank, step in ((-1, 0), *killed):
         place = folder / f"{processes}_{rank}"
-        process = started(
-            rank, step, *argv, place / "model.pth", processes=processes, restarts=1, script=HERE / "rank_dies.py"
-        )
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, out + err
+        main = torchrun(processes, dies(rank, step), restarts=1)
+        status, out, err = run([*argv, place / "model.pth"], main, before=light_curves)
+        assert status == 0, out + err
         assert ("resuming after" in out) == (rank >= 0), out
         endings.append(ending(place))
     lost = [what for other in endings[1:] for what in differences(endings[0], other)]
@@ -169,10 +169,10 @@ def damaged_newest(folder, expected, shares=range(10)) -> Row:
     """The newest checkpoint of a killed run, cut at each tenth, or with a byte changed there."""
     whole, lost, injected = folder / "whole", [], 0
     log = folder / "actions"
-    run([*TINY, "--model_path", whole / "model.pth"], before=Faults(whole, log=log))
+    run([*AUGMENTED, "--model_path", whole / "model.pth"], before=Faults(whole, log=log))
     last = max(i for i, line in enumerate(log.read_text().splitlines(), 1) if line.startswith("replace .checkpoint"))
     shutil.rmtree(whole)
-    run([*TINY, "--model_path", whole / "model.pth"], before=Faults(whole, last - 40))
+    run([*AUGMENTED, "--model_path", whole / "model.pth"], before=Faults(whole, last - 40))
     content = (whole / "checkpoint.pth").read_bytes()
     for share in shares:
         for how in ("cut", "changed"):
@@ -180,7 +180,7 @@ def damaged_newest(folder, expected, shares=range(10)) -> Row:
             shutil.copytree(whole, place)
             damaged = content[:at] if how == "cut" else content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
             (place / "checkpoint.pth").write_bytes(damaged)
-            lost += [f"{how} at {share}0 %: {what}" for what in go_on(place, TINY, expected)[:3]]
+            lost += [f"{how} at {share}0 %: {what}" for what in go_on(place, AUGMENTED, expected)[:3]]
             injected += 1
     return Row("newest checkpoint cut, or a byte of it changed, at each tenth", injected,
                injected - len({line.split(':')[0] for line in lost}), "; ".join(lost) or "nothing")  # fmt: skip
@@ -193,14 +193,14 @@ def a_small_disk(folder) -> Row | None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
         return None
     try:
-        argv = [*TINY, "--model_path", place / "model.pth"]
+        argv = [*AUGMENTED, "--model_path", place / "model.pth"]
         status, _, err = run(argv, before=light_curves)
         ballast = place / "ballast"
         full = status == 1 and "No space left on device" in err and len(err.splitlines()) == 1
         lost = [] if full else [f"status {status}: {err}"]
         ballast.unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-        lost += go_on(place, TINY, undisturbed(folder / "undisturbed"))
+        lost += go_on(place, AUGMENTED, undisturbed(folder / "undisturbed"))
     finally:
         subprocess.run(["umount", place], check=False)
     return Row("a disk that fills up (tmpfs)", 1, not lost, "; ".join(lost) or "nothing")

@@ -93,10 +93,16 @@ def killed_in_epoch_3(main, argv):
             main([str(arg) for arg in argv])
 
 
+@pytest.fixture
+def curves():
+    """Runs of this test draw their training curves."""
+
+
 @pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing curves takes longer than a tiny run. `trained` has some."""
-    monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
+def _no_curves(monkeypatch, request):
+    """Those of other tests do not, since that takes longer than a tiny run. Those of `trained` are there."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture

@@ -9,11 +9,8 @@ import sys
 import pytest
 import torch
 
-import analyze_tokens
 import cifar_main
 import cifar_test
-import discover_objects
-import main_distillation
 import utils
 import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
@@ -269,15 +266,3 @@ assert not slow, slow
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
-
-
-SCRIPTS = (cifar_main, cifar_test, main_distillation, visualize_attention, analyze_tokens, discover_objects)
-
-
-@pytest.mark.parametrize("main", [script.main for script in SCRIPTS])
-def test_help(main, capsys):
-    status, out, _ = run(main, ["--help"], capsys)
-    assert status == 0
-    assert "--device" in out
-    assert "==SUPPRESS==" not in out
-    assert "None" not in out

@@ -220,7 +220,7 @@ def test_heic(tmp_path):
     assert "a.heic" in [file.name for file in image_files(root / "train" / "ant")]
 
 
-def test_heic_without_its_package(tmp_path, monkeypatch):
+def test_heic_without_its_package(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(100))  # renamed, as telephones do
     monkeypatch.setattr(datasets, "_pillow", lambda: Image)
@@ -232,7 +232,8 @@ def test_heic_without_its_package(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     left_out = Counter()
     assert image_files(tmp_path, left_out) == [tmp_path / "a.jpg"] and left_out == {".heic": 1}
-    assert datasets._words(left_out).endswith(".heic: 1, and HEIC takes a package: pip install pillow-heif")
+    datasets.note_left_out(tmp_path, left_out)
+    assert capsys.readouterr().out.endswith(".heic: 1, and HEIC takes a package: pip install pillow-heif\n")
 
 
 def test_all_unreadable_images_are_named(tmp_path):

@@ -75,7 +75,7 @@ def test_the_best_epoch_is_chosen_on_held_out_images(tmp_path, monkeypatch, caps
     assert sizes == [144] * 4
 
 
-def test_without_validation_the_last_epoch_is_the_result(tmp_path, capsys):
+def test_without_validation_the_last_epoch_is_the_result(tmp_path, capsys, curves):
     status, out, _ = run(cifar_main.main, [*DIGITS, "--val_size", "0", "--model_path", tmp_path / "m.pth"], capsys)
     assert status == 0
     assert "val accuracy" not in out
@@ -84,7 +84,7 @@ def test_without_validation_the_last_epoch_is_the_result(tmp_path, capsys):
     assert all(torch.equal(t, last["model"][n]) for n, t in result["model"].items())
 
 
-def test_averaged_weights_are_what_is_validated_and_saved(tmp_path, capsys):
+def test_averaged_weights_are_what_is_validated_and_saved(tmp_path, capsys, curves):
     status, out, _ = run(cifar_main.main, [*DIGITS, "--ema", "0.9", "--model_path", tmp_path / "m.pth"], capsys)
     assert status == 0
     assert "(EMA; without" in out

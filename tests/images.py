@@ -21,9 +21,6 @@ def some_images(count=40, h=28, w=36):
     return images
 
 
-# Folders as people have them --------------------------------------------------------------------------------------
-
-
 def picture(colour="teal", size=(12, 10)):
     return Image.new("RGB", size, colour)
 
@@ -40,9 +37,6 @@ def folder_of_images(root, parts, classes=("ant", "bee"), count=4):
 
 def names(split):
     return [os.fsdecode(file) for file in split.images.tolist()]
-
-
-# Images that cannot be read ---------------------------------------------------------------------------------------
 
 
 def damage(root, *places):

@@ -291,9 +291,6 @@ def test_a_download_goes_where_nothing_else_is(tmp_path, monkeypatch):
     assert asked == [str(tmp_path / place) for place in ("absent", "empty", "both")]
 
 
-# What is held out -------------------------------------------------------------------------------------------------
-
-
 def test_the_default_holds_out_one_image_of_each_class(tmp_path):
     labels = torch.tensor([0] * 190 + [1] * 7 + [2] * 3)
     data = Split(torch.arange(200), labels)

@@ -17,7 +17,109 @@ from forked import TWO_EPOCHS, differences
 from training.run_log import read_json_lines
 from utils import RunFailed
 
-# Numbers ----------------------------------------------------------------------------------------------------------
+
+def test_the_rate_of_every_step(monkeypatch):
+    """Set before the step, a function of the step alone: linear warm-up, then a cosine to the end."""
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6, step_on_epochs=False,
+        updates_per_epoch=5,
+    )  # fmt: skip
+    used = []
+    step_of = type(optimizer).step
+    monkeypatch.setattr(optimizer, "step", lambda: used.append(optimizer.param_groups[0]["lr"]) or step_of(optimizer))
+    batches, step = [(noise(model), torch.tensor([0, 1]))] * 5, 0
+    parts = TrainingStep(model, torch.nn.CrossEntropyLoss(), optimizer, scheduler)
+    for _ in range(4):
+        step = train_one_epoch(parts, batches, start=Position(step))["step"]
+    assert step == 20
+    expected = [1e-6 + (0.1 - 1e-6) * t / 5 for t in range(5)]
+    expected += [1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * t / 20)) / 2 for t in range(5, 20)]
+    assert used == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_accumulated_batches_are_one_large_batch(count):
+    """Also in the last group, which may be smaller."""
+    images, labels = noise(tiny(), 2 * count), torch.arange(2 * count) % 5
+    small = [(images[i : i + 2], labels[i : i + 2]) for i in range(0, 2 * count, 2)]
+    large = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 2 * count, 4)]
+    models = tiny(), tiny()
+    for model, batches, accum_steps in zip(models, (small, large), (2, 1)):
+        criterion = torch.nn.CrossEntropyLoss()
+        report = train_one_epoch(
+            TrainingStep(model, criterion, *plain(model, lr=1e-3), accum_steps=accum_steps), batches
+        )
+        assert report["step"] == -(-count // 2)
+        assert report["images"] == 2 * count
+    for a, b in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_evaluation_is_in_full_precision():
+    """Though training may round products to TF32, and says so to torch."""
+    seen, model = [], tiny()
+    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        evaluate(model, [(noise(model), torch.tensor([0, 1]))])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
+def test_waiting_for_data_and_gradient_norms_are_measured():
+    def slow():
+        for _ in range(3):
+            time.sleep(0.2)
+            yield noise(model), torch.tensor([0, 1])
+
+    model = tiny()
+    batches = type("Slow", (), {"__iter__": lambda self: slow(), "__len__": lambda self: 3})()
+    report = train_one_epoch(
+        TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model, lr=0.0), clip_grad=1e-3), batches
+    )
+    assert 0.6 / report["seconds"] * 0.9 < report["data_wait"] < 1
+    by_hand = tiny().train()
+    torch.nn.functional.cross_entropy(by_hand(noise(by_hand)), torch.tensor([0, 1])).backward()
+    norm = torch.cat([p.grad.flatten() for p in by_hand.parameters()]).norm()  # before clipping
+    assert report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_the_gradient_is_clipped():
+    model = tiny()
+    before = [p.detach().clone() for p in model.parameters()]
+    batches = [(100 * noise(model), torch.tensor([0, 1]))]
+    train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model, lr=1.0), clip_grad=0.01), batches)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm().detach()
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_evaluation_by_hand():
+    model = tiny(num_classes=3)
+    images, labels = noise(model, 7), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    logits = model(images).detach()
+    expected = -logits.log_softmax(1)[torch.arange(7), labels].mean()
+    model.train()
+    found = evaluate(model, [(images[:4], labels[:4]), (images[4:], labels[4:])], keep_predictions=True)
+    assert model.training
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["top1"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+    assert found["top5"] == 100  # of 3 classes
+    assert found["images"] == 7
+    assert torch.equal(found["predictions"], logits.argmax(1))
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    model = tiny()
+    batches = [(noise(model), torch.tensor([0, 1])), (noise(model) * float("nan"), torch.tensor([0, 1]))]
+    with pytest.raises(RunFailed, match="the loss is nan"):
+        train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model)), batches)
+
+
+# Batches that are not finite ---------------------------------------------------------------------------------------
 
 
 def batches_with(model, *bad, count=5):
@@ -26,7 +128,7 @@ def batches_with(model, *bad, count=5):
     return [(images * float("nan") if i in bad else images + i, labels) for i in range(count)]
 
 
-def test_the_batch_that_was_not_finite_is_told_and_its_step_not_taken():
+def test_the_batch_that_was_not_finite_is_reported_and_its_step_not_taken():
     model, good = tiny(), tiny()
     criterion = torch.nn.CrossEntropyLoss()
     with pytest.raises(
@@ -188,107 +290,3 @@ class Still:
 
 def plain(model, lr=0.1):
     return torch.optim.SGD(model.parameters(), lr=lr), Still()
-
-
-# Engine ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_rate_of_every_step(monkeypatch):
-    """Set before the step, a function of the step alone: linear warm-up, then a cosine to the end."""
-    model = tiny()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6, step_on_epochs=False,
-        updates_per_epoch=5,
-    )  # fmt: skip
-    used = []
-    step_of = type(optimizer).step
-    monkeypatch.setattr(optimizer, "step", lambda: used.append(optimizer.param_groups[0]["lr"]) or step_of(optimizer))
-    batches, step = [(noise(model), torch.tensor([0, 1]))] * 5, 0
-    parts = TrainingStep(model, torch.nn.CrossEntropyLoss(), optimizer, scheduler)
-    for _ in range(4):
-        step = train_one_epoch(parts, batches, start=Position(step))["step"]
-    assert step == 20
-    expected = [1e-6 + (0.1 - 1e-6) * t / 5 for t in range(5)]
-    expected += [1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * t / 20)) / 2 for t in range(5, 20)]
-    assert used == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("count", [4, 5])
-def test_accumulated_batches_are_one_large_batch(count):
-    """Also in the last group, which may be smaller."""
-    images, labels = noise(tiny(), 2 * count), torch.arange(2 * count) % 5
-    small = [(images[i : i + 2], labels[i : i + 2]) for i in range(0, 2 * count, 2)]
-    large = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 2 * count, 4)]
-    models = tiny(), tiny()
-    for model, batches, accum_steps in zip(models, (small, large), (2, 1)):
-        criterion = torch.nn.CrossEntropyLoss()
-        report = train_one_epoch(
-            TrainingStep(model, criterion, *plain(model, lr=1e-3), accum_steps=accum_steps), batches
-        )
-        assert report["step"] == -(-count // 2)
-        assert report["images"] == 2 * count
-    for a, b in zip(*(model.parameters() for model in models)):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_evaluation_is_in_full_precision():
-    """Though training may round products to TF32, and says so to torch."""
-    seen, model = [], tiny()
-    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
-    torch.set_float32_matmul_precision("high")
-    try:
-        evaluate(model, [(noise(model), torch.tensor([0, 1]))])
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert seen == ["highest"]
-
-
-def test_waiting_for_data_and_gradient_norms_are_measured():
-    def slow():
-        for _ in range(3):
-            time.sleep(0.2)
-            yield noise(model), torch.tensor([0, 1])
-
-    model = tiny()
-    batches = type("Slow", (), {"__iter__": lambda self: slow(), "__len__": lambda self: 3})()
-    report = train_one_epoch(
-        TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model, lr=0.0), clip_grad=1e-3), batches
-    )
-    assert 0.6 / report["seconds"] * 0.9 < report["data_wait"] < 1
-    by_hand = tiny().train()
-    torch.nn.functional.cross_entropy(by_hand(noise(by_hand)), torch.tensor([0, 1])).backward()
-    norm = torch.cat([p.grad.flatten() for p in by_hand.parameters()]).norm()  # before clipping
-    assert report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-
-
-def test_the_gradient_is_clipped():
-    model = tiny()
-    before = [p.detach().clone() for p in model.parameters()]
-    batches = [(100 * noise(model), torch.tensor([0, 1]))]
-    train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model, lr=1.0), clip_grad=0.01), batches)
-    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters())]).norm().detach()
-    assert moved.item() == pytest.approx(0.01, rel=1e-3)
-
-
-def test_evaluation_by_hand():
-    model = tiny(num_classes=3)
-    images, labels = noise(model, 7), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    logits = model(images).detach()
-    expected = -logits.log_softmax(1)[torch.arange(7), labels].mean()
-    model.train()
-    found = evaluate(model, [(images[:4], labels[:4]), (images[4:], labels[4:])], keep_predictions=True)
-    assert model.training
-    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert found["top1"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
-    assert found["top5"] == 100  # of 3 classes
-    assert found["images"] == 7
-    assert torch.equal(found["predictions"], logits.argmax(1))
-
-
-def test_a_loss_that_is_not_finite_is_an_error():
-    model = tiny()
-    batches = [(noise(model), torch.tensor([0, 1])), (noise(model) * float("nan"), torch.tensor([0, 1]))]
-    with pytest.raises(RunFailed, match="the loss is nan"):
-        train_one_epoch(TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model)), batches)

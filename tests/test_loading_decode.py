@@ -66,8 +66,6 @@ def test_the_crop_stays_inside_the_image_whatever_the_rounding():
             assert (right - left) / (lower - upper) == pytest.approx(size[1] / size[0])
 
 
-# Image files as people have them ----------------------------------------------------------------------------------
-
 RAMP = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(8, 0)
 
 

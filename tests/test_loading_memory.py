@@ -92,9 +92,6 @@ def test_augmentation_depends_on_seed_and_epoch_only():
     assert not torch.equal(first(0, 3), first(1, 3))
 
 
-# Going on in the middle -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("first", [0, 1, 5, 9, 10])
 def test_a_loader_begins_anywhere(first, monkeypatch):
 

@@ -20,8 +20,6 @@ from conftest import ROOT
 from forked import AUGMENTED, Child, Faults, children_of, light_curves, torchrun
 from training import loop
 
-# Kills, signals, disks --------------------------------------------------------------------------------------------
-
 
 def whole(row):
     assert row.survived == row.injected > 0, row
@@ -57,7 +55,7 @@ def test_signals(tmp_path, expected, number):
 
     status, out, err = faults.run([*AUGMENTED, "--model_path", tmp_path / "model.pth"], before=before)
     assert status == 128 + number and "epoch 0, and 5 batches" in err and "--resume resumes it" in err, out + err
-    assert faults.go_on(tmp_path, AUGMENTED, expected) == []
+    assert faults.resume(tmp_path, AUGMENTED, expected) == []
 
 
 @pytest.mark.parametrize(
@@ -108,14 +106,14 @@ def test_a_signal_in_validation_ends_the_run_before_the_next_epoch(tmp_path, exp
 
     status, out, err = faults.run([*AUGMENTED, "--model_path", tmp_path / "model.pth"], before=before)
     assert status == 143 and "epoch 1/3" not in out and "epoch 0, and 10 batches" in err, out + err
-    assert faults.go_on(tmp_path, AUGMENTED, expected) == []
+    assert faults.resume(tmp_path, AUGMENTED, expected) == []
 
 
 def test_torchrun_starts_killed_processes_again(tmp_path):
     whole(faults.ranks(tmp_path, 2, (1, 5)))
 
 
-def test_one_process_told_to_stop_stops_all(tmp_path):
+def test_a_signal_to_one_process_stops_all(tmp_path):
     """Both save the same step; the run resumes in as many processes, not in another number of them."""
     argv = [
         *AUGMENTED,

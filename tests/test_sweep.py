@@ -256,7 +256,7 @@ def dies_in_the_second_cell():
     loop.train_one_epoch = dies
 
 
-def test_a_killed_sweep_goes_on_and_each_cell_is_a_run_of_cifar_main(tmp_path, capsys):
+def test_a_killed_sweep_resumes_and_each_cell_is_a_run_of_cifar_main(tmp_path, capsys):
     """Two by two; killed in the second cell. Afterwards every weight is that of cifar_main.py, bit for bit."""
     folder = tmp_path / "sweep"
     killed = forked.run([*FOUR, "--output_dir", folder], position_sweep.main, dies_in_the_second_cell)

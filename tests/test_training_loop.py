@@ -13,9 +13,6 @@ from training.run_log import read_json_lines
 PRINTED = r"Test accuracy: \d+\.\d\d% \(top-5 \d+\.\d\d%\) on 360 images of DIGITS"
 
 
-# Scripts ---------------------------------------------------------------------------------------------------------
-
-
 def test_what_training_writes(trained):
     log = read_json_lines(trained / "log.txt")
     assert log[0]["args"]["cls_pos"] == 2

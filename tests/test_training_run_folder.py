@@ -28,9 +28,6 @@ def test_no_checkpoint_is_whole(tmp_path, capsys):
     assert "checkpoint_1.damaged now\n" in out  # there is none before it
 
 
-# Checkpoints ------------------------------------------------------------------------------------------------------
-
-
 def test_checkpoints_rotate(tmp_path):
     for n in range(5):
         run_folder.save(tmp_path, {"n": n}, keep=3)
@@ -60,7 +57,7 @@ def test_other_flags_are_another_run(tmp_path, capsys):
     assert log[0]["args"]["lr"] == 1e-3 and [r["epoch"] for r in log[1:]] == [2, 3]
 
 
-def test_overwriting_leaves_nothing_to_go_on_from(tmp_path, capsys):
+def test_overwriting_leaves_nothing_to_resume_from(tmp_path, capsys):
     """A run that is killed before its first checkpoint must not go on with the one that it was to replace."""
     argv = [*TWO_EPOCHS, "--model_path", tmp_path / "m.pth"]
     assert run(cifar_main.main, argv, capsys)[0] == 0
@@ -88,9 +85,6 @@ def test_data_that_changed(photos, tmp_path, capsys):
     (data / "train" / "red" / "0.png").unlink()
     status, _, err = run(cifar_main.main, [*argv, "--resume"], capsys)
     assert status == 2 and "the data of" in err and "'train': 17" in err
-
-
-# One run a folder -------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path, capsys):
@@ -137,10 +131,7 @@ def test_the_best_model_elsewhere_is_locked_too(tmp_path):
     assert [file.name for file in best.parent.iterdir()] == []
 
 
-# Logs -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_log_is_mended(tmp_path):
+def test_a_log_is_repaired(tmp_path):
     """A half line, bytes that are none, an epoch that the checkpoint does not know, one that is not written yet."""
     header, log = {"args": {"lr": 1}}, tmp_path / "log.txt"
     lines = [json.dumps(record).encode() for record in (header, {"epoch": 1, "a": 1}, {"epoch": 2}, {"epoch": 3})]

@@ -61,7 +61,7 @@ def test_a_checkpoint_with_anything_wrong_is_refused_in_one_line(tmp_path, monke
     assert not (tmp_path / "b" / "log.txt").exists()
 
 
-def test_pictures_go_on_in_the_middle_of_an_epoch_whatever_the_workers(tmp_path, capsys):
+def test_images_resume_in_the_middle_of_an_epoch_whatever_the_workers(tmp_path, capsys):
     """RandAugment, repeated augmentation, erasing, Mixup, the distillation script: killed after step 7 of 11."""
     argv = [
         *STUDENT,

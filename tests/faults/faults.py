@@ -1,7 +1,7 @@
-"""What is done to runs, and what became of them. `python tests/faults/faults.py` (make faults) prints the table of
+"""Faults injected into runs, and what they lose. `python tests/faults/faults.py` (make faults) prints the table of
 docs/RELIABILITY.md; `tests/test_survival.py` has the same in small.
 
-A run has survived a fault if, gone on with, it ends with the weights, optimizer, averaged weights, random states, best
+A run has survived a fault if, resumed, it ends with the weights, optimizer, averaged weights, random states, best
 model and log of the run that was never disturbed, bit for bit.
 """
 
@@ -18,9 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import cifar_main
-from forked import AUGMENTED, Child, Faults, differences, ending, light_curves, run, torchrun
-from training import signals
+from forked import AUGMENTED, Child, Faults, dies, differences, ending, light_curves, run, torchrun
 
 
 @dataclass
@@ -40,8 +38,8 @@ def undisturbed(folder, argv=AUGMENTED) -> dict:
     return ending(folder)
 
 
-def go_on(folder, argv=AUGMENTED, expected=None) -> list[str]:
-    """Go on with the run in `folder` to its end, as a user would; names of what is not as `expected`."""
+def resume(folder, argv=AUGMENTED, expected=None) -> list[str]:
+    """Resume the run in `folder` to its end, as a user would; names of what is not as `expected`."""
     argv = [*argv, "--model_path", folder / "model.pth"]
     begun = list(folder.glob("checkpoint*.pth"))
     status, out, err = run([*argv, *(["--resume"] if begun else [])], before=light_curves)
@@ -76,7 +74,7 @@ def soak(folder, kills, seed=0) -> Row:
             raise AssertionError(f"the run ended after {done} kills; give it more epochs")
         assert status == 128 + signal.SIGKILL, out + err
         done += 1
-    found = go_on(lives, argv, expected)
+    found = resume(lives, argv, expected)
     name = f"SIGKILL at random moments of one run of {epochs} epochs"
     return Row(name, done, 0 if found else done, "; ".join(found) or "nothing")
 
@@ -99,10 +97,10 @@ def at_every_write(folder, how, each=1) -> Row:
         if how == "kill":
             problem = [] if status == 137 else [f"status {status}"]
         else:  # one line that names the file, or nothing was wrong for the user (as when a temporary file stays)
-            told = status == 0 or (status in (1, 2) and len(err.splitlines()) == 1 and str(place) in err)
-            problem = [] if told else [f"status {status}: {err}"]
+            reported = status == 0 or (status in (1, 2) and len(err.splitlines()) == 1 and str(place) in err)
+            problem = [] if reported else [f"status {status}: {err}"]
         if status or how == "kill":
-            problem += go_on(place, argv, expected)
+            problem += resume(place, argv, expected)
         lost += [f"{actions[at - 1]} ({at}): {what}" for what in problem[:3]]
         shutil.rmtree(place)
     name = "SIGKILL" if how == "kill" else os.strerror(how)
@@ -123,28 +121,9 @@ def a_signal(folder, number, expected) -> Row:
     seconds = time.monotonic() - start
     lost = [] if status == 128 + number else [f"status {status}: {out}{err}"]
     lost += [] if "--resume resumes it" in err and "Traceback" not in err else [err]
-    lost += go_on(folder, AUGMENTED, expected)
+    lost += resume(folder, AUGMENTED, expected)
     return Row(f"{signal.Signals(number).name} (status {status} after {seconds:.1f} s)", 1, not lost,
                "; ".join(lost) or "nothing")  # fmt: skip
-
-
-def dies(rank, step):
-    """`cifar_main.main`; the process `rank` is killed at that step, unless it was started again."""
-
-    def main(argv):
-        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (str(rank), "0"):
-            agreed, calls = signals.StopSignals.agreed, []
-
-            def killed(stop, wait=False):
-                calls.append(1)
-                if len(calls) == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return agreed(stop, wait)
-
-            signals.StopSignals.agreed = killed
-        cifar_main.main(argv)
-
-    return main
 
 
 def ranks(folder, processes, *killed) -> Row:
@@ -180,7 +159,7 @@ def damaged_newest(folder, expected, shares=range(10)) -> Row:
             shutil.copytree(whole, place)
             damaged = content[:at] if how == "cut" else content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
             (place / "checkpoint.pth").write_bytes(damaged)
-            lost += [f"{how} at {share}0 %: {what}" for what in go_on(place, AUGMENTED, expected)[:3]]
+            lost += [f"{how} at {share}0 %: {what}" for what in resume(place, AUGMENTED, expected)[:3]]
             injected += 1
     return Row("newest checkpoint cut, or a byte of it changed, at each tenth", injected,
                injected - len({line.split(':')[0] for line in lost}), "; ".join(lost) or "nothing")  # fmt: skip
@@ -200,14 +179,14 @@ def a_small_disk(folder) -> Row | None:
         lost = [] if full else [f"status {status}: {err}"]
         ballast.unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-        lost += go_on(place, AUGMENTED, undisturbed(folder / "undisturbed"))
+        lost += resume(place, AUGMENTED, undisturbed(folder / "undisturbed"))
     finally:
         subprocess.run(["umount", place], check=False)
     return Row("a disk that fills up (tmpfs)", 1, not lost, "; ".join(lost) or "nothing")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Do to training runs what may happen to them, and tell what is lost.")
+    parser = argparse.ArgumentParser(description="Inject faults into training runs, and report what is lost.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--each", type=int, default=3, help="every so many-th file operation; 1: all, for half an hour")
     args = parser.parse_args()

@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import cifar_main
 import utils
 from checkpoints.files import load_checkpoint
+from training import signals
 from training.run_log import read_json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +136,25 @@ def torchrun(processes, main, restarts=0):
         elastic_launch(config, rank)(argv)
 
     return launch
+
+
+def dies(rank, step):
+    """`cifar_main.main`; the process `rank` is killed at that step, unless it was started again."""
+
+    def main(argv):
+        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (str(rank), "0"):
+            agreed, calls = signals.StopSignals.agreed, []
+
+            def killed(stop, wait=False):
+                calls.append(1)
+                if len(calls) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return agreed(stop, wait)
+
+            signals.StopSignals.agreed = killed
+        cifar_main.main(argv)
+
+    return main
 
 
 def children_of(pid) -> list[int]:

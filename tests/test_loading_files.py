@@ -312,7 +312,8 @@ def test_broken_images_end_the_run(start, tmp_path, photos):
     assert sum(str(file) in err for file in broken) >= 3 and err.count("error:") == 1
 
 
-def test_a_killed_worker_ends_the_run(start):
+def test_a_killed_worker_ends_the_run(start, curves):
+    """While curves are drawn, so that no other worker is handing over a batch, which would fail in its own words."""
     child = start("--epochs", "1000")
     child.until("epoch 1/")
     os.kill(children_of(child.pid)[-1], signal.SIGKILL)

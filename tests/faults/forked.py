@@ -7,6 +7,7 @@ of faults take minutes. `Faults` counts what a run writes and lets one of those 
 import atexit
 import builtins
 import io
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -184,6 +185,8 @@ def _be_a_script(argv, main, before, out, err, ends):
         os.dup2(err, 2)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), write_through=True) for n in (1, 2))
         _default_signals()
+        atexit._clear()  # what this process is to do at its end, such as removing folders, is none of the child's
+        atexit.register(multiprocessing.util._exit_function)
         torch.set_num_threads(1)
         if before is not None:
             before()

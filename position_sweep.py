@@ -1,14 +1,15 @@
-"""Where should the tokens enter? Train and test the whole grid of positions, and say what it tells.
+"""Where should the tokens enter? Train and test the whole grid of positions, and compare.
 
     python position_sweep.py                                    # a small grid on digits, some minutes on two cores
     python position_sweep.py --data_set CIFAR10 --cls_pos 0 2 4 6 8 none --reg_pos 0 4 8 --num_reg 0 1 4 \\
         --seeds 0 1 2 --epochs 30 --output_dir sweeps/cifar10
     python position_sweep.py --from models/best_model.pth --epochs 3 --output_dir sweeps/scan    # surgery: a first scan
 
-The same command again goes on where it was stopped, in the middle of a cell too. Several processes may work in one
-folder. Flags of model and recipe are those of cifar_main.py.
+The same command resumes where it was stopped, also in the middle of a cell. Several processes may work in one folder.
+Flags of model and recipe are those of cifar_main.py.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -35,6 +36,9 @@ DIGITS = dict(
 )  # fmt: skip
 
 
+SAVED = "its progress is saved; the same command resumes"
+
+
 def shard(text):
     """An argparse type: '0/4' -> (0, 4)."""
     part, _, count = text.partition("/")
@@ -45,7 +49,7 @@ def shard(text):
 def get_parser():
     parser = utils.ArgumentParser(
         description="Train and test every position of the class token and of the registers, and compare.",
-        epilog="The same command again goes on where it was stopped.",
+        epilog="The same command resumes where it was stopped.",
         conflict_handler="resolve",  # positions and seeds are lists here
     )
     group = parser.add_argument_group("grid")
@@ -54,31 +58,18 @@ def get_parser():
     group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
     group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
     group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1, 2], dest="seeds")
-    group.add_argument(
-        "--equal_flops",
-        action="store_true",
-        help="cells with cheaper blocks go through more images, to the FLOPs of 0/0",
-    )
-    group.add_argument(
-        "--from",
-        "--finetune",
-        dest="finetune",
-        metavar="FILE",
-        help="begin each cell with these weights, their tokens moved",
-    )
+    group.add_argument("--equal_flops", action="store_true", help="cells with cheaper blocks train on more images, "
+                       "up to the FLOPs of 0/0")  # fmt: skip
+    group.add_argument("--from", "--finetune", dest="finetune", metavar="FILE", help="start each cell from these "
+                       "weights, their tokens moved")  # fmt: skip
     group.add_argument("--output_dir", default="sweeps/grid", help="a folder for this grid")
     group.add_argument("--mix", action="store_true", help="allow cells of other settings in one table")
     group.add_argument("--dry_run", action="store_true", help="only list the cells, and estimate the time left")
-    group = parser.add_argument_group("several processes (they may also just be started in the same folder)")
-    group.add_argument(
-        "--shard", type=shard, metavar="I/N", help="only each N-th cell, beginning with the I-th, from 0"
-    )
+    group = parser.add_argument_group("several processes (they may also be started by hand in the same folder)")
+    group.add_argument("--shard", type=shard, metavar="I/N", help="only cells I, I + N, I + 2 N, ..., counted from 0")
     group.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
-    group.add_argument(
-        "--launcher",
-        choices=("submitit",),
-        help="submit --jobs shards as a SLURM array, each with a GPU but for --device cpu",
-    )
+    group.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array, each with a "
+                       "GPU unless --device cpu")  # fmt: skip
     group.add_argument("--jobs", type=number(int, 1), default=1, help="shards to submit")
     group.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
     group.add_argument("--partition", help="of the cluster")
@@ -97,17 +88,17 @@ def parse(argv=None):
     for name in ("cls_pos", "reg_pos", "num_reg", "seeds"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.val_size == 0:
-        raise BadInput("--val_size 0 holds nothing out, and the best cell is chosen on held-out images; leave it out")
+        raise BadInput("--val_size 0 holds nothing out, but the best cell is chosen on held-out images; leave it out")
     if utils.world_size() > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("a cell is trained by one process; start without torchrun, with --gpus N for N GPUs")
+        raise BadInput("a cell is trained by one process; start without torchrun, and give --gpus N for N GPUs")
     if bool(args.shard) + bool(args.gpus) + bool(args.launcher) > 1:
         raise BadInput("--shard, --gpus and --launcher each divide the work; give one of them")
     if (args.gpus or args.launcher) and args.device.startswith("cuda:"):
-        raise BadInput(f"--device {args.device} is one GPU, and here each process has its own; leave it out")
+        raise BadInput(f"--device {args.device} is one GPU, but each process has its own; leave it out")
     if args.gpus and args.gpus > len(visible_gpus()):
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         listed = "" if given is None else f" (CUDA_VISIBLE_DEVICES={given})"
-        raise BadInput(f"--gpus {args.gpus}: there are {len(visible_gpus())} GPUs here{listed}; give at most as many")
+        raise BadInput(f"--gpus {args.gpus}: there are {len(visible_gpus())} GPUs{listed}; give at most as many")
     return args
 
 
@@ -115,24 +106,23 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers, or UUIDs."""
     count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     names = map(str, range(count)) if given is None else (name.strip() for name in given.split(","))
-    return [name for name in names if name][:count]  # CUDA ignores what follows a name that is none
-
-
-# What a user sees ------------------------------------------------------------------------------------------------
+    return [name for name in names if name][:count]  # CUDA ignores names after an invalid one
 
 
 def duration(seconds) -> str:
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"
+    if not minutes:
+        return "less than 1 min"
+    return f"about {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"about {minutes} min"
 
 
 def about(args, data) -> str:
     sizes = data.description()["images"]
-    epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
+    epochs = results.counted(args.epochs, "epoch") + (f" of {args.repeats:g} passes" if args.repeats != 1 else "")
     start = " from one trained model" if args.finetune else ""
     model = model_of(grid(args)[0], args)
     return (
-        f"{model.depth} blocks of width {model.embed_dim}, {epochs} of {args.repeats:g} passes{start}; {data.name}: "
+        f"{model.depth} blocks of width {model.embed_dim}, {epochs}{start}; {data.name}: "
         f"{sizes['train']} train, {sizes['val']} held-out, {sizes['test']} test images"
     )
 
@@ -142,7 +132,7 @@ def list_cells(cells, args, data, device):
         say(f"{'finished' if finished(cell, args) else 'to do':9} {flops(cell, args) / 1e6:8.2f} MFLOPs  {cell}")
     left = sum(not finished(cell, args) for cell in cells)
     seconds = seconds_left(cells, args, data, device)
-    say(f"{len(cells)} cells, {left} to do: about {duration(seconds)} of training by one process")
+    say(f"{len(cells)} cells, {left} to do: {duration(seconds)} of training by one process")
 
 
 def write_results(args, data):
@@ -153,11 +143,8 @@ def write_results(args, data):
         say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png in {folder}")
 
 
-# Who does the work ------------------------------------------------------------------------------------------------
-
-
-def work(args, data, here, cells, device):
-    """Do what is to do of `cells` in this process."""
+def work(args, data, current, cells, device):
+    """Train the unfinished ones of `cells` in this process."""
     mine = cells[args.shard[0] :: args.shard[1]] if args.shard else cells
     with tqdm(total=len(mine), initial=sum(finished(c, args) for c in mine), unit="cell", disable=None) as bar:
 
@@ -166,46 +153,42 @@ def work(args, data, here, cells, device):
             results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
             left = sum(not finished(c, args) for c in mine)
             if left:
-                seconds = seconds_left(mine, args, data, device)
-                say(f"finished {cell}; {left} of {len(mine)} cells left, about {duration(seconds)}\n")
+                time_left = duration(seconds_left(mine, args, data, device))
+                say(f"finished {cell}; {left} of {len(mine)} cells left, {time_left}\n")
 
         try:
-            busy, failed = run_cells(mine, args, data, here, device, after)
+            busy, failed = run_cells(mine, args, data, current, device, after)
         except Stopped as stopped:
-            raise Stopped(stopped.number, "what was trained is saved; the same command goes on") from None
+            raise Stopped(stopped.number, SAVED) from None
     write_results(args, data)
     if busy:
-        say(f"{len(busy)} cells are being trained by other processes: {', '.join(c.name for c in busy)}")
+        say(f"other processes are training {results.counted(len(busy), 'cell')}: {', '.join(c.name for c in busy)}")
     if failed:
-        raise RunFailed(f"{len(failed)} cells failed, see above: {', '.join(c.name for c in failed)}")
+        raise RunFailed(
+            f"{results.counted(len(failed), 'cell')} failed, see above: {', '.join(c.name for c in failed)}"
+        )
 
 
 def command(argv, without) -> list[str]:
     """This command line without some flags that take a value."""
-    kept, skip = [], False
-    for arg in argv:
-        name = arg.split("=")[0].replace("-", "_").lstrip("_")
-        if skip:
-            skip = False
-        elif arg.startswith("--") and name in without:
-            skip = "=" not in arg
-        else:
-            kept.append(arg)
-    return [sys.executable, str(Path(__file__).resolve()), *kept]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in without:
+        parser.add_argument(f"--{name}")
+    return [sys.executable, str(Path(__file__).resolve()), *parser.parse_known_args(argv)[1]]
 
 
 def on_gpus(args, argv, data, cells):
-    """A process for each GPU; each takes the next cell that nobody is at."""
+    """Start a process for each GPU; each takes the next cell that no other has locked."""
     logs = utils.writable_folder(Path(args.output_dir) / "workers")
     workers = []
     try:
-        with signals.signals_raise("what was trained is saved; the same command goes on"):
+        with signals.signals_raise(SAVED):
             for i, gpu in enumerate(visible_gpus()[: args.gpus]):
                 log = logs / f"gpu{i}.log"
                 with open(log, "w") as file:
                     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-                    begun = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
-                workers.append((begun, log))
+                    worker = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
+                workers.append((worker, log))
             say(f"{args.gpus} processes; what they print goes to {logs}")
             with tqdm(total=len(cells), unit="cell", disable=None) as bar:
                 while any(worker.poll() is None for worker, _ in workers):
@@ -220,13 +203,12 @@ def on_gpus(args, argv, data, cells):
     write_results(args, data)
     bad = [str(log) for worker, log in workers if worker.returncode]
     if bad:
-        raise RunFailed(
-            f"{len(bad)} processes failed; the last lines of {', '.join(bad)} say why. The same command goes on"
-        )
+        logs = ", ".join(bad)
+        raise RunFailed(f"{len(bad)} of {args.gpus} processes failed; see the end of {logs}. The same command resumes")
 
 
 class Shard:
-    """What a job of the array does; submitit calls `checkpoint` when the job is about to be stopped."""
+    """A job of the array; submitit calls `checkpoint` before it stops the job."""
 
     def __init__(self, command):
         self.command = command
@@ -234,7 +216,7 @@ class Shard:
     def __call__(self, part):
         self.worker = subprocess.Popen([*self.command, "--shard", part])
         if status := self.worker.wait():
-            raise RuntimeError(f"{Path(self.command[1]).name} ended with status {status}; its message is above")
+            raise RuntimeError(f"{Path(self.command[1]).name} failed with status {status}; see its message above")
 
     def checkpoint(self, part):
         from submitit.helpers import DelayedSubmission
@@ -267,8 +249,8 @@ def main(argv=None):
     if args.finetune:
         load_checkpoint(args.finetune)  # a wrong file shows before data are read
     data = load_data(args.data_set, args.data_path, sizes[0], **flags.of_data(args))
-    here = settings(args, data)
-    check_settings(args, here)
+    current = settings(args, data)
+    check_settings(args, current)
     if args.dry_run:
         list_cells(cells, args, data, device)
     elif args.launcher:
@@ -278,7 +260,7 @@ def main(argv=None):
     elif args.gpus:
         on_gpus(args, argv, data, cells)
     else:
-        work(args, data, here, cells, device)
+        work(args, data, current, cells, device)
 
 
 if __name__ == "__main__":

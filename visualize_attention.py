@@ -9,7 +9,7 @@ or as one HTML file to explore by hand.
     python visualize_attention.py --image_path my_photos --layer_num all --format html
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
-One PDF an image. The maps are the attention that the model used: softmaxed over all tokens, rows of the tokens,
+One PDF per image. The maps are the attention that the model used: softmaxed over all tokens; rows of the tokens,
 columns of the patches.
 """
 
@@ -22,9 +22,8 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.html import check_size, encode_picture, packed_size, write_viewer
-from inspection.pages import ATTENTION, TIMES_PATCHES, Cell, Page, Row, draw_page, write_pages
-from models_dynamic import AttentionMaps
+from inspection.html import check_size, encode_image, packed_size, write_viewer
+from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
 from utils import BadInput, number
 
 KINDS = ("cls", "dist", "reg")
@@ -41,115 +40,98 @@ class Token:
     enters: int | None  # the block; None: the model has no such token
     mark: tuple[int, int] | None = None  # x, y of a patch
 
-    def of(self, maps: AttentionMaps, patches) -> Tensor | None:
-        """(H, gh, gw) of the first image, or None where the token has not entered."""
-        if self.mark is not None:
-            return maps.patches[0, patches.index(self.mark)].cpu()
-        if self.key.startswith("reg"):
-            return None if maps.registers is None else maps.registers[0, int(self.key[3:])].cpu()
-        found = getattr(maps, self.key)
-        return None if found is None else found[0].cpu()
-
 
 @dataclass
-class Looked:
-    """One image as one model sees it."""
+class ImageMaps:
+    """One image under one model."""
 
     shown: Tensor  # (3, ., .) uint8
     caption: str
-    maps: dict[int, AttentionMaps]
-    rollout: dict[int, AttentionMaps]
-
-
-# What to draw ----------------------------------------------------------------------------------------------------
+    maps: dict[int, dict[str, Tensor]]  # block -> key of a token -> (H, gh, gw)
+    rollout: dict[int, dict[str, Tensor]]  # the same with H = 1
 
 
 def entry_blocks(model) -> dict:
     return {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos}
 
 
-def wanted_kinds(model, blocks, asked) -> list[str]:
-    """Which of 'cls', 'dist' and 'reg' to draw: those asked for, else all that are there at one of `blocks`.
+def kinds_to_draw(model, blocks, asked) -> list[str]:
+    """Which of 'cls', 'dist' and 'reg' to draw: those asked for, else all that are present at one of `blocks`.
 
-    Raises BadInput for a token that was asked for and is at none of them, and if there is none at all.
+    Raises BadInput for a requested token that is present at none of them, and if there are no tokens at all.
     """
     enters, last = entry_blocks(model), max(blocks)
-    there = [kind for kind in KINDS if enters[kind] is not None and enters[kind] <= last]
+    present = [kind for kind in KINDS if enters[kind] is not None and enters[kind] <= last]
     at = f"at block {last}" if len(blocks) == 1 else f"at blocks {', '.join(map(str, blocks))}"
     for kind in asked or KINDS:
-        if kind in there:
+        if kind in present:
             continue
         if enters[kind] is None:
             problem = f"this model has no {WORDS[kind].removeprefix('the ')}"
-            instead = f"--tokens {there[0]}" if there else "a model with tokens, or --patch x,y"
+            instead = f"--tokens {present[0]}" if present else "a model with tokens, or --patch x,y"
         else:
             problem = f"{WORDS[kind]} only enter{'s' * (kind != 'reg')} at block {enters[kind]}"
             instead = f"--layer_num {enters[kind]} or later (to {model.depth - 1})"
-            instead += f", or --tokens {there[0]}" if there else ""
-        if asked or not there:
+            instead += f", or --tokens {present[0]}" if present else ""
+        if asked or not present:
             raise BadInput(f"nothing to draw for {kind!r} {at}: {problem}; ask for {instead}")
         if enters[kind] is not None:
             utils.say(f"note: {problem}; it is not drawn {at}")
-    return [kind for kind in there if kind in (asked or KINDS)]
+    return [kind for kind in present if kind in (asked or KINDS)]
 
 
 def tokens_of(model, kinds, patches) -> list[Token]:
     """The rows of attention to draw, class token first, chosen patches last."""
-    found = []
-    if "cls" in kinds:
-        found.append(Token("cls", "Class token", model.cls_pos))
-    if "dist" in kinds:
-        found.append(Token("dist", "Distillation token", model.dist_pos))
-    if "reg" in kinds:
-        total = model.num_register_tokens
-        found += [Token(f"reg{r}", f"Register {r} (of {total})", model.reg_pos) for r in range(total)]
+    total, enters = model.num_register_tokens, entry_blocks(model)
+    keys = {"cls": ["cls"], "dist": ["dist"], "reg": [f"reg{r}" for r in range(total)]}
+    found = [Token(key, token_name(key, total), enters[kind]) for kind in KINDS if kind in kinds for key in keys[kind]]
     return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
 
 
-def look(model, data, picture, blocks, patches, rollout) -> Looked:
-    """Read an image and compute what is drawn of it."""
-    image, device = picture.read(), model.pos_embed.device
-    images = inputs.model_input([image], [picture], data, device)
+def image_maps(model, data, image, blocks, patches, rollout) -> ImageMaps:
+    """Read an `InputImage`, and compute its maps and its caption."""
+    pixels, device = image.read(), model.pos_embed.device
+    images = inputs.model_input([pixels], [image], data, device)
     with torch.no_grad():
         logits = model(images)[0].cpu() if model.num_classes else None
-    lines = [] if picture.label is None else [f"true: {inputs.class_name(picture.label, data['classes'])}"]
+    lines = [] if image.label is None else [f"true: {inputs.class_name(image.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
-    return Looked(
-        inputs.as_seen(image, picture, data), "\n".join(lines), model.attention_maps(images, blocks, patches),
-        model.attention_rollout(images, blocks, patches) if rollout else {},
-    )  # fmt: skip
+
+    def maps(function):
+        found = function(images, blocks, patches)
+        return {b: {key: heads[0].cpu() for key, heads in by_token(m, patches).items()} for b, m in found.items()}
+
+    shown, rolled_out = inputs.as_seen(pixels, image, data), maps(model.attention_rollout) if rollout else {}
+    return ImageMaps(shown, "\n".join(lines), maps(model.attention_maps), rolled_out)
 
 
-# Pages -----------------------------------------------------------------------------------------------------------
-
-
-def pages_of(kinds_of_pages, looked: Looked, tokens, blocks, patches):
+def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     """The pages of one image under one model."""
 
     def row(token, block, label):
-        return Row(label, looked.shown, _cells(token, looked.maps[block], patches))
+        return Row(label, seen.shown, _cells(token, seen.maps[block]))
 
     if "heads" in kinds_of_pages:
         for block in blocks:
             for token in tokens:
                 if token.enters <= block:
                     rows = [row(token, block, "")]
-                    yield Page(f"block{block}_{token.key}", _title(token, block), rows, looked.caption)
+                    yield Page(f"block{block}_{token.key}", _title(token, block), rows, seen.caption)
     if "blocks" in kinds_of_pages:
         for token in tokens:
             rows = [row(token, block, f"block {block}") for block in blocks]
-            yield Page(f"blocks_{token.key}", f"{_title(token)} through the blocks", rows, looked.caption)
+            yield Page(f"blocks_{token.key}", f"{_title(token)} through the blocks", rows, seen.caption)
     if "tokens" in kinds_of_pages:
         for block in blocks:
             rows = [row(token, block, token.name) for token in tokens]
-            yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, looked.caption)
+            yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, seen.caption)
     if "rollout" in kinds_of_pages:
         rows = []
         for token in tokens:
-            maps = {f"block {block}": token.of(looked.rollout[block], patches) for block in blocks}
-            cells = [Cell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
-            rows.append(Row(token.name, looked.shown, cells))
-        yield Page("rollout", "Attention rollout from the first block on", rows, looked.caption, ROLLOUT)
+            maps = {f"block {block}": seen.rollout[block].get(token.key) for block in blocks}
+            cells = [MapCell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
+            rows.append(Row(token.name, seen.shown, cells))
+        yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, ROLLOUT)
 
 
 def _title(token, block=None):
@@ -161,63 +143,55 @@ def _absent(token) -> str:
     return "absent: not in this model" if token.enters is None else f"absent: enters at block {token.enters}"
 
 
-def _cells(token, maps, patches) -> list[Cell]:
+def _cells(token, maps) -> list[MapCell]:
     """The mean over heads, and each head; one empty cell for a token that is absent."""
-    heads = token.of(maps, patches) if token.enters is not None else None
+    heads = maps.get(token.key)
     if heads is None:
-        return [Cell("", None, _absent(token))]
+        return [MapCell("", None, _absent(token))]
     named = [("mean over heads", heads.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(heads))]
-    return [Cell(name, attention, mark=token.mark) for name, attention in named]
+    return [MapCell(name, attention, mark=token.mark) for name, attention in named]
 
 
-def compared_pages(names, models, looks, asked, blocks, patches, one_scale):
-    """The same image, block and token under several models, one a row.
+def compared_pages(names, models, images, asked, blocks, patches, one_scale):
+    """The same image, block and token under several models, one per row.
 
-    `one_scale`: it shows attention times the number of patches where models have different ones, or those with few
-    patches would leave the others black.
+    `one_scale`: models with different numbers of patches are shown as attention times that number; in per cent, the
+    model with the fewest patches would leave the others black.
     """
-    times_patches = one_scale and len({math.prod(model.grid_size) for model in models}) > 1
+    colour = TIMES_PATCHES if one_scale and len({math.prod(m.grid_size) for m in models}) > 1 else ATTENTION
     kinds = [k for k in KINDS if any(entry_blocks(model)[k] is not None for model in models) and k in (asked or KINDS)]
     of_models = [{token.key: token for token in tokens_of(model, kinds, patches)} for model in models]
     keys = {key: token.name for tokens in of_models for key, token in tokens.items()}  # in order, each once
     for block in blocks:
         for key, name in keys.items():
             rows = []
-            for label, looked, tokens in zip(names, looks, of_models):
+            for label, seen, tokens in zip(names, images, of_models):
                 token = tokens.get(key) or Token(key, name, None)
-                predicted = looked.caption.split("\n")[-1]
-                rows.append(Row(f"{label}\n{predicted}", looked.shown, _cells(token, looked.maps[block], patches)))
+                predicted = seen.caption.split("\n")[-1]
+                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block])))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
-            colour = TIMES_PATCHES if times_patches else ATTENTION
-            yield Page(f"block{block}_{key}", title, rows, colour=colour, times_patches=times_patches)
-
-
-# Wiring ----------------------------------------------------------------------------------------------------------
+            yield Page(f"block{block}_{key}", title, rows, colour=colour)
 
 
 def check(args):
-    """Refuse flags that contradict each other, and fill in the defaults that depend on others."""
+    """Raise BadInput for flags that contradict each other."""
     if args.format == "html":
         given = [f"--{f}" for f in ("pages", "tokens", "patch", "scale", "compare", "overlay") if getattr(args, f)]
         if given:
-            raise BadInput(f"--format html shows every token and patch, to choose from; leave out {', '.join(given)}")
+            raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
         raise BadInput("--compare needs at least two checkpoints: --compare A.pth B.pth")
     if args.compare and args.pages:
         raise BadInput("--compare has pages of its own; leave out --pages")
-    args.pages = args.pages or ["heads"]
-    whole = args.format == "html" or not set(args.pages) & {"heads", "tokens"}
-    args.layer_num = args.layer_num or (["all"] if whole else [2])
-    args.scale = args.scale or ("page" if args.compare else "map")
 
 
 def load_all(args):
-    """[(name, model, data, checkpoint)] of --model_path or --compare, on the device."""
+    """[(model, data, checkpoint)] of --model_path or --compare, on the device."""
     device = utils.pick_device(args.device)
     paths = args.compare or [args.model_path]
-    flags = [inputs.of_file(args, i, len(paths)) for i in range(len(paths))]
-    found = [(p, *inputs.load(p, mine, foreign_flags_may_rest=len(paths) > 1)) for p, mine in zip(paths, flags)]
-    for _, model, _, _ in found:
+    flags = [inputs.flags_for_file(args, i, len(paths)) for i in range(len(paths))]
+    found = [inputs.load(p, mine, one_of_several=len(paths) > 1) for p, mine in zip(paths, flags)]
+    for model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
         for x, y in args.patch or ():
@@ -227,30 +201,28 @@ def load_all(args):
 
 
 def page_maker(args, loaded, blocks):
-    """A function: picture -> its pages. Raises BadInput if there would be none."""
+    """A function: image -> its pages. Raises BadInput if there would be none."""
     patches, rollout = args.patch or [], "rollout" in args.pages
-    models = [model for _, model, _, _ in loaded]
+    models = [model for model, _, _ in loaded]
     if args.compare:
         names = _short_names(args.compare)
-        there = {kind for model in models for kind, at in entry_blocks(model).items() if at is not None}
-        if not (set(args.tokens or KINDS) & there or patches):
+        present = {kind for model in models for kind, at in entry_blocks(model).items() if at is not None}
+        if not (set(args.tokens or KINDS) & present or patches):
             raise BadInput(f"none of these models has {' or '.join(WORDS[k] for k in args.tokens or KINDS)}")
 
-        def compared(picture):
-            looks = [look(model, data, picture, blocks, patches, False) for _, model, data, _ in loaded]
-            return compared_pages(names, models, looks, args.tokens, blocks, patches, args.scale != "map")
+        def compared(image):
+            images = [image_maps(model, data, image, blocks, patches, False) for model, data, _ in loaded]
+            return compared_pages(names, models, images, args.tokens, blocks, patches, args.scale != "map")
 
         return compared
-    _, model, data, _ = loaded[0]
-    kinds = [] if patches and not args.tokens else wanted_kinds(model, blocks, args.tokens)
+    model, data, _ = loaded[0]
+    kinds = [] if patches and not args.tokens else kinds_to_draw(model, blocks, args.tokens)
     tokens = tokens_of(model, kinds, patches)
-    return lambda picture: pages_of(
-        args.pages, look(model, data, picture, blocks, patches, rollout), tokens, blocks, patches
-    )
+    return lambda image: pages_of(args.pages, image_maps(model, data, image, blocks, patches, rollout), tokens, blocks)
 
 
 def _short_names(paths) -> list[str]:
-    """What tells the paths apart: file names, or with as many of their folders as it takes."""
+    """File names, with as many of their folders as it takes to make them different."""
     for parts in range(1, max(len(Path(path).parts) for path in paths) + 1):
         names = [str(Path(*Path(path).parts[-parts:])) for path in paths]
         if len(set(names)) == len(names):
@@ -259,24 +231,24 @@ def _short_names(paths) -> list[str]:
 
 
 def draw(args, found, blocks, pages, failed):
-    """Write the pages of all pictures that can be read; see `looking.readable`."""
+    """Write the pages of all images that can be read; see `inputs.readable`."""
     from matplotlib import rcParams
 
     rcParams["text.parse_math"] = False  # names of classes and files are not TeX
     folder = utils.writable_folder(args.output_dir)
     shared = None
     if args.scale == "shared":
-        shared = max(page.largest() for picture in inputs.readable(found, failed) for page in pages(picture))
-    for picture in inputs.readable(found, failed):
+        shared = max(page.largest() for image in inputs.readable(found, failed) for page in pages(image))
+    for image in inputs.readable(found, failed):
         keys = []
 
-        def figures(picture=picture, keys=keys):  # one at a time: a page takes megabytes
-            for page in pages(picture):
+        def figures(image=image, keys=keys):  # one at a time: a page takes megabytes
+            for page in pages(image):
                 vmax = {"map": None, "page": page.largest(), "shared": shared}[args.scale]
                 keys.append(page.key)
                 yield page.key, draw_page(page, args.overlay, vmax, "all pages" if shared else "this page")
 
-        stem = f"{'compared' if args.compare else 'attention'}_{picture.name}"
+        stem = f"{'compared' if args.compare else 'attention'}_{image.name}"
         if args.format == "pdf":
             numbers = "-".join(map(str, blocks))
             stem += f"_{len(blocks)}_blocks" if len(numbers) > 100 else f"_block{'s' * (len(blocks) > 1)}{numbers}"
@@ -287,21 +259,21 @@ def draw(args, found, blocks, pages, failed):
 
 
 def write_html(args, model, data, found, blocks, failed):
-    """All attention of all pictures that can be read in one file; see `looking.readable`."""
+    """All attention of all images that can be read, in one file; see `inputs.readable`."""
     layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
     check_size(len(found) * packed_size(layouts, heads))
     folder, device = utils.writable_folder(args.output_dir), model.pos_embed.device
-    for picture in inputs.readable(found, failed):
+    for image in inputs.readable(found, failed):
         attention = {}
 
         def keep(i, attn, attention=attention):
             if i in layouts:
                 attention[i] = attn[0].cpu()
 
-        images = inputs.model_input([picture.read()], [picture], data, device)
+        images = inputs.model_input([image.read()], [image], data, device)
         model.trace(images, attention=keep, last=max(blocks))
-        looked = look(model, data, picture, [], [], False)
-        encoded.append(encode_picture(picture.name, looked.caption, looked.shown, layouts, attention, model.grid_size))
+        seen = image_maps(model, data, image, [], [], False)
+        encoded.append(encode_image(image.name, seen.caption, seen.shown, layouts, attention, model.grid_size))
     about = {
         "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos,
         "dist_pos": model.dist_pos, "reg_pos": model.reg_pos, "registers": model.num_register_tokens,
@@ -315,15 +287,12 @@ def write_html(args, model, data, found, blocks, failed):
 
 @utils.full_precision()
 def visualize(args):
-    check(args)
     loaded = load_all(args)
-    _, model, data, checkpoint = loaded[0]
-    if "all" in args.layer_num:
-        args.layer_num = list(range(min(model.depth for _, model, _, _ in loaded)))
-    for _, other, _, _ in loaded:
-        blocks = inputs.chosen_blocks(other, args.layer_num)
+    model, data, checkpoint = loaded[0]
+    least_depth = min((model for model, _, _ in loaded), key=lambda model: model.depth)
+    blocks = inputs.chosen_blocks(least_depth, args.layer_num)
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
-    found, failed = inputs.pictures(args, data, checkpoint, args.img_num), []
+    found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []
     if args.format == "html":
         write_html(args, model, data, found, blocks, failed)
     else:
@@ -339,7 +308,8 @@ def token_list(text):
     return tokens
 
 
-def main(argv=None):
+def parse(argv=None):
+    """The checked flags, with the defaults that depend on other flags."""
     parser = utils.ArgumentParser(
         description="Draw what the class, distillation and register tokens and patches attend to."
     )
@@ -353,10 +323,10 @@ def main(argv=None):
         "(default: 2; all for --format html and for --pages blocks and rollout)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=token_list, help="of cls, dist and reg, as in cls,reg (default: all that are there)"
+        "--tokens", type=token_list, help="of cls, dist and reg, as in cls,reg (default: all that are present)"
     )
     parser.add_argument(
-        "--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="what these patches attend to, too (without "
+        "--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="also what these patches attend to (without "
         "--tokens: only that); column and row in the grid of patches, counted from 0",
     )  # fmt: skip
     parser.add_argument(
@@ -369,15 +339,25 @@ def main(argv=None):
         "pages of this call (default: map; page with --compare)",
     )  # fmt: skip
     parser.add_argument(
-        "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, in place of --model_path; flags "
-        "for a bare state dict take one value for all of them, or one for each",
+        "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, instead of --model_path; flags "
+        "for a bare state dict take one value, or one per file",
     )  # fmt: skip
     parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
     parser.add_argument(
         "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
     )
     inputs.add_checkpoint_flags(parser, several=True)
-    visualize(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    check(args)
+    args.pages = args.pages or ["heads"]
+    whole = args.format == "html" or not set(args.pages) & {"heads", "tokens"}
+    args.layer_num = args.layer_num or (["all"] if whole else [2])
+    args.scale = args.scale or ("page" if args.compare else "map")
+    return args
+
+
+def main(argv=None):
+    visualize(parse(argv))
 
 
 if __name__ == "__main__":

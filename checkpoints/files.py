@@ -47,8 +47,6 @@ def load_checkpoint(path) -> dict:
         raise BadInput(f"{path} is no checkpoint, or a damaged one; give another file") from None
     if not isinstance(checkpoint, dict):
         raise BadInput(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another file")
-    if "model_args" in checkpoint:
-        wrong = next((name for name, right in schema.layout(checkpoint) if not right), None)
-        if wrong:
-            raise BadInput(f"{path} is damaged or not of this project: {wrong} is missing or not as training writes it")
+    if "model_args" in checkpoint and (wrong := schema.wrong_part(checkpoint)):
+        raise BadInput(f"{path} is damaged or not of this project: {wrong} is missing or not as training writes it")
     return checkpoint

@@ -10,6 +10,7 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 
 from checkpoints.files import load_checkpoint
+from checkpoints.schema import MODEL_ARGS, TIMM_ARGS, first_wrong
 from checkpoints.weights import _resampled, _shape, convert_keys, load_weights, match_to_model, unwrap
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
@@ -138,21 +139,18 @@ def validated_builder(args: dict, depth: int):
     arguments read files or the network.
     """
     problem = "the checkpoint's model_args do not describe a model"
-    name = args.get("timm_name")
-    if name is None:
-        wanted, may_lack = set(_ARGUMENTS), {"dist_pos"}  # the first checkpoints had no such token
-    elif isinstance(name, str) and is_model(name) and name not in SIZES:
-        config = get_pretrained_cfg(name)
-        wanted = {"timm_name", "num_classes", "img_size", "drop_path_rate", "init_values"}
-        may_lack = wanted - {"num_classes", "img_size" if config and config.fixed_input_size else "num_classes"}
-    else:
-        raise ValueError(f"{problem}: timm has no model {name}")
-    for other in wanted ^ args.keys():
-        if other not in may_lack:
-            raise ValueError(f"{problem}: {other} is {'missing' if other in wanted else 'unknown'}")
-    for arg, value in args.items():
-        if arg != "timm_name" and not _ARGUMENTS[arg](value):
-            raise ValueError(f"{problem}: {arg} is {value!r}")
+    name, wanted = args.get("timm_name"), MODEL_ARGS
+    if name is not None:
+        if not isinstance(name, str) or not is_model(name) or name in SIZES:
+            raise ValueError(f"{problem}: timm has no model {name}")
+        config, wanted = get_pretrained_cfg(name), TIMM_ARGS
+        if config and config.fixed_input_size:
+            wanted = wanted | {"img_size": wanted["img_size?"]}
+    unknown = args.keys() - {key.removesuffix("?") for key in wanted}
+    wrong = min(unknown, default=None) or first_wrong(args, wanted)
+    if wrong:
+        how = "unknown" if wrong in unknown else repr(args[wrong]) if wrong in args else "missing"
+        raise ValueError(f"{problem}: {wrong} is {how}")
     if args.get("depth", depth) != depth:
         raise ValueError(f"{problem}: depth is {args['depth']}, the weights have {depth} blocks")
     return partial(timm_model if name else DynamicViT, **args)
@@ -160,33 +158,6 @@ def validated_builder(args: dict, depth: int):
 
 def _depth(state: dict) -> int:
     return sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state)
-
-
-def _is_whole(value, low=0) -> bool:
-    return type(value) is int and value >= low
-
-
-def _is_real(value, low=0.0, high=1.0) -> bool:
-    return type(value) in (int, float) and low <= value <= high
-
-
-def _is_size(value) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(_is_whole(side, 1) for side in value)
-
-
-def _is_block(value) -> bool:
-    return value is None or _is_whole(value)
-
-
-# What the arguments in `model_args` may be.
-_ARGUMENTS = {
-    "img_size": _is_size, "patch_size": _is_size, "in_chans": lambda value: value == 3, "num_classes": _is_whole,
-    "embed_dim": partial(_is_whole, low=1), "depth": partial(_is_whole, low=1), "num_heads": partial(_is_whole, low=1),
-    "mlp_ratio": partial(_is_real, high=1e3), "qkv_bias": lambda value: type(value) is bool,
-    "num_register_tokens": _is_whole, "cls_pos": _is_block, "reg_pos": _is_whole, "dist_pos": _is_block,
-    "drop_rate": _is_real, "attn_drop_rate": _is_real, "drop_path_rate": _is_real,
-    "init_values": lambda value: value is None or _is_real(value, -1e3, 1e3),
-}  # fmt: skip
 
 
 def _args_from_shapes(checkpoint: dict, img_size) -> dict:

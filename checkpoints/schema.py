@@ -1,4 +1,7 @@
-"""Is a checkpoint file what it says? Looked at before anything in it is believed; see `utils.load_checkpoint`."""
+"""What a checkpoint, the state of a run and a cell of a sweep may hold: files are checked before they are believed.
+
+See `checkpoints.files.load_checkpoint`.
+"""
 
 import zipfile
 
@@ -6,7 +9,7 @@ import torch
 
 
 class Suspicious(Exception):
-    """What is wrong with a file, in words that go on after its name."""
+    """What is wrong with a file, in words that follow its name."""
 
 
 def check_archive(path):
@@ -52,61 +55,131 @@ def plain(checkpoint, size_of_file):
     return unpacked(checkpoint)
 
 
-def layout(checkpoint: dict):
-    """(name of a part, whether it is as `save_checkpoint` is given it) of a checkpoint that describes its model.
+# What files may hold: a predicate, a list of one (for each element), or a dictionary; names with "?" may be missing.
 
-    In an order in which each may rely on those before it. Only "model" and "model_args" have to be there.
-    """
 
-    def whole(value, low=0, high=2**40):
-        return type(value) is int and low <= value <= high
+def whole(low=0, high=2**40):
+    return lambda value: type(value) is int and low <= value <= high
 
-    def real(value, above=-(2**40)):
-        return type(value) in (int, float) and above < value < 2**40  # not NaN
 
-    def several(value, kind, count=None):
-        return isinstance(value, list | tuple) and count in (None, len(value)) and all(map(kind, value))
+def real(low=-(2.0**40), high=2.0**40):
+    return lambda value: type(value) in (int, float) and low <= value <= high  # not NaN
 
-    def text(value):
-        return type(value) is str
 
-    def weights(value):
-        return isinstance(value, dict) and all(map(text, value)) and all(map(torch.is_tensor, value.values()))
+def number(value):
+    return type(value) in (int, float)
 
-    def simple(value):
-        return value is None or type(value) is bool or text(value) or real(value) or several(value, whole, 2)
 
-    model_args = checkpoint["model_args"]
-    yield "model", weights(checkpoint.get("model"))
-    yield "model_args", isinstance(model_args, dict) and all(map(simple, model_args.values()))
-    if "data" in checkpoint:
-        data = checkpoint["data"]
-        yield "data", isinstance(data, dict)
-        yield "data.name", text(data.get("name")) and data["name"].isalnum()  # it is put into names of files
-        yield "data.classes", several(data.get("classes"), text)
-        if "images" in data:
-            yield "data.images", isinstance(data["images"], dict) and all(map(whole, data["images"].values()))
-        yield "data.classes", len(data["classes"]) == model_args.get("num_classes")
-        yield "data.input_size", several(data.get("input_size"), lambda side: whole(side, 1, 2**14), 2)
-        yield "data.input_size", model_args.get("img_size", data["input_size"]) == data["input_size"]
-        yield "data.mean", several(data.get("mean"), real, 3)
-        yield "data.std", several(data.get("std"), lambda value: real(value, above=0), 3)
-        if "test_folder" in data:
-            yield "data.test_folder", data["test_folder"] in ("test", "val")
-        if {"test_size", "test_files"} & data.keys():
-            yield "data.test_size", real(data.get("test_size"), above=0)
-            yield "data.test_files", text(data.get("test_files"))
-        if {"crop_pct", "interpolation"} & data.keys():
-            yield "data.crop_pct", real(data.get("crop_pct"), above=0) and data["crop_pct"] <= 1
-            yield "data.interpolation", data.get("interpolation") in ("bicubic", "bilinear", "lanczos")
-    if "args" in checkpoint:
-        args = checkpoint["args"]
-        yield "args", isinstance(args, dict)
-        yield "args.epochs", whole(args.get("epochs"))
-        yield "args.data_path", args.get("data_path") is None or text(args["data_path"])
-    yield "epoch", whole(checkpoint.get("epoch", 0))
-    yield "metrics", checkpoint.get("metrics") is None or isinstance(checkpoint["metrics"], dict)
-    if checkpoint.get("ema") is not None:
-        yield "ema", weights(checkpoint["ema"])
-        shapes = [{name: t.shape for name, t in checkpoint[part].items()} for part in ("model", "ema")]
-        yield "ema", shapes[0] == shapes[1]
+def text(value):
+    return type(value) is str
+
+
+def optional(kind):
+    return lambda value: value is None or kind(value)
+
+
+def one_of(*choices):
+    return lambda value: type(value) is type(choices[0]) and value in choices
+
+
+def several(kind, count=None):
+    return lambda value: isinstance(value, list | tuple) and count in (None, len(value)) and all(map(kind, value))
+
+
+def named(kind):
+    """A dictionary with names of any kind of text."""
+    return lambda value: isinstance(value, dict) and all(map(text, value)) and all(map(kind, value.values()))
+
+
+def simple(value):
+    return value is None or type(value) is bool or text(value) or real()(value) or several(whole(), 2)(value)
+
+
+POSITIVE, SHARE = real(low=1e-30), real(0, 1)
+MODEL_ARGS = {  # the first checkpoints had no dist_pos
+    "img_size": several(whole(1), 2), "patch_size": several(whole(1), 2), "in_chans": one_of(3),
+    "num_classes": whole(), "embed_dim": whole(1), "depth": whole(1), "num_heads": whole(1),
+    "mlp_ratio": real(0, 1e3), "qkv_bias": one_of(True, False), "num_register_tokens": whole(),
+    "cls_pos": optional(whole()), "reg_pos": whole(), "dist_pos?": optional(whole()),
+    "drop_rate": SHARE, "attn_drop_rate": SHARE, "drop_path_rate": SHARE, "init_values": optional(real(-1e3, 1e3)),
+}  # fmt: skip
+# Of one of timm's models: others of its arguments read files or the network.
+TIMM_ARGS = {
+    "timm_name": text, "num_classes": whole(), "img_size?": several(whole(1), 2), "drop_path_rate?": SHARE,
+    "init_values?": optional(real(-1e3, 1e3)),
+}  # fmt: skip
+DATA = {
+    "name": lambda value: text(value) and value.isalnum(),  # it is put into names of files
+    "classes": several(text), "images?": named(whole()), "input_size": several(whole(1, 2**14), 2),
+    "mean": several(real(), 3), "std": several(POSITIVE, 3), "test_folder?": one_of("test", "val"),
+    "test_size?": POSITIVE, "test_files?": text, "crop_pct?": real(1e-30, 1),
+    "interpolation?": one_of("bicubic", "bilinear", "lanczos"),
+}  # fmt: skip
+CHECKPOINT = {
+    "model": named(torch.is_tensor), "model_args": named(simple), "data?": DATA,
+    "args?": {"epochs": whole(), "data_path?": optional(text)}, "epoch?": whole(),
+    "metrics?": optional(named(lambda _: True)), "ema?": optional(named(torch.is_tensor)),
+}  # fmt: skip
+SUMS = dict.fromkeys(("loss", "images", "norm", "norms", "waited", "seconds"), number) | {"skipped": whole()}
+
+
+def state_schema(validates: bool) -> dict:
+    """Of a checkpoint to resume from, what `CHECKPOINT` does not have. `validates`: the run has held-out images."""
+    names = ("epoch", "train_loss", *(("val_top1", "val_loss") if validates else ()))
+    metrics = optional(conforms(dict.fromkeys(names, number)))
+    return {
+        "epoch": whole(), "step": whole(), "batch": whole(), "skipped": whole(), "metrics": metrics, "best": metrics,
+        "processes": [{"sums": optional(conforms(SUMS))}],
+    }  # fmt: skip
+
+
+CELL_RESULT = dict.fromkeys(
+    ("val_top1", "best_epoch", "test_top1", "test_top5", "test_loss", "test_images", "params", "flops", "repeats",
+     "images_per_s", "train_seconds", "artefact_share"), number,
+) | dict.fromkeys(
+    ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself"), optional(number)
+) | {"cls_pos": optional(whole()), "reg_pos": optional(whole()), "num_reg": whole(), "seed": whole()}  # fmt: skip
+
+
+def first_wrong(value, schema, where="") -> str | None:
+    """The dotted name of the first part of `value` that is missing or not as the schema has it."""
+    if callable(schema):
+        return None if schema(value) else where
+    if isinstance(schema, list):
+        parts = value if isinstance(value, list | tuple) else [None]
+        return next((wrong for part in parts if (wrong := first_wrong(part, schema[0], where))), None)
+    if not isinstance(value, dict):
+        return where or "it"
+    for key, kind in schema.items():
+        name = key.removesuffix("?")
+        here = f"{where}.{name}" if where else name
+        if name not in value and key == name:
+            return here
+        if name in value and (wrong := first_wrong(value[name], kind, here)):
+            return wrong
+    return None
+
+
+def conforms(schema):
+    return lambda value: first_wrong(value, schema, "it") is None
+
+
+def wrong_part(checkpoint: dict) -> str | None:
+    """The first part of a checkpoint that describes its model which is not as `save_checkpoint` is given it."""
+    if wrong := first_wrong(checkpoint, CHECKPOINT):
+        return wrong
+    model_args, data, ema = checkpoint["model_args"], checkpoint.get("data"), checkpoint.get("ema")
+    if data is not None:
+        if len(data["classes"]) != model_args.get("num_classes"):
+            return "data.classes"
+        if model_args.get("img_size", data["input_size"]) != data["input_size"]:
+            return "data.input_size"
+        for pair in (("test_size", "test_files"), ("crop_pct", "interpolation")):
+            there = [name in data for name in pair]
+            if any(there) and not all(there):
+                return f"data.{pair[there.index(False)]}"
+    if ema is not None:
+        shapes = [{name: t.shape for name, t in weights.items()} for weights in (checkpoint["model"], ema)]
+        if shapes[0] != shapes[1]:
+            return "ema"
+    return None

@@ -1,4 +1,4 @@
-"""Draw `docs/idea.svg`, the picture in the README: python docs/draw_idea.py"""
+"""Draw `docs/idea.svg`, the picture in docs/MODEL.md: python docs/draw_idea.py"""
 
 from pathlib import Path
 

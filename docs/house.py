@@ -1,9 +1,10 @@
 """The floors of the house (docs/ARCHITECTURE.md), which imports run down only, and their picture.
 
-python docs/house.py     # writes docs/house.svg
+python docs/house.py     # writes docs/house.svg, prints how many rooms, lines and imports there are
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +45,26 @@ def imports() -> set[tuple[str, str]]:
     return found
 
 
+def longest_chain() -> list[str]:
+    """Rooms, each of which imports the next one."""
+    below: dict[str, list[str]] = {room: [] for room in rooms()}
+    for room, other in sorted(imports()):
+        below[room].append(other)
+
+    @cache
+    def chain(room):
+        return [room, *max(map(chain, below[room]), key=len, default=[])]
+
+    return max(map(chain, below), key=len)
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
 def draw(file: Path):
     """A box for each room on its floor, with its number of lines."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -55,18 +74,21 @@ def draw(file: Path):
     axes.set_axis_off()
     for i, (floor, names) in enumerate(FLOORS.items()):
         y, inside = height * i, [room for name in names for room in files if room.partition(".")[0] == name]
-        folder = f"\n{names[0]}/" if (ROOT / names[0]).is_dir() else ""
-        axes.text(0.15, y + height / 2, floor + folder * (folder.strip("\n/") != floor), weight="bold", va="center")
+        axes.text(0.15, y + height / 2, floor + "/" * (ROOT / floor).is_dir(), weight="bold", va="center")
         width = 9.2 / len(inside)
         for n, room in enumerate(inside):
             left, name = 1.7 + n * width, room.rpartition(".")[2]
             box = dict(width=width - 0.08, height=height - 0.2, facecolor="#e8eef7", edgecolor="#5a78a8")
             axes.add_patch(Rectangle((left, y + 0.1), **box))
             name = name.replace("_", "_\n", 1) if len(name) > 11 * width else name
-            lines = len(files[room].read_text(encoding="utf-8").splitlines())
-            axes.text(left + width / 2, y + height / 2, f"{name}\n{lines}", fontsize=8, ha="center", va="center")
-    figure.savefig(file, format=file.suffix[1:])
+            text = f"{name}\n{lines(files[room])}"
+            axes.text(left + width / 2, y + height / 2, text, fontsize=8, ha="center", va="center")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "house", "font.family": "DejaVu Sans"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__":
     draw(Path(__file__).with_name("house.svg"))
+    chain = longest_chain()
+    print(f"{len(rooms())} rooms, {sum(map(lines, rooms().values()))} lines, {len(imports())} imports")
+    print(f"longest chain of imports: {len(chain)} rooms: {', '.join(chain)}")

@@ -1,9 +1,9 @@
-"""One HTML file to explore a model's attention by hand in a browser: no server, no network.
+"""One HTML file to explore a model's attention in a browser: no server, no network.
 
 `viewer.html` is the page; here the attention is packed and put into it.
 
-    pictures = [encode_picture("dog", "predicted: dog", shown, layouts, attention, model.grid_size)]
-    write_viewer("attention.html", "Attention of best_model.pth", about_the_model, pictures)
+    images = [encode_image("dog", "predicted: dog", shown, layouts, attention, model.grid_size)]
+    write_viewer("attention.html", "Attention of best_model.pth", about_the_model, images)
 """
 
 import base64
@@ -22,11 +22,11 @@ from utils import BadInput
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 LIMIT = 2**30  # bytes of attention, unpacked: what a browser can still hold
-SMALL = 64  # pixels: pictures up to this size are kept exactly
+SMALL = 64  # pixels: images up to this size are stored losslessly
 
 
 def packed_size(layouts: dict[int, TokenLayout], heads: int) -> int:
-    """Bytes that the attention of one picture takes in the browser, unpacked."""
+    """Bytes of the unpacked attention of one image in the browser."""
     total = 0
     for layout in layouts.values():
         patches = layout.patches.stop - layout.patches.start
@@ -35,7 +35,7 @@ def packed_size(layouts: dict[int, TokenLayout], heads: int) -> int:
 
 
 def check_size(size: int):
-    """Raises BadInput if a file with so many bytes of attention (`packed_size`, all pictures) would be too large."""
+    """Raises BadInput if this is too much attention for one file: the sum of `packed_size` over all images."""
     if size > LIMIT:
         raise BadInput(
             f"the attention takes {size / 2**30:.2f} GiB unpacked, more than a browser should hold "
@@ -43,15 +43,15 @@ def check_size(size: int):
         )
 
 
-def encode_picture(
+def encode_image(
     name: str, caption: str, shown: Tensor, layouts: dict[int, TokenLayout], attention: dict[int, Tensor],
     grid: tuple[int, int],
 ) -> dict:  # fmt: skip
-    """A picture and its attention as plain values for `write_viewer`.
+    """An image and its attention as plain values for `write_viewer`.
 
     Args:
-        shown: (3, h, w) uint8, as a person sees it, the part that the model saw.
-        layouts: of the blocks in `attention`, and maybe others.
+        shown: (3, h, w) uint8, for display, the part that the model saw.
+        layouts: of at least the blocks in `attention`.
         attention: block -> (H, N, N), softmaxed, rows attend to columns.
         grid: (gh, gw).
 
@@ -68,12 +68,12 @@ def encode_picture(
 
 
 def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
-    """Where the tokens stand, and their attention as zlib's deflated bytes in base64, three arrays after each other:
+    """Positions of the tokens, and their attention as zlib's deflated bytes in base64, three arrays in a row:
 
     scales (H, N) float32; shares (H, N, 1 + number of tokens that are no patches) float32, on all patches together and
     on each of those tokens; levels (H, N, P) uint8. The attention on a patch is its level times the row's scale, and
-    so never further off than 1/510 of the row's largest. Registers often draw nearly all of a row: that is why they
-    are kept apart, else the patches' share would be rounded away.
+    so never further off than 1/510 of the row's largest. Registers often receive nearly all of a row: stored as levels
+    too, they would round the patches to zero.
     """
     attention = attention.detach().float().cpu()
     if not attention.isfinite().all():
@@ -96,47 +96,44 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
 
 
 def _data_uri(shown: Tensor) -> str:
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
-    image, file = Image.fromarray(shown.permute(1, 2, 0).contiguous().cpu().numpy()), io.BytesIO()
-    if max(image.size) <= SMALL:
-        image.save(file, format="png", optimize=True)
-    else:
-        image.save(file, format="jpeg", quality=90)
-    kind = "png" if max(image.size) <= SMALL else "jpeg"
+    image, file = to_pil_image(shown.cpu()), io.BytesIO()
+    kind, options = ("png", {"optimize": True}) if max(image.size) <= SMALL else ("jpeg", {"quality": 90})
+    image.save(file, format=kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def write_viewer(path, title: str, model: dict, pictures: list[dict]) -> int:
+def write_viewer(path, title: str, model: dict, images: list[dict]) -> int:
     """Write the page, atomically, and return its size in bytes.
 
     Args:
-        model: "depth", "heads", "cls_pos", "dist_pos", "reg_pos" (None for what there is not) and "registers".
-        pictures: of `encode_picture`.
+        model: "depth", "heads", "cls_pos", "dist_pos", "reg_pos" (None if absent) and "registers".
+        images: of `encode_image`.
 
-    Raises BadInput if all pictures together are too large for a browser.
+    Raises BadInput if all images together are too large for a browser.
     """
     from matplotlib import colormaps
 
-    check_size(sum(picture["bytes"] for picture in pictures))
+    check_size(sum(image["bytes"] for image in images))
     colours = colormaps[COLOURS](range(256), bytes=True)[:, :3].tobytes().hex()
-    bare = [
-        picture | {"blocks": {i: {k: v for k, v in b.items() if k != "data"} for i, b in picture["blocks"].items()}}
-        for picture in pictures
+    without_data = [
+        image | {"blocks": {i: {k: v for k, v in b.items() if k != "data"} for i, b in image["blocks"].items()}}
+        for image in images
     ]
-    about = {"title": title, "model": model, "colours": colours, "pictures": bare}
+    about = {"title": title, "model": model, "colours": colours, "pictures": without_data}
     before, after = TEMPLATE.read_text(encoding="utf-8").split("<!-- data -->\n")
     size = 0
 
     def write(file):
         nonlocal size
         file.write(before.encode())
-        # Names come from anywhere: without "<" none can end the element that it stands in.
-        words = json.dumps(about).replace("<", "\\u003c")
-        file.write(f'<script type="application/json" id="about">{words}</script>\n'.encode())
-        # Each block in an element of its own: a browser's longest string is 512 MiB, and most are never asked for.
-        for i, picture in enumerate(pictures):
-            for block, content in picture["blocks"].items():
+        # Names may hold anything: without "<" none can end its script element.
+        text = json.dumps(about).replace("<", "\\u003c")
+        file.write(f'<script type="application/json" id="about">{text}</script>\n'.encode())
+        # Each block in an element of its own: a browser's longest string is 512 MiB, and most blocks are never shown.
+        for i, image in enumerate(images):
+            for block, content in image["blocks"].items():
                 element = f'<script type="text/plain" id="attention-{i}-{block}">{content["data"]}</script>\n'
                 file.write(element.encode())
         file.write(after.encode())

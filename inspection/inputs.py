@@ -1,4 +1,4 @@
-"""What the scripts that look at a trained model share: their flags, the model, and the images to look at."""
+"""What the inspection scripts share: their flags, the model, and the images."""
 
 import copy
 import os
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -20,33 +21,35 @@ from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read
 from models_dynamic import DynamicViT
 from utils import BadInput, RunFailed, number
 
-FOREIGN = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
-PICTURE_SIDE = 512  # pixels of the longer side of the picture on a page
+STATE_DICT_FLAGS = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
+DISPLAY_SIDE = 512  # pixels of the longer side of an image on a page
 NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
 
 
 @dataclass
-class Picture:
-    name: str  # for file names, no two alike
+class InputImage:
+    name: str  # for file names; unique
     read: Callable  # () -> PIL image in RGB
     label: int | None = None
     in_memory: bool = False  # of a data set that training holds in memory, where images are resized and not cropped
+    file: Path | None = None  # None: an image of the data set
 
-
-# Flags -----------------------------------------------------------------------------------------------------------
+    @property
+    def title(self) -> str:
+        return self.file.name if self.file else self.name
 
 
 def add_checkpoint_flags(parser, several=False):
-    """Which checkpoint, and what a bare state dict does not tell; `several`: for each of several, see `of_file`."""
+    """Which checkpoint, and what a bare state dict lacks; `several`: flags take a value per file (`flags_for_file`)."""
     parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
-        "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width): another "
-        "size than the model's own, its position embedding is resampled; of a bare state dict that fits it, its size",
+        "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width); the position "
+        "embedding is resampled if this is not the model's own size",
     )  # fmt: skip
-    group = parser.add_argument_group("only for a bare state dict from elsewhere (its shapes tell the rest)")
+    group = parser.add_argument_group("only for a bare state dict from elsewhere (the rest is read off its shapes)")
     missing = dict(default=SUPPRESS, nargs="+" if several else None)
-    group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; needed", **missing)
+    group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; required", **missing)
     group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
     group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
     group.add_argument(
@@ -63,19 +66,17 @@ def add_image_flags(parser):
     add_max_pixels(parser)
 
 
-def of_file(args, i, count):
-    """The flags for file `i` of `count`: of those in `FOREIGN`, the value for all, or its own.
+def flags_for_file(args, i, total):
+    """The flags for file `i` of `total`, where each of `STATE_DICT_FLAGS` has one value, or one per file.
 
     Raises BadInput for another number of values.
     """
     mine = copy.copy(args)
-    for flag in FOREIGN:
+    for flag in STATE_DICT_FLAGS:
         values = getattr(args, flag, None)
         if values is not None:
-            if len(values) not in (1, count):
-                raise BadInput(
-                    f"--{flag} has {len(values)} values for {count} files; give one for all, or one for each"
-                )
+            if len(values) not in (1, total):
+                raise BadInput(f"--{flag} has {len(values)} values for {total} files; give one value, or one per file")
             setattr(mine, flag, values[i if len(values) > 1 else 0])
     return mine
 
@@ -105,17 +106,14 @@ def chosen_blocks(model, wanted) -> list[int]:
     return sorted(set(wanted))
 
 
-# The model -------------------------------------------------------------------------------------------------------
-
-
-def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, dict]:
+def load(path, args, one_of_several=False) -> tuple[DynamicViT, dict, dict]:
     """(model in eval mode, description of its data, checkpoint) as the flags of `add_checkpoint_flags` say.
 
-    `foreign_flags_may_rest`: they are for other files of the same call if this one is a checkpoint of this project.
+    `one_of_several`: a checkpoint of this project ignores flags for bare state dicts, which are for the other files.
     """
     checkpoint = load_checkpoint(path)
-    given = {flag: getattr(args, flag) for flag in FOREIGN if hasattr(args, flag)}
-    if foreign_flags_may_rest and "model_args" in checkpoint:
+    given = {flag: getattr(args, flag) for flag in STATE_DICT_FLAGS if hasattr(args, flag)}
+    if one_of_several and "model_args" in checkpoint:
         given = {}
     try:
         model = model_from_checkpoint(checkpoint, img_size=args.input_size, **given)
@@ -123,11 +121,11 @@ def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, di
         raise BadInput(f"{path}: {error}") from None
     if not isinstance(model, DynamicViT):
         name = model.model_args["timm_name"]
-        raise BadInput(f"{path} is timm's {name}; only this project's models can be looked at")
+        raise BadInput(f"{path} is timm's {name}; give a checkpoint of this project's models")
     gh, gw = model.grid_size
     if gh != gw and "model_args" not in checkpoint:
-        utils.say(f"note: the positions in {path} are taken for a grid of {gh}x{gw} patches, as --input_size says")
-    data = _describe_data(path, checkpoint, model, args, foreign_flags_may_rest)
+        utils.say(f"note: the position embedding in {path} is read as a grid of {gh}x{gw} patches, from --input_size")
+    data = _describe_data(path, checkpoint, model, args, one_of_several)
     if args.input_size:
         try:
             model = at_size(model, args.input_size)
@@ -137,10 +135,10 @@ def load(path, args, foreign_flags_may_rest=False) -> tuple[DynamicViT, dict, di
     return model, data, checkpoint
 
 
-def _describe_data(path, checkpoint, model, args, foreign_flags_may_rest) -> dict:
+def _describe_data(path, checkpoint, model, args, one_of_several) -> dict:
     if "data" in checkpoint:
-        if (args.mean or args.std or args.data_set) and not foreign_flags_may_rest:
-            raise BadInput(f"{path} says its own data; leave out --mean, --std and --data_set")
+        if (args.mean or args.std or args.data_set) and not one_of_several:
+            raise BadInput(f"{path} describes its own data; leave out --mean, --std and --data_set")
         return checkpoint["data"]
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -150,21 +148,17 @@ def _describe_data(path, checkpoint, model, args, foreign_flags_may_rest) -> dic
     }  # fmt: skip
 
 
-# The images ------------------------------------------------------------------------------------------------------
+def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputImage]:
+    """The images of `files` or --image_path, else the test images `numbers` (None: all) of the data set; read later.
 
-
-def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
-    """The images of --image_path, else those `numbers` (None: all) of the data set's test images; read later.
-
-    A data set whose classes are not known yet is asked for them.
+    Fills in `data["classes"]` from the data set.
     """
-    if args.image_path:
-        files = image_paths(args.image_path)
-        return [
-            Picture(name, partial(read_image, file, args.max_pixels)) for name, file in zip(_different(files), files)
-        ]
+    if files or args.image_path:
+        files = files or image_paths(args.image_path)
+        named = zip(unique_names(files), files)
+        return [InputImage(name, partial(read_image, file, args.max_pixels), file=file) for name, file in named]
     if data["name"] is None:
-        raise BadInput(f"{args.model_path} does not say its data set; give --image_path FILE, or --data_set")
+        raise BadInput(f"{args.model_path} does not name its data set; give --image_path FILE, or --data_set")
     path = data_folder(checkpoint, args.data_path) if "data" in checkpoint else args.data_path
     split, classes = find_split(data["name"], path, False, data, args.max_pixels)
     if data["classes"]:
@@ -175,7 +169,7 @@ def pictures(args, data, checkpoint, numbers=None) -> list[Picture]:
         check_number(i, len(split))
     in_memory = isinstance(split.images, Tensor)
     return [
-        Picture(f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory)
+        InputImage(f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory)
         for i in numbers
     ]
 
@@ -193,72 +187,68 @@ def image_paths(paths) -> list[Path]:
     return files
 
 
-def readable(pictures, failed: list[str]):
-    """Those of `pictures` that can be read, one after the other, with their image in memory.
+def readable(images, failed: list[str]):
+    """Yield those of `images` that can be read, with their pixels in memory.
 
-    What is wrong with the others is added to `failed`, once. Raises BadInput if there are no others.
+    The errors of the others are added to `failed`, each once. Raises BadInput if none can be read.
 
     Args:
-        pictures: `Picture`s, or anything else with `read`, made by a dataclass.
+        images: `InputImage`s, or other dataclasses with `read`.
     """
     any_read, problem = False, None
-    for picture in pictures:
+    for image in images:
         try:
-            image = picture.read()
+            pixels = image.read()
         except BadInput as error:
             problem = str(error)
             failed += [] if problem in failed else [problem]
             continue
         any_read = True
-        yield replace(picture, read=lambda image=image: image)
+        yield replace(image, read=lambda pixels=pixels: pixels)
     if not any_read:
-        words = f"none of the {len(pictures)} images can be read; the last one: " if len(pictures) > 1 else ""
+        words = f"none of the {len(images)} images can be read; the last one: " if len(images) > 1 else ""
         raise BadInput(f"{words}{problem}")
 
 
-def report_failed(failed: list[str], count: int):
-    """List what was left out of `count` images, and raise RunFailed: at the end of a run that has done the others."""
+def report_failed(failed: list[str], total: int):
+    """At the end of a run: list what was left out of `total` images, and raise RunFailed if it was anything."""
     if failed:
         for problem in failed:
             utils.say(utils.printable(f"left out: {problem}"))
-        raise RunFailed(f"{len(failed)} of {count} images could not be read, the others are done: {failed[0]}")
+        raise RunFailed(f"{len(failed)} of {total} images could not be read, the others are done: {failed[0]}")
 
 
-def _different(files) -> list[str]:
+def unique_names(files) -> list[str]:
     """A name for each file: its own, cut to NAME bytes, and a number if it is not the first of that name."""
-    names, used = [], set()
+    names = {}  # ordered
     for file in files:
-        stem, n = file.stem, 1
-        if len(os.fsencode(stem)) > NAME:
-            stem = os.fsencode(stem)[:NAME].decode(errors="ignore")
-        name = stem
-        while name in used:
-            n += 1
-            name = f"{stem}_{n}"
-        used.add(name)
-        names.append(name)
-    return names
+        stem, encoded = file.stem, os.fsencode(file.stem)
+        if len(encoded) > NAME:
+            stem = encoded[:NAME].decode(errors="ignore")
+        candidates = (stem if n == 1 else f"{stem}_{n}" for n in count(1))
+        names[next(name for name in candidates if name not in names)] = None
+    return list(names)
 
 
-def model_input(images, pictures, data, device="cpu") -> Tensor:
-    """(B, 3, h, w), normalised: PIL images as `pictures` gave them, as the model saw such images in its test."""
-    return eval_transform(torch.stack([_sized(*pair, data) for pair in zip(images, pictures)]).to(device), data)
+def model_input(pixels, images, data, device="cpu") -> Tensor:
+    """(B, 3, h, w), normalised: PIL images, read from `images`, as the model saw such images in its test."""
+    return eval_transform(torch.stack([_sized(*pair, data) for pair in zip(pixels, images)]).to(device), data)
 
 
-def _sized(image, picture, data) -> Tensor:
-    if picture.in_memory and "crop_pct" not in data:
-        return fit_image(image, (image.height, image.width))
-    return fit_image(image, data["input_size"], **_crop(data))
+def _sized(pixels, image, data) -> Tensor:
+    if image.in_memory and "crop_pct" not in data:
+        return fit_image(pixels, (pixels.height, pixels.width))
+    return fit_image(pixels, data["input_size"], **_crop(data))
 
 
-def as_seen(image, picture, data, side=PICTURE_SIDE) -> Tensor:
-    """The part of a PIL image that the model sees, in up to `side` pixels, for a person: (3, ., .) uint8."""
-    if picture.in_memory and "crop_pct" not in data:
-        return _sized(image, picture, data)
-    box = crop_box(image.width, image.height, data["input_size"], data.get("crop_pct", 1.0))
-    scale = min(1, side / max(box[2] - box[0], box[3] - box[1]))
-    height, width = (max(1, round(side * scale)) for side in (box[3] - box[1], box[2] - box[0]))
-    return fit_image(image, (height, width), **_crop(data))
+def as_seen(pixels, image, data, side=DISPLAY_SIDE) -> Tensor:
+    """The part of a PIL image that the model sees, in up to `side` pixels, for display: (3, ., .) uint8."""
+    if image.in_memory and "crop_pct" not in data:
+        return _sized(pixels, image, data)
+    left, upper, right, lower = crop_box(pixels.width, pixels.height, data["input_size"], data.get("crop_pct", 1.0))
+    scale = min(1, side / max(right - left, lower - upper))
+    size = max(1, round(scale * (lower - upper))), max(1, round(scale * (right - left)))
+    return fit_image(pixels, size, **_crop(data))
 
 
 def _crop(data) -> dict:

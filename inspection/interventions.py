@@ -1,12 +1,14 @@
-"""What a model loses when something of its registers is replaced, at test time.
+"""Ablations: the accuracy when registers, or the attention to them, are replaced at test time.
 
-`registers`: the registers at the input of every block from their entry on. `cls_attention_to_registers`: the shares of
-its attention that the class token gives to each register, in every block that has both; the rest of its row is scaled
-so that it adds up to 1 again. Replaced by zero, by the mean over all images, or by what another image has there.
+`registers`: the registers at the input of every block from their entry block on. `cls_attention_to_registers`: the
+attention of the class token to each register, in every block that has both; the rest of its row is rescaled so that it
+adds up to 1 again. They are replaced by zero, by the mean over all images, or by the values of another image.
 
-Zero is a value that the model has never seen, so what it costs is more than the token's information: the mean keeps
-what all images have in common, and another image's keeps everything but what belongs to this image.
+Zero is out of distribution, so it costs more than the token's information: the mean keeps what all images share, and
+another image's values keep everything but what belongs to this image.
 """
+
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -19,7 +21,7 @@ REPLACEMENTS = ("zero", "mean", "another image's")
 
 
 def check(model: DynamicViT, kinds):
-    """Raise BadInput unless the model has what is to be replaced."""
+    """Raise BadInput unless the model has a head, and the tokens to replace."""
     if not model.num_classes:
         raise BadInput("--ablate compares accuracies, and this model has no head")
     if model.reg_pos is None:
@@ -29,28 +31,28 @@ def check(model: DynamicViT, kinds):
 
 
 def ablate(model: DynamicViT, batches, kinds) -> dict:
-    """Accuracies with everything as it is, and under each replacement, on the same images.
+    """Accuracies of the unchanged model, and with each replacement, on the same images.
 
     Args:
-        batches: a function that gives batches of (images (B, 3, h, w) normalised, labels (B,)), each time the same, at
-            least two images in all. "Another image" is the one before, the last one for the first: their order should
-            be random.
+        batches: a function that returns batches of (images (B, 3, h, w) normalised, labels (B,)), each time the same,
+            of at least two images. "Another image" is the previous one, for the first image the last one: their order
+            should be random.
 
     Returns:
         {"clean": accuracy, kind: {replacement: {"accuracy": , "changed": }}} in per cent; "changed" is the share of
-        images that are predicted to be of another class than without the replacement.
+        predictions that differ from the unchanged model's.
     """
     sums, last, count = {}, {}, 0
     for images, _ in tqdm(batches(), "ablation: means", leave=False, disable=None):
-        _, seen = _watch(model, images, kinds)
+        _, seen = _record(model, images, kinds)
         for key, values in seen.items():
             sums[key] = sums.get(key, 0) + values.sum(dim=0)
             last[key] = values[-1:]
         count += len(images)
     means = {key: total / count for key, total in sums.items()}
-    hits, changed = {"clean": 0}, {}
+    hits, changed = Counter(), Counter()
     for images, labels in tqdm(batches(), "ablation", leave=False, disable=None):
-        logits, seen = _watch(model, images, kinds)
+        logits, seen = _record(model, images, kinds)
         clean = logits.argmax(dim=1)
         hits["clean"] += int((clean == labels).sum())
         others = {key: torch.cat([last[key], values[:-1]]) for key, values in seen.items()}
@@ -59,21 +61,19 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
         for kind in kinds:
             for name, new in zip(REPLACEMENTS, (zeros, means, others)):
                 predicted = _replaced(model, images, kind, new).argmax(dim=1)
-                hits[kind, name] = hits.get((kind, name), 0) + int((predicted == labels).sum())
-                changed[kind, name] = changed.get((kind, name), 0) + int((predicted != clean).sum())
+                hits[kind, name] += int((predicted == labels).sum())
+                changed[kind, name] += int((predicted != clean).sum())
 
-    def share(number):
-        return 100 * number / count
-
-    return {"images": count, "clean": share(hits["clean"])} | {
-        kind: {
-            name: {"accuracy": share(hits[kind, name]), "changed": share(changed[kind, name])} for name in REPLACEMENTS
+    result = {"images": count, "clean": 100 * hits["clean"] / count}
+    for kind in kinds:
+        result[kind] = {
+            name: {"accuracy": 100 * hits[kind, name] / count, "changed": 100 * changed[kind, name] / count}
+            for name in REPLACEMENTS
         }
-        for kind in kinds
-    }
+    return result
 
 
-def _watch(model, images, kinds) -> tuple:
+def _record(model, images, kinds) -> tuple:
     """(logits, {(kind, block): (B, R, D) registers at the block's input, or (B, H, R) attention of CLS to them})."""
     seen = {}
 
@@ -85,14 +85,14 @@ def _watch(model, images, kinds) -> tuple:
     def attention(i, attn):
         layout = model.token_layout(i)
         if layout.registers is not None and layout.cls is not None:
-            seen["cls_attention_to_registers", i] = attn[:, :, 0, layout.registers].clone()
+            seen["cls_attention_to_registers", i] = attn[:, :, layout.cls, layout.registers].squeeze(-2).clone()
 
     logits = model.trace(images, tokens=tokens, attention=attention)
     return logits, {key: values for key, values in seen.items() if key[0] in kinds}
 
 
 def _replaced(model, images, kind, new):
-    """Logits with the values of `new` in place of the model's own, see `_watch`."""
+    """Logits with the values of `new` (see `_record`) in place of the model's own."""
 
     def tokens(i, x):
         if ("registers", i) in new:
@@ -102,12 +102,12 @@ def _replaced(model, images, kind, new):
 
     def attention(i, attn):
         if ("cls_attention_to_registers", i) in new:
-            registers, row = model.token_layout(i).registers, attn[:, :, 0]  # (B, H, N)
-            given = new["cls_attention_to_registers", i]
-            rest = (1 - row[..., registers].sum(dim=-1, keepdim=True)).clamp_min(1e-12)
+            layout, given = model.token_layout(i), new["cls_attention_to_registers", i].unsqueeze(-2)
             attn = attn.clone()
-            attn[:, :, 0] = row * (1 - given.sum(dim=-1, keepdim=True)) / rest
-            attn[:, :, 0, registers] = given
+            row = attn[:, :, layout.cls]  # (B, H, 1, N), a view
+            rest = (1 - row[..., layout.registers].sum(dim=-1, keepdim=True)).clamp_min(1e-12)
+            row *= (1 - given.sum(dim=-1, keepdim=True)) / rest
+            row[..., layout.registers] = given
             return attn
 
     changes = {"tokens": tokens} if kind == "registers" else {"attention": attention}

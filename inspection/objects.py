@@ -34,14 +34,14 @@ def lost(features: Tensor, grid: tuple[int, int], k_patches=100, bias=0.0) -> Fo
     """LOST (Simeoni et al., BMVC 2021, arXiv 2109.14279) on the features (P, D) of the patches of a grid (gh, gw).
 
     The degree of a patch is the number of patches with which its product is at least 0 (the paper's rule; the published
-    code counts those above 0). The seed is the patch of lowest degree, the first one in reading order if there are
-    several. It is expanded by those of the `k_patches` patches of lowest degree that have a positive product with it.
-    Patches whose products with all of these add up to more than 0 form the mask; its 4-connected component with the
-    seed is the object.
+    code counts those above 0). The seed is the patch of lowest degree, the first one in reading order among equals. It
+    is expanded by those of the `k_patches` patches of lowest degree that have a positive product with it. Patches whose
+    products with all of these add up to more than 0 form the mask; its 4-connected component with the seed is the
+    object.
 
-    `bias` is added to every product, in their units. LOST takes it that object and background differ in sign; a part
-    that all features have in common makes every product positive, and a negative bias takes it off again ("Vision
-    Transformers Need Registers", section 3.3).
+    `bias` is added to every product. LOST assumes that object and background differ in sign; a component that all
+    features share makes every product positive, and a negative bias removes it ("Vision Transformers Need Registers",
+    section 3.3).
     """
     products = features @ features.T + bias  # (P, P)
     degrees = (products >= 0).sum(dim=1)
@@ -59,13 +59,6 @@ def lost(features: Tensor, grid: tuple[int, int], k_patches=100, bias=0.0) -> Fo
         box=(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1),
         quartile=float(products.flatten().kthvalue(math.ceil(products.numel() / 4)).values) - bias,
     )  # fmt: skip
-
-
-def iou(a, b) -> float:
-    """Intersection over union of two boxes: left, upper, right, lower."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(0, width) * max(0, height)
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
 def model_sizes(model, args) -> Callable:

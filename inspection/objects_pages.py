@@ -5,8 +5,6 @@ import math
 from tqdm import tqdm
 
 COLUMNS, ROWS, SIDE = 4, 3, 320  # of a page, in images; pixels of an image's longer side on it
-
-
 BOX, TRUTH, SEED = "#ff2d55", "#00e5ff", "#ffd60a"  # colours
 
 
@@ -14,7 +12,7 @@ def one_line(name) -> str:
     return " ".join(name.encode("utf-8", "replace").decode().split())
 
 
-def pages(items, total, examine, title, args):
+def boxes_pages(items, total, examine, title, args):
     """Figures of the first --max_drawn images, made while all are examined; `examine`: item -> (record, PIL image)."""
     shown = []
     for done, item in enumerate(tqdm(items, "images", total, leave=False, disable=None), start=1):

@@ -1,17 +1,18 @@
-"""Pages of attention maps, and the PDF and PNG files they are written to.
+"""Pages of attention maps, what all pages share, and the PDF and PNG files they are written to.
 
-A page has rows of maps beside the picture they are of. One row alone (all heads of one token) is broken into lines
-with a colour scale beside each map; several rows (blocks, tokens or models) stand below each other.
+A page of maps has rows of maps beside their image. A single row (all heads of one token) is wrapped into lines, with a
+colour scale beside each map; several rows (blocks, tokens or models) are one below the other.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill, wrap
 
 from torch import Tensor
 
 import utils
+from models_dynamic import AttentionMaps
 
 COLOURS = "viridis"
 ATTENTION = "share of the token's attention on each patch, in %, after softmax over all tokens"
@@ -22,19 +23,35 @@ TIMES_PATCHES = (
 LEFT, RIGHT, BOTTOM, SCALE = 0.35, 0.1, 0.45, 2.2  # inches: margins of a page, a colour scale in its head
 
 
+def token_name(key, registers) -> str:
+    """The title of 'cls', 'dist' or 'reg0', ... in a model with so many registers."""
+    names = {"cls": "Class token", "dist": "Distillation token"}
+    return names.get(key) or f"Register {key.removeprefix('reg')} (of {registers})"
+
+
+def by_token(maps: AttentionMaps, patches=()) -> dict[str, Tensor]:
+    """{'cls', 'dist', 'reg0', 'patch3-5', ...: (B, H, gh, gw)} of the tokens that have entered, and of `patches`."""
+    found = {"cls": maps.cls, "dist": maps.dist}
+    if maps.registers is not None:
+        found |= {f"reg{r}": heads for r, heads in enumerate(maps.registers.unbind(dim=1))}
+    if maps.patches is not None:
+        found |= {f"patch{x}-{y}": heads for (x, y), heads in zip(patches, maps.patches.unbind(dim=1))}
+    return {key: heads for key, heads in found.items() if heads is not None}
+
+
 @dataclass
-class Cell:
+class MapCell:
     name: str
     map: Tensor | None  # (gh, gw), shares; None: absent
-    absent: str = ""  # why
+    absent: str = ""  # the reason
     mark: tuple[int, int] | None = None  # x, y of a patch to frame
 
 
 @dataclass
 class Row:
     label: str
-    shown: Tensor  # (3, h, w) uint8: the picture
-    cells: list[Cell]
+    shown: Tensor  # (3, h, w) uint8: the image
+    cells: list[MapCell]
 
 
 @dataclass
@@ -44,15 +61,19 @@ class Page:
     rows: list[Row]
     caption: str = ""
     colour: str = ATTENTION  # what a map's colour means
-    times_patches: bool = False  # whether that is attention times the number of patches, and not in per cent
+
+    @property
+    def times_patches(self) -> bool:
+        """Whether colours show attention times the number of patches, not per cent."""
+        return self.colour == TIMES_PATCHES
 
     def shades(self, attention: Tensor) -> Tensor:
-        """What the colours of a map show: shares, or multiples of uniform attention."""
+        """The values that the colours of a map show: shares, or multiples of uniform attention."""
         return attention * attention.numel() if self.times_patches else attention
 
     @property
     def unit(self) -> int:
-        """What a colour scale counts 1 as."""
+        """The number on a colour scale for a shade of 1."""
         return 1 if self.times_patches else 100
 
     def largest(self) -> float:
@@ -60,13 +81,13 @@ class Page:
         return max((float(self.shades(attention).max()) for attention in maps), default=0)
 
 
-def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
+def draw_page(page: Page, overlay=False, vmax=None, scope="this page"):
     """A matplotlib figure.
 
     Args:
-        overlay: maps over the picture.
-        vmax: what the brightest colour stands for (see `Page.shades`); None: each map's own largest.
-        scope: what `vmax` is the largest of, for the reader: 'page' or 'all pages'.
+        overlay: draw the maps over the image.
+        vmax: the value of the brightest colour (see `Page.shades`); None: the largest of each map.
+        scope: where `vmax` is the largest, for the footer: 'this page' or 'all pages'.
     """
     from matplotlib.figure import Figure
 
@@ -93,10 +114,10 @@ def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
             box = (left / page_w, bottom / page_h, map_w / page_w, map_h / page_h)
             axes = figure.add_axes(box)
             axes.set_axis_off()
-            width = int((15 if one_row else 18) * cell_w)  # of a line of words, in letters
+            width = int((15 if one_row else 18) * cell_w)  # of a line of text, in characters
             if c == 0:
                 label = page.caption or "image" if one_row and not row.label else row.label
-                _draw_picture(axes, row.shown, label, width, 8 if one_row else 7)
+                _draw_image(axes, row.shown, label, width, 8 if one_row else 7)
                 _frame_patch(axes, row.cells[0], row.shown)
                 continue
             drawn = _draw_map(axes, page, row.cells[c - 1], row.shown, overlay, vmax)
@@ -107,7 +128,7 @@ def draw_page(page: Page, overlay=False, vmax=None, scope="page"):
 
 
 def _fitted(shown, side) -> tuple[float, float]:
-    """(height, width) in inches of a picture whose longer side is `side`."""
+    """(height, width) in inches of an image whose longer side is `side`."""
     height, width = shown.shape[1:]
     return height * side / max(height, width), width * side / max(height, width)
 
@@ -124,9 +145,9 @@ def _write_margins(figure, page, title, caption, vmax, scope, one_row):
     if caption:
         below = 0.23 + 0.23 * len(title.split("\n"))
         figure.text(LEFT / page_w, 1 - below / page_h, caption, fontsize=8, va="top")
-    own = "Each map has a scale of its own" + ("." if one_row else "; its largest value stands above it.")
+    own = "Each map has its own scale" + ("." if one_row else "; its largest value is above it.")
     words = f"Colour: {page.colour}. {own if vmax is None else f'One scale for {scope}.'}"
-    words = "\n".join(wrap(words, int(19 * (page_w - LEFT))))
+    words = fill(words, int(19 * (page_w - LEFT)))
     figure.text(LEFT / page_w, 0.2 / page_h, words, fontsize=7.5, color="0.35", va="center")
     if vmax is not None:
         left, width = page_w - RIGHT - SCALE + 0.25, SCALE - 0.45
@@ -136,11 +157,15 @@ def _write_margins(figure, page, title, caption, vmax, scope, one_row):
             scale.xaxis.set_major_formatter("{x:g}×")
 
 
-def _draw_picture(axes, shown, label, letters, size):
-    height, width = shown.shape[1:]
-    axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, width, height, 0))
+def _draw_image(axes, shown, label, letters, size):
+    _show_image(axes, shown)
     lines = [line for part in label.split("\n") for line in wrap(part, letters)]
     axes.set_title("\n".join(lines[:3]), fontsize=size, loc="left")
+
+
+def _show_image(axes, shown):
+    height, width = shown.shape[1:]
+    axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, width, height, 0))
 
 
 def _draw_map(axes, page, cell, shown, overlay, vmax):
@@ -155,14 +180,14 @@ def _draw_map(axes, page, cell, shown, overlay, vmax):
         axes.set_title(f"{cell.name}\n{cell.absent}".strip(), fontsize=size, loc="left")
         return None
     if overlay:
-        axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest", extent=extent)
+        _show_image(axes, shown)
     drawn = axes.imshow(
         page.unit * page.shades(cell.map).numpy(), interpolation="nearest", extent=extent, cmap=COLOURS,
         alpha=0.6 if overlay else 1.0, vmin=0, vmax=None if vmax is None else page.unit * vmax,
     )  # fmt: skip
     _frame_patch(axes, cell, shown)
     total = f"{100 * float(cell.map.sum()):.0f}%"
-    words = f"{total} on patches" if one_row or vmax is not None else f"{total}, max {_percent(cell.map.max())}"
+    words = f"{total} on patches" if one_row or vmax is not None else f"{total}, max {100 * float(cell.map.max()):.3g}%"
     axes.set_title(f"{cell.name}\n{words}", fontsize=size, loc="left")
     return drawn
 
@@ -176,28 +201,35 @@ def _frame_patch(axes, cell, shown):
         axes.add_patch(box)
 
 
-def _percent(share) -> str:
-    return f"{100 * float(share):.3g}%"
-
-
 def _draw_scale(axes, top, across=False):
-    """A colour scale from 0 to `top`. One image; matplotlib's own colour bar is 256 small areas, which take
-    longer to write than all of the page."""
-    levels = [[level] for level in range(256)]
+    """A colour scale from 0 to `top` as one image: matplotlib's is 256 areas, slower than all of the page."""
+    levels = range(256)
     if across:
-        axes.imshow([[v for (v,) in levels]], cmap=COLOURS, aspect="auto", extent=(0, top, 0, 1))
+        axes.imshow([levels], cmap=COLOURS, aspect="auto", extent=(0, top, 0, 1))
         axes.set_yticks([])
         axes.xaxis.get_major_locator().set_params(nbins=4)
     else:
-        axes.imshow(levels, cmap=COLOURS, origin="lower", aspect="auto", extent=(0, 1, 0, top))
+        axes.imshow([[level] for level in levels], cmap=COLOURS, origin="lower", aspect="auto", extent=(0, 1, 0, top))
         axes.set_xticks([])
         axes.yaxis.tick_right()
         axes.yaxis.get_major_locator().set_params(nbins=4)
     axes.tick_params(labelsize=6.5, length=2, pad=1.5)
 
 
+def headed_figure(size, title, about, reading, **kwargs):
+    """A figure of `size` inches with a title, a line on what it is of and, at the bottom, how to read it."""
+    from matplotlib.figure import Figure
+
+    width, height = size
+    figure, left = Figure(figsize=size, **kwargs), 0.33 / width
+    figure.text(left, 1 - 0.2 / height, title, fontsize=14, weight="bold", va="top")
+    figure.text(left, 1 - 0.52 / height, about, fontsize=8.5, color="0.35", va="top")
+    figure.text(left, 0.15 / height, fill(reading, int(15.5 * width)), fontsize=8.5, color="0.2", va="bottom")
+    return figure
+
+
 def write_pages(figures, stem: Path, kind: str) -> list[Path]:
-    """Write (key, figure) pairs, made one at a time, as one PDF `stem`.pdf or as one PNG each; returns the files."""
+    """Write an iterable of (key, figure) as one PDF `stem`.pdf or as one PNG each; returns the files."""
     if kind == "pdf":
         file = stem.with_name(f"{stem.name}.pdf")
         write_pdf((figure for _, figure in figures), file)
@@ -210,7 +242,7 @@ def write_pages(figures, stem: Path, kind: str) -> list[Path]:
 
 
 def write_pdf(figures, file):
-    """Figures, made one at a time, as the pages of one PDF with searchable words."""
+    """Write an iterable of figures, one at a time, as the pages of one PDF with searchable text."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 

@@ -1,12 +1,12 @@
-"""Figures about the tokens of a model, collected a few images at a time: memory does not grow with their number.
+"""Statistics of the tokens of a model, collected batch by batch: memory does not grow with the number of images.
 
     statistics = TokenStatistics(model)
     for images, labels in batches:
         logits = statistics.add(images, labels)
-    figures = statistics.result()  # plain lists and numbers, one entry a block
+    results = statistics.result()  # plain lists and numbers, one entry per block
 
-Everything about block i is measured with its own attention and at its output, in the layout `token_layout(i)`; what
-is absent there is None.
+Block i is measured by its own attention and at its output, in the layout `token_layout(i)`; a token that is absent
+there has None.
 """
 
 import math
@@ -22,7 +22,7 @@ PER_DECADE, LOWEST, DECADES = 100, -4, 9
 BINS = PER_DECADE * DECADES
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 DEVIATIONS, TIMES = 5, 2  # of the threshold for artefacts, see `artefact_bin`
-BEGIN = 0.001  # share of artefact patches from which a block is said to have them
+BEGIN = 0.001  # share of artefact patches from which a block counts as having them
 RULE = (
     f"a patch is an artefact if the logarithm of its norm is more than {DEVIATIONS} robust standard deviations (1.4826 "
     f"times the median absolute deviation) above the block's median, and its norm at least {TIMES} times the median"
@@ -31,10 +31,10 @@ FOLDS, NEIGHBOURS = 5, 5
 
 
 class TokenStatistics:
-    """See the module. `readout_images`: of how many images at most the tokens are kept for `readouts`."""
+    """See the module. `probe_images`: the tokens of at most so many images are kept for `probe_accuracies`."""
 
-    def __init__(self, model: DynamicViT, readout_images=1000):
-        self.model, self.readout_images = model, readout_images
+    def __init__(self, model: DynamicViT, probe_images=1000):
+        self.model, self.probe_images = model, probe_images
         self.layouts = [model.token_layout(i) for i in range(model.depth)]
         self.images = 0
         self.norms, self.moments = {}, defaultdict(_Moments)
@@ -42,25 +42,25 @@ class TokenStatistics:
         self.distances = _patch_distances(model)
 
     def add(self, images: Tensor, labels=None) -> Tensor:
-        """Count (B, 3, h, w) normalised images in; returns their logits (B, K). `labels`: (B,), for `readouts`."""
-        self.keep = 0 if labels is None else max(0, self.readout_images - self.images)
+        """Add (B, 3, h, w) normalised images, and labels (B,) for `probe_accuracies`; returns their logits (B, K)."""
+        self.keep = 0 if labels is None else max(0, self.probe_images - self.images)
         self.labels += [] if labels is None else labels[: self.keep].tolist()
-        logits = self.model.trace(images, attention=self._see_attention, output=self._see_output)
+        logits = self.model.trace(images, attention=self._add_attention, output=self._add_output)
         self.images += len(images)
         return logits
 
-    def _see_attention(self, i, attn):
+    def _add_attention(self, i, attn):
         layout = self.layouts[i]
         entropy = torch.special.entr(attn).sum(dim=-1)  # (B, H, N)
         for kind, part in parts_of(layout).items():
             self.moments["entropy", kind, i].add(entropy[..., part].mean(dim=-1))
             if layout.cls is not None:
-                self.moments["cls_share", kind, i].add(attn[:, :, 0, part].sum(dim=-1))
+                self.moments["cls_share", kind, i].add(attn[:, :, layout.cls, part].sum(dim=(2, 3)))
         inner = attn[..., layout.patches, layout.patches]  # (B, H, P, P)
         mean = (inner * self.distances).sum(dim=-1) / inner.sum(dim=-1).clamp_min(1e-12)
         self.moments["distance", i].add(mean.mean(dim=-1))
 
-    def _see_output(self, i, x):
+    def _add_output(self, i, x):
         norms = x.norm(dim=-1)
         for kind, part in parts_of(self.layouts[i]).items():
             if (kind, i) not in self.norms:
@@ -76,17 +76,14 @@ class TokenStatistics:
                     self.features[f"register {n}" if kind == "registers" else NAMES[kind], i].append(values)
 
     def result(self) -> dict:
-        """Plain values; lists have an entry a block. Lengths are in pixels of the model's input, entropies in nats."""
+        """Plain values; lists have an entry per block. Distances are in pixels of the input, entropies in nats."""
         blocks = range(self.model.depth)
         kinds = [kind for kind in NAMES if any((kind, i) in self.norms for i in blocks)]
         artefacts = [self._artefacts(i) for i in blocks]
         begins = next((i for i, found in enumerate(artefacts) if found["share"] >= BEGIN), None)
 
-        def means(*key):
-            return [self.moments[(*key, i)].mean() if (*key, i) in self.moments else None for i in blocks]
-
-        def deviations(*key):
-            return [self.moments[(*key, i)].deviation() if (*key, i) in self.moments else None for i in blocks]
+        def of_blocks(moment, *key):
+            return [getattr(self.moments[(*key, i)], moment)() if (*key, i) in self.moments else None for i in blocks]
 
         return {
             "images": self.images,
@@ -96,13 +93,13 @@ class TokenStatistics:
                 for kind in kinds
             },
             "artefacts": {"rule": RULE, "begins_at_block": begins, "blocks": artefacts},
-            "entropy": {kind: means("entropy", kind) for kind in kinds},
-            "entropy_deviation": {kind: deviations("entropy", kind) for kind in kinds},
-            "distance": means("distance"),
-            "distance_deviation": deviations("distance"),
-            "cls_attention": {kind: means("cls_share", kind) for kind in kinds},
-            "cls_attention_deviation": {kind: deviations("cls_share", kind) for kind in kinds},
-            "register_similarity": means("similarity"),
+            "entropy": {kind: of_blocks("mean", "entropy", kind) for kind in kinds},
+            "entropy_deviation": {kind: of_blocks("deviation", "entropy", kind) for kind in kinds},
+            "distance": of_blocks("mean", "distance"),
+            "distance_deviation": of_blocks("deviation", "distance"),
+            "cls_attention": {kind: of_blocks("mean", "cls_share", kind) for kind in kinds},
+            "cls_attention_deviation": {kind: of_blocks("deviation", "cls_share", kind) for kind in kinds},
+            "register_similarity": of_blocks("mean", "similarity"),
         }
 
     def _artefacts(self, i) -> dict:
@@ -119,7 +116,7 @@ NAMES = {"cls": "class token", "dist": "distillation token", "registers": "regis
 
 
 def parts_of(layout: TokenLayout) -> dict[str, slice]:
-    """The kinds of tokens that are there, in the order of `NAMES`."""
+    """The kinds of tokens that the layout has, in the order of `NAMES`."""
     return {kind: getattr(layout, kind) for kind in NAMES if getattr(layout, kind) is not None}
 
 
@@ -150,22 +147,17 @@ class _Moments:
         return (self.squares / self.count - (self.sum / self.count).square()).clamp_min(0).sqrt().tolist()
 
 
-# Norms -----------------------------------------------------------------------------------------------------------
-
-
 class _Norms:
-    """The distribution of norms at each of some places in the sequence, as counts."""
+    """The distribution of norms at each of n positions in the sequence, as a histogram."""
 
-    def __init__(self, places):
-        self.counts = torch.zeros(places, BINS, dtype=torch.int32)
+    def __init__(self, positions):
+        self.counts = torch.zeros(positions, BINS, dtype=torch.int32)
         self.moments, self.smallest, self.largest = _Moments(), math.inf, 0.0
 
-    def add(self, norms: Tensor):  # (B, places)
+    def add(self, norms: Tensor):  # (B, positions)
         norms = norms.cpu()
         bins = ((norms.double().log10() - LOWEST) * PER_DECADE).clamp(0, BINS - 1).long()  # -inf becomes 0
-        place = torch.arange(len(self.counts)) * BINS
-        ones = torch.ones((), dtype=torch.int32).expand(bins.numel())
-        self.counts.view(-1).scatter_add_(0, (place + bins).flatten(), ones)
+        self.counts.scatter_add_(1, bins.T, torch.ones((), dtype=torch.int32).expand(bins.T.shape))
         self.moments.add(norms)
         self.smallest = min(self.smallest, float(norms.min()))
         self.largest = max(self.largest, float(norms.max()))
@@ -192,7 +184,7 @@ def _filled(counts) -> dict:
 
 
 def quantile(counts: Tensor, q) -> float:
-    """Of the norms counted in (BINS,); exact to the width of a bin."""
+    """Quantile q of a histogram (BINS,) of norms; exact to the width of a bin."""
     total = counts.cumsum(dim=0).double()
     wanted = q * float(total[-1])
     k = int((total < wanted).sum())
@@ -201,11 +193,11 @@ def quantile(counts: Tensor, q) -> float:
 
 
 def artefact_bin(counts: Tensor) -> tuple[int, float]:
-    """(first bin of artefacts, median norm), fitted to the norms of a block's patches, counted in (BINS,); see `RULE`.
+    """(first bin of artefacts, median norm) from the histogram (BINS,) of the norms of a block's patches; see `RULE`.
 
-    A threshold that is fixed (150 in "Vision Transformers Need Registers", arXiv 2309.16588) holds for one model only.
-    Median and median absolute deviation do not move as long as few patches are artefacts; the factor keeps a block
-    whose patches hardly differ from having some.
+    A fixed threshold (150 in "Vision Transformers Need Registers", arXiv 2309.16588) holds for one model only. Median
+    and median absolute deviation are robust as long as few patches are artefacts; without the factor, blocks whose
+    patches hardly differ would have artefacts.
     """
     median = quantile(counts, 0.5)
     centres = (torch.arange(BINS) + 0.5) / PER_DECADE + LOWEST
@@ -217,21 +209,18 @@ def artefact_bin(counts: Tensor) -> tuple[int, float]:
     return min(BINS - 1, math.ceil((threshold - LOWEST) * PER_DECADE)), median
 
 
-# Read-outs -------------------------------------------------------------------------------------------------------
+def probe_accuracies(features: dict, labels: list[int], depth) -> dict | None:
+    """Accuracy of a linear probe and of a kNN probe on each token at each block, cross-validated over the images.
 
-
-def readouts(features: dict, labels: list[int], depth) -> dict | None:
-    """How much of the class can be read off each token at each block, by cross-validation over the images.
-
-    A linear read-out (linear discriminants, with the covariance shrunk as Ledoit and Wolf estimate: nothing to tune)
-    and the 5 nearest neighbours by cosine, of standardised tokens (scikit-learn); 5 folds, stratified, the same for
-    all; classes with fewer than 5 images are left out.
+    The linear probe is linear discriminant analysis with Ledoit-Wolf shrinkage, which has no hyperparameters; kNN takes
+    5 neighbours by cosine. Tokens are standardised (scikit-learn); the same 5 stratified folds for all; classes with
+    fewer than 5 images are left out.
 
     Args:
         features: {(token, block): list of (n, D)}.
 
     Returns:
-        Accuracies in per cent, an entry a block, None where the token is absent; None if fewer than two classes remain.
+        Accuracies in per cent, an entry per block (None: absent token); None if fewer than two classes remain.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -256,7 +245,7 @@ def readouts(features: dict, labels: list[int], depth) -> dict | None:
         "images": len(target), "classes": classes, "folds": FOLDS,
         "chance": 100 * float(counts.max()) / len(target), "linear": {}, "neighbours": {}, "deviation_over_folds": {},
     }  # fmt: skip
-    for (token, block), parts in tqdm(features.items(), "reading out", leave=False, disable=None):
+    for (token, block), parts in tqdm(features.items(), "probes", leave=False, disable=None):
         values = torch.cat(parts)[kept].numpy()
         for kind, classifier in kinds.items():
             scores = 100 * cross_val_score(make_pipeline(StandardScaler(), classifier), values, target, cv=folds)

@@ -1,4 +1,4 @@
-"""The cells of a sweep: which there are, one folder for each, trained once, by whoever comes first.
+"""The cells of a sweep: each has a folder, and is trained once, by the first process that locks it.
 
 <output_dir>/cells/cls6_reg3_x4_seed0/   the run that cifar_main.py would make; lock, settings.json
 <output_dir>/cells/cls6_reg3_x4_seed0/result.json   there once the cell is finished, and never half written
@@ -18,20 +18,22 @@ import torch
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
+from checkpoints.schema import CELL_RESULT, first_wrong
 from cifar_test import test_model
 from cifar_train import train_from_flags
 from datasets import ImageData
+from engine import TrainingStep, train_one_epoch
 from inspection.statistics import TokenStatistics
 from loading.memory import MemoryLoader
-from models_dynamic import set_fused_attention
+from models_dynamic import plain_attention_on_cpu
 from training import run_folder
 from training.film import write_film
 from training.run_log import git_revision, plain_args, read_json_lines
-from training.setup import build_model
+from training.setup import build_model, make_optimizer
 from utils import BadInput, RunFailed, say
 
-LOOKED_AT = 500  # held-out images for the shares of attention and of artefacts
-# Flags that leave a cell what it is. All others, the data and the code are its settings.
+EXAMINED = 500  # held-out images for the shares of attention and of artefacts
+# Flags that do not change the result of a cell. All others, the data and the code are its settings.
 NOT_SETTINGS = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
     "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
@@ -52,13 +54,24 @@ class GridCell:
         return f"cls{'none' if self.cls_pos is None else self.cls_pos}{where}_x{self.num_reg}_seed{self.seed}"
 
     def __str__(self):
-        cls = "no CLS" if self.cls_pos is None else f"CLS at {self.cls_pos}"
-        registers = f"{self.num_reg} registers at {self.reg_pos}" if self.num_reg else "no registers"
-        return f"{cls}, {registers}, seed {self.seed}"
+        return f"{describe_positions(self.cls_pos, self.reg_pos, self.num_reg)}, seed {self.seed}"
+
+
+def describe_cls(cls_pos) -> str:
+    return "no CLS" if cls_pos is None else f"CLS at {cls_pos}"
+
+
+def describe_registers(count) -> str:
+    return {0: "no registers", 1: "1 register"}.get(count, f"{count} registers")
+
+
+def describe_positions(cls_pos, reg_pos, num_reg) -> str:
+    """'CLS at 4, 2 registers at 0'"""
+    return f"{describe_cls(cls_pos)}, {describe_registers(num_reg)}" + (f" at {reg_pos}" if num_reg else "")
 
 
 def grid(args) -> list[GridCell]:
-    """All cells of the flags, those that are the same model once; a seed's cells after each other."""
+    """All cells of the flags, ordered by seed; equal models appear once."""
     cells = [
         GridCell(cls, reg if count else None, count, seed)
         for seed in args.seeds for count in args.num_reg for cls in args.cls_pos for reg in args.reg_pos
@@ -87,7 +100,7 @@ def cell_args(cell: GridCell, args):
 
 
 def model_of(cell: GridCell, args):
-    """A description of the cell's model, without weights. Raises BadInput if there cannot be one."""
+    """The cell's model without weights. Raises BadInput for flags that do not fit together."""
     mine = copy.copy(args)
     mine.cls_pos, mine.reg_pos, mine.num_reg = cell.cls_pos, cell.reg_pos or 0, cell.num_reg
     try:
@@ -100,32 +113,24 @@ def flops(cell: GridCell, args) -> int:
     return model_of(cell, args).forward_flops()
 
 
-# Settings ---------------------------------------------------------------------------------------------------------
-
-
 def settings(args, data: ImageData) -> dict:
-    """What must be the same for two cells to be compared."""
-    there = {name: value for name, value in plain_args(args).items() if name not in NOT_SETTINGS}
+    """Everything that must be equal for two cells to be compared."""
+    found = {name: value for name, value in plain_args(args).items() if name not in NOT_SETTINGS}
     if args.finetune:
-        there["finetune"] = hashlib.sha256(Path(args.finetune).read_bytes()).hexdigest()
-    there |= {f"data: {name}": value for name, value in data.description().items()}
-    return json.loads(json.dumps(there | {"code": git_revision()}))
+        found["finetune"] = hashlib.sha256(Path(args.finetune).read_bytes()).hexdigest()
+    found |= {f"data: {name}": value for name, value in data.description().items()}
+    return json.loads(json.dumps(found | {"code": git_revision()}))
 
 
-def differences(there: dict, here: dict) -> list[str]:
-    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    return [f"{name} was {_short(there.get(name))}, is now {_short(here.get(name))}" for name in names]
+def differences(saved: dict, current: dict) -> list[str]:
+    names = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
+    return [f"{name} was {str(saved.get(name))[:40]}, is now {str(current.get(name))[:40]}" for name in names]
 
 
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def check_settings(args, here: dict):
-    """Refuse to put cells into a folder that has some of other settings, unless --mix."""
+def check_settings(args, current: dict):
+    """Raise BadInput if the folder has cells of other settings, unless --mix."""
     for file in sorted(Path(args.output_dir).glob("cells/*/settings.json")):
-        other = differences(read_record(file), here)
+        other = differences(read_record(file), current)
         if other and not args.mix:
             more = f", and {len(other) - 4} more" if len(other) > 4 else ""
             raise BadInput(
@@ -134,48 +139,31 @@ def check_settings(args, here: dict):
             )
 
 
-# Of a result, what tables, statistics and the time that is left are made of; the last ones may be None.
-POSITIONS, OPTIONAL_FIGURES = (
-    ("cls_pos", "reg_pos"),
-    ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself"),
-)
-FIGURES = (
-    "val_top1", "best_epoch", "test_top1", "test_top5", "test_loss", "test_images", "params", "flops", "repeats",
-    "images_per_s", "train_seconds", "artefact_share",
-)  # fmt: skip
-
-
 def read_record(file) -> dict:
     """A settings.json or result.json. Raises BadInput for one that is damaged or lacks something."""
     try:
         if not file.is_file():  # a pipe would never end
             raise ValueError("it is no file")
         record = json.loads(file.read_text())
-        if not isinstance(record, dict):
-            raise ValueError("it holds no record")
-        if file.name == "result.json":
-            kinds = dict.fromkeys(FIGURES, (int, float)) | dict.fromkeys(OPTIONAL_FIGURES, (int, float, type(None)))
-            kinds |= dict.fromkeys(POSITIONS, (int, type(None))) | {"num_reg": (int,), "seed": (int,)}
-            wrong = [name for name, kind in kinds.items() if type(record.get(name, "")) not in kind]
-            hits = hits_of(record) if not wrong else None
-            if hits is not None and not abs(100 * hits.mean() - record["test_top1"]) < 1e-6:
-                wrong = ["test_hits"]
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} missing or wrong")
+        wrong = first_wrong(record, CELL_RESULT if file.name == "result.json" else {})
+        if file.name == "result.json" and not wrong and (hits := hits_of(record)) is not None:
+            wrong = None if abs(100 * hits.mean() - record["test_top1"]) < 1e-6 else "test_hits"
+        if wrong:
+            raise ValueError(f"{wrong} missing or wrong")
         return record
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
 
 
 def packed(hits) -> str:
-    """Booleans (n,) as text: one bit for each, in base64. `hits_of` reads it."""
+    """Booleans (n,) as text: one bit each, in base64; the inverse of `hits_of`."""
     return base64.b64encode(np.packbits(hits)).decode()
 
 
 def hits_of(record) -> np.ndarray | None:
     """Which of the test images a cell classified correctly, (n,) booleans; None for a cell of an earlier revision.
 
-    Raises ValueError for a record that has hits of another number of images.
+    Raises ValueError for hits of another number of images.
     """
     if "test_hits" not in record:
         return None
@@ -186,13 +174,10 @@ def hits_of(record) -> np.ndarray | None:
     return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
 
 
-# Work -------------------------------------------------------------------------------------------------------------
+def run_cells(cells, args, data: ImageData, current: dict, device, after) -> tuple[list[GridCell], list[GridCell]]:
+    """Train and test the cells that no process has finished or locked; calls `after(cell)` after each.
 
-
-def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[list[GridCell], list[GridCell]]:
-    """Train and test those that nobody finished or is at. `after(cell)` is called for each that was finished here.
-
-    Returns those that another process is at, and those that failed (a loss that is not finite).
+    Returns the cells that other processes have locked, and those that failed (a loss that is not finite).
     """
     busy, failed = [], []
     for cell in cells:
@@ -200,9 +185,9 @@ def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[
             continue
         try:
             with run_folder.locked(folder_of(cell, args)):
-                if finished(cell, args):  # by another process, since we looked
+                if finished(cell, args):  # by another process meanwhile
                     continue
-                run_cell(cell, args, data, here, device)
+                run_cell(cell, args, data, current, device)
                 after(cell)
         except run_folder.InUse:
             busy.append(cell)
@@ -212,15 +197,15 @@ def run_cells(cells, args, data: ImageData, here: dict, device, after) -> tuple[
     return busy, failed
 
 
-def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
-    """What `cifar_main.py` does with this cell's flags, then the line of the table."""
+def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
+    """Do what `cifar_main.py` does with this cell's flags, then write the cell's record."""
     folder = folder_of(cell, args)
-    begun = folder / "settings.json"
-    if begun.is_file() and differences(read_record(begun), here):  # only with --mix: nothing to go on from
+    saved = folder / "settings.json"
+    if saved.is_file() and differences(read_record(saved), current):  # only with --mix: cannot be resumed
         for file in folder.iterdir():
             if file.name not in ("lock", "running.json"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-    utils.write_atomically(begun, lambda file: file.write(json.dumps(here, indent=1).encode()))
+    utils.write_atomically(saved, lambda file: file.write(json.dumps(current, indent=1).encode()))
     mine = cell_args(cell, args)
     mine.resume = resumable(folder)
     try:
@@ -228,12 +213,12 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
     except BadInput as error:
         if mine.resume is None or mine.resume not in str(error):
             raise
-        what = str(error).removeprefix("--resume: ")
-        what = what.rpartition(";")[0] or what  # without advice on flags that a sweep does not have
-        raise BadInput(f"{what}; move that file away, and the same command takes an older one or begins anew") from None
+        problem = str(error).removeprefix("--resume: ")
+        problem = problem.rpartition(";")[0] or problem  # without advice on flags that a sweep lacks
+        raise BadInput(f"{problem}; move that file away to resume from an older one, or to train anew") from None
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
-    record = {**asdict(cell), **_figures(mine, best, tested), **behaviour(mine.model_path, data, device)}
+    record = {**asdict(cell), **_scores(mine, best, tested), **attention_and_artefacts(mine.model_path, data, device)}
     text = json.dumps(record, indent=1)
     utils.write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
     for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
@@ -241,24 +226,23 @@ def run_cell(cell: GridCell, args, data: ImageData, here: dict, device):
 
 
 def resumable(folder) -> str | None:
-    """The checkpoint that a cell resumes from; None to train it from its beginning, reported if it was begun before.
+    """The checkpoint that a cell resumes from; None to train it from its beginning.
 
-    Damaged checkpoints are moved aside. Without the best weights so far, a resumed cell would not be the cell that was
-    never stopped.
+    Damaged checkpoints are moved aside. Without the best weights so far, the resumed cell could end with worse ones.
     """
-    begun, path = run_folder.checkpoints(folder), run_folder.newest_readable(folder)
+    found, path = run_folder.checkpoints(folder), run_folder.newest_readable(folder)
     try:
         if path is not None and load_checkpoint(path).get("best"):
             load_checkpoint(folder / "model.pth")
     except BadInput as error:
         say(str(error).partition(";")[0])
         path = None
-    if path is None and begun:
+    if path is None and found:
         say(f"{folder.name} cannot be resumed; it is trained from its beginning")
     return None if path is None else str(path)
 
 
-def _figures(mine, best, tested) -> dict:
+def _scores(mine, best, tested) -> dict:
     epochs = [r for r in read_json_lines(Path(mine.output_dir) / "log.txt") if "epoch" in r]
     model, _ = load_model(mine.model_path)
     seconds = sum(epoch["seconds"] for epoch in epochs)
@@ -273,16 +257,15 @@ def _figures(mine, best, tested) -> dict:
 
 @utils.full_precision()
 @torch.no_grad()
-def behaviour(model_path, data: ImageData, device) -> dict:
+def attention_and_artefacts(model_path, data: ImageData, device) -> dict:
     """Shares of attention and of artefacts on held-out images, in per cent, of the weights that were tested.
 
     The artefact share is that of the block with most; the class token's attention is a mean over heads, at the last
-    block. None where a token is not there.
+    block. None for an absent token.
     """
     model, checkpoint = load_model(model_path)
-    statistics, count = TokenStatistics(model.to(device), readout_images=0), min(LOOKED_AT, len(data.val))
-    few = type(data.val)(data.val.images[:count], data.val.labels[:count])
-    for images, _ in MemoryLoader(few.to(device), checkpoint["data"], 100):
+    statistics, count = TokenStatistics(model.to(device), probe_images=0), min(EXAMINED, len(data.val))
+    for images, _ in MemoryLoader(data.val.part(range(count)).to(device), checkpoint["data"], 100):
         statistics.add(images)
     found = statistics.result()
 
@@ -297,13 +280,10 @@ def behaviour(model_path, data: ImageData, device) -> dict:
     }  # fmt: skip
 
 
-# Time -------------------------------------------------------------------------------------------------------------
-
-
 def seconds_left(cells, args, data: ImageData, device) -> float:
-    """Seconds that the unfinished ones of `cells` take one after another: as the finished ones did, by their FLOPs.
+    """Seconds that the unfinished `cells` take one after another, from the seconds per FLOP of the finished ones.
 
-    Without any, from a few training steps of the first one.
+    If none is finished, from a few training steps of the first one.
     """
     left = [cell for cell in cells if not finished(cell, args)]
     if not left:
@@ -313,29 +293,18 @@ def seconds_left(cells, args, data: ImageData, device) -> float:
         record = read_record(file)
         rates.append(record["train_seconds"] / (record["flops"] * record["repeats"]))
     work = sum(flops(cell, args) * cell_args(cell, args).repeats for cell in left)
-    return work * (sum(rates) / len(rates) if rates else _rate(left[0], args, data, device))
+    return work * (sum(rates) / len(rates) if rates else _seconds_per_flop(left[0], args, data, device))
 
 
-def _rate(cell, args, data, device, steps=4) -> float:
-    """Seconds of a whole training per FLOP and pass, measured on a few steps of random images, the first left out."""
-    from time import perf_counter
-
+def _seconds_per_flop(cell, args, data, device, steps=4) -> float:
+    """Seconds of a whole training per FLOP and pass, measured on random images; the first epoch of two warms up."""
     mine = cell_args(cell, args)
-    model = build_model(mine, len(data.classes)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    images = torch.randn(args.batch_size, 3, *data.input_size, device=device)
+    mine.lr = mine.warmup_lr = mine.min_lr = 0.0
+    model, amp_dtype = build_model(mine, len(data.classes)).to(device), utils.amp_dtype(args.amp, device)
+    plain_attention_on_cpu(model, device, amp_dtype)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
-    amp_dtype = utils.amp_dtype(args.amp, device)
-    if device.type == "cpu" and amp_dtype is not None:
-        set_fused_attention(model, False)  # see `run_epochs`
-    for step in range(steps + 1):
-        if step == 1:
-            begin = perf_counter()
-        with utils.autocast(device, amp_dtype):
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for a GPU
-    per_image = (perf_counter() - begin) / steps / args.batch_size
-    return per_image * len(data.train) * args.epochs / model.forward_flops()
+    batches = [(torch.randn(args.batch_size, 3, *data.input_size, device=device), labels)] * steps
+    optimizer, scheduler = make_optimizer(model, mine, batches)
+    step = TrainingStep(model, torch.nn.CrossEntropyLoss(), optimizer, scheduler, amp_dtype=amp_dtype)
+    measured = [train_one_epoch(step, batches) for _ in range(2)][1]
+    return measured["seconds"] / measured["images"] * len(data.train) * args.epochs / model.forward_flops()

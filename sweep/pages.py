@@ -1,7 +1,6 @@
-"""The figures of a sweep: sweep.pdf, and its first page as sweep.png."""
+"""The pages of a sweep: sweep.pdf, and its first page as sweep.png."""
 
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 import torch
@@ -9,47 +8,27 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
-from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
+from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, headed_figure, write_pdf
 from loading.memory import MemoryLoader
-from sweep.cells import GridCell
-from sweep.results import MIN_SEEDS, baseline_of, collect, grouped, key_of, label, margins, place, summarise
+from sweep import results
+from sweep.cells import GridCell, describe_cls, describe_registers
 from training.film import token_maps
 
-PICTURES = 3  # on the page of attention maps
+IMAGES = 3  # on the page of attention maps
 MARKERS = "osD^vP*X"
 
 
 def draw_sweep(folder, data: ImageData, about: str):
     """Write sweep.pdf and sweep.png from the finished cells in `folder`. `about`: a line on data and recipe."""
-    folder, records = Path(folder), collect(folder)
+    folder, records = Path(folder), results.collect(folder)
     if not records:
         return
-    summary = summarise(records)
+    summary = results.summarise(records)
     figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
     page = attention_page(folder, records, summary, data)
-    figures += [] if page is None else [draw_page(page, vmax=page.largest(), scope="this page")]
+    figures += [] if page is None else [draw_page(page, vmax=page.largest())]
     write_pdf(iter(figures), folder / "sweep.pdf")
     utils.write_atomically(folder / "sweep.png", lambda file: figures[0].savefig(file, format="png", dpi=130))
-
-
-def _figure(title, about, reading, size):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size)
-    figure.text(0.4 / size[0], 1 - 0.2 / size[1], title, fontsize=14, weight="bold", va="top")
-    figure.text(0.4 / size[0], 1 - 0.52 / size[1], about, fontsize=8.5, color="0.35", va="top")
-    figure.text(
-        0.4 / size[0], 0.15 / size[1], fill(reading, int(15.5 * size[0])), fontsize=8.5, color="0.2", va="bottom"
-    )
-    return figure
-
-
-def _word(position) -> str:
-    return "none" if position is None else str(position)
-
-
-def _registers(count) -> str:
-    return {0: "no registers", 1: "1 register"}.get(count, f"{count} registers")
 
 
 def heat_maps(summary, about):
@@ -63,8 +42,8 @@ def heat_maps(summary, about):
     means = [row["test_top1"]["mean"] for row in rows]
     scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
     panels = {c: [row for row in rows if row["num_reg"] == c] for c in counts}
-    columns = {c: sorted({row["cls_pos"] for row in panels[c]}, key=place) for c in counts}
-    lines = {c: sorted({row["reg_pos"] for row in panels[c]}, key=place) for c in counts}
+    columns = {c: sorted({row["cls_pos"] for row in panels[c]}, key=results.absent_last) for c in counts}
+    lines = {c: sorted({row["reg_pos"] for row in panels[c]}, key=results.absent_last) for c in counts}
     side, gap = (0.95, 0.7), 0.75  # inches: of a cell (width, height), around the panels
     width = max(7.5, sum(side[0] * len(columns[c]) + gap for c in counts) + 1.6)
     height = side[1] * max(map(len, lines.values())) + 2.9
@@ -72,7 +51,7 @@ def heat_maps(summary, about):
         "Accuracy on the test images in %: mean over seeds ± standard deviation, and the number of seeds. "
         f"Frame: the best cell on the held-out images. {summary['verdict']}"
     )
-    figure, left = _figure("Where the tokens enter, and the accuracy", about, reading, (width, height)), 0.8
+    figure, left = headed_figure((width, height), "Where the tokens enter, and the accuracy", about, reading), 0.8
     for c in counts:
         w, h = side[0] * len(columns[c]), side[1] * len(lines[c])
         axes = figure.add_axes((left / width, (height - 1.35 - h) / height, w / width, h / height))
@@ -82,12 +61,12 @@ def heat_maps(summary, about):
                 axes, row, columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"]), scale, summary["best"]
             )
         axes.set(xlim=(-0.5, len(columns[c]) - 0.5), ylim=(len(lines[c]) - 0.5, -0.5), facecolor="0.94")
-        axes.set_xticks(range(len(columns[c])), map(_word, columns[c]))
+        axes.set_xticks(range(len(columns[c])), map(results.position_name, columns[c]))
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
         axes.set_xlabel("CLS enters at block")
         axes.set_ylabel("registers at block" if c else "")
-        axes.set_title(_registers(c), fontsize=10, loc="left")
+        axes.set_title(describe_registers(c), fontsize=10, loc="left")
     bar = figure.add_axes(((left - gap + 0.25) / width, 1.4 / height, 0.14 / width, (height - 2.75) / height))
     figure.colorbar(ScalarMappable(scale, colormaps[COLOURS]), cax=bar, label="test accuracy (%)")
     return figure
@@ -98,11 +77,10 @@ def _draw_cell(axes, row, x, y, scale, best):
     from matplotlib.patches import Rectangle
 
     tested = row["test_top1"]
-    is_best = all(row[name] == value for name, value in best.items())
     level = float(scale(tested["mean"]))
     box = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colormaps[COLOURS](level), edgecolor="white", linewidth=1)
     axes.add_patch(box)
-    if is_best:
+    if results.position_of(row) == best:
         axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2))
     spread = "" if tested["sd"] is None else f"\n± {tested['sd']:.2f}"
     words = f"{tested['mean']:.2f}{spread}\nn = {tested['n']}"
@@ -113,21 +91,21 @@ def marginal_curves(records, about):
     """Accuracy over one position, averaged over the other, with confidence intervals."""
     reading = (
         "Mean over all values of the other position, then over the seeds that have all of these cells; bars: 95 % "
-        f"interval of each such mean over seeds and test images (none with fewer than {MIN_SEEDS} seeds). Bars do not "
-        "compare: cells share seeds and test images, so their differences are paired, see the table."
+        f"interval of each such mean over seeds and test images (none with fewer than {results.MIN_SEEDS} seeds). "
+        "Do not compare bars: cells share seeds and test images, so their differences are paired, see the table."
     )
-    figure = _figure("One position at a time", about, reading, (9.5, 5))
+    figure = headed_figure((9.5, 5), "One position at a time", about, reading)
     axes = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.08, right=0.97, top=0.8, bottom=0.27, wspace=0.08)
     for ax, along, title in zip(axes, ("cls_pos", "reg_pos"), ("class token", "registers")):
-        found = {c: curve for c, curve in margins(records, along).items() if c or along == "cls_pos"}
-        order = sorted({x for curve in found.values() for x in curve}, key=place)
+        found = {c: curve for c, curve in results.margins(records, along).items() if c or along == "cls_pos"}
+        order = sorted({x for curve in found.values() for x in curve}, key=results.absent_last)
         for i, (count, curve) in enumerate(found.items()):
             xs = np.array([order.index(x) for x in curve]) + 0.06 * (i - (len(found) - 1) / 2)
             means = [point["mean"] for point in curve.values()]
             half = [0 if point["low"] is None else point["mean"] - point["low"] for point in curve.values()]
-            ax.errorbar(xs, means, yerr=half, marker="o", capsize=3, label=_registers(count))
-        ax.set_xticks(range(len(order)), map(_word, order))
+            ax.errorbar(xs, means, yerr=half, marker="o", capsize=3, label=describe_registers(count))
+        ax.set_xticks(range(len(order)), map(results.position_name, order))
         ax.set(xlabel=f"{title} enter{'s' if title == 'class token' else ''} at block")
         ax.set_title(f"Over the position of the {title}", fontsize=10, loc="left")
         ax.grid(alpha=0.3)
@@ -138,25 +116,25 @@ def marginal_curves(records, about):
 
 
 def accuracy_and_flops(summary, about):
-    """What a cell costs, and what it reaches."""
+    """Test accuracy over the FLOPs of a forward pass."""
     from matplotlib import colormaps
 
     reading = (
         "Floating-point operations of the matrix products in a forward pass of one image (multiplications and "
         "additions). Bars: standard deviation over seeds. Up and to the left is better."
     )
-    figure = _figure("Accuracy against cost", about, reading, (9.5, 5.2))
+    figure = headed_figure((9.5, 5.2), "Accuracy against cost", about, reading)
     ax = figure.add_axes((0.08, 0.24, 0.7, 0.58))
     rows = summary["groups"]
-    positions = sorted({row["cls_pos"] for row in rows}, key=place)
+    positions = sorted({row["cls_pos"] for row in rows}, key=results.absent_last)
     counts = sorted({row["num_reg"] for row in rows})
     colours = colormaps["plasma"](np.linspace(0, 0.9, len(positions)))
     for row in rows:
         colour, marker = colours[positions.index(row["cls_pos"])], MARKERS[counts.index(row["num_reg"]) % len(MARKERS)]
         tested = row["test_top1"]
         ax.errorbar(row["flops"] / 1e6, tested["mean"], yerr=tested["sd"] or 0, marker=marker, color=colour, capsize=2)
-    handles = [ax.plot([], [], "o", color=c, label=f"CLS at {_word(p)}")[0] for p, c in zip(positions, colours)]
-    handles += [ax.plot([], [], m, color="0.4", label=_registers(c))[0] for c, m in zip(counts, MARKERS)]
+    handles = [ax.plot([], [], "o", color=c, label=describe_cls(p))[0] for p, c in zip(positions, colours)]
+    handles += [ax.plot([], [], m, color="0.4", label=describe_registers(c))[0] for c, m in zip(counts, MARKERS)]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
@@ -166,28 +144,29 @@ def accuracy_and_flops(summary, about):
 @utils.full_precision()
 @torch.no_grad()
 def attention_page(folder, records, summary, data: ImageData):
-    """Maps of the class token in the best cell and in its 0/0 cell; None where there is no such pair."""
-    best = (summary["best"]["cls_pos"], summary["best"]["reg_pos"], summary["best"]["num_reg"])
-    groups = grouped(records)
-    base = groups.get(baseline_of(best), {})
+    """Maps of the class token in the best cell and in its 0/0 cell; None without such a pair."""
+    best = results.key_of(summary["best"])
+    groups = results.grouped(records)
+    base = groups.get(results.baseline_of(best), {})
     seeds = sorted(groups[best].keys() & base.keys())
-    if best[0] is None or not seeds or best == baseline_of(best):
+    if best[0] is None or not seeds or best == results.baseline_of(best):
         return None
     rows = []
     pair = [groups[best][seeds[0]], base[seeds[0]]]
     models = [load_model(path_of(folder, record)) for record in pair]
-    few = type(data.val)(data.val.images[:PICTURES], data.val.labels[:PICTURES])
+    few = data.val.part(range(min(IMAGES, len(data.val))))
     for i in range(len(few)):
         for record, (model, checkpoint) in zip(pair, models):
             images, _ = next(iter(MemoryLoader(few, checkpoint["data"], len(few))))
-            maps, enters = torch.from_numpy(token_maps(model, images[i : i + 1])["cls"][0]), record["cls_pos"]
-            cells = [
-                Cell(f"block {b}", None if b < enters else m, f"enters at block {enters}") for b, m in enumerate(maps)
-            ]
-            rows.append(Row(f"{label(record)}\nclass: {data.classes[int(few.labels[i])]}", few.images[i], cells))
+            maps = torch.from_numpy(token_maps(model, images[i : i + 1])["cls"][0])
+            enters = record["cls_pos"]
+            maps_at = ((f"block {b}", None if b < enters else m) for b, m in enumerate(maps))
+            cells = [MapCell(name, shown, f"enters at block {enters}") for name, shown in maps_at]
+            name = f"{results.label(record)}\nclass: {data.classes[int(few.labels[i])]}"
+            rows.append(Row(name, few.images[i], cells))
     title = f"The class token in the best cell, and with all tokens from block 0 (seed {seeds[0]})"
     return Page("sweep", title, rows, "held-out images, mean over heads", f"{ATTENTION}, mean over heads")
 
 
 def path_of(folder, record) -> Path:
-    return Path(folder) / "cells" / GridCell(*key_of(record), record["seed"]).name / "model.pth"
+    return Path(folder) / "cells" / GridCell(*results.key_of(record), record["seed"]).name / "model.pth"

@@ -1,4 +1,4 @@
-"""What the finished cells of a sweep say: tables, and intervals that contain the noise of seeds and of test images.
+"""Tables of the finished cells of a sweep, and intervals that cover the noise of seeds and of test images.
 
 Groups are cells that differ only in their seed. The best one is chosen on held-out training images; its accuracy is
 that on the test images. Groups are compared seed by seed and image by image.
@@ -14,15 +14,15 @@ import numpy as np
 from scipy import stats
 
 import utils
-from sweep.cells import hits_of, read_record
+from sweep.cells import describe_positions, hits_of, read_record
 
 COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
     "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
     "train_seconds", "test_images", "artefacts_begin_at",
 )  # fmt: skip
-LEVEL = 0.05  # of all intervals of a table together
-MIN_SEEDS = 3  # for an interval: two values say next to nothing about their variance
+LEVEL = 0.05  # family-wise, of all intervals of a table
+MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy
 TIES_NAMED = 3  # in the verdict; results.json has all
 
@@ -30,16 +30,20 @@ TIES_NAMED = 3  # in the verdict; results.json has all
 def collect(folder) -> list[dict]:
     """The records of all finished cells in `folder`, in the order of the grid."""
     records = [read_record(file) for file in Path(folder).glob("cells/*/result.json")]
-    return sorted(records, key=lambda r: (r["num_reg"], place(r["cls_pos"]), place(r["reg_pos"]), r["seed"]))
+    return sorted(records, key=lambda r: (r["num_reg"], *map(absent_last, key_of(r)[:2]), r["seed"]))
 
 
-def place(position) -> float:
-    """To sort by: no token comes last."""
+def absent_last(position) -> float:
+    """A sort key."""
     return math.inf if position is None else position
 
 
+def position_name(position) -> str:
+    return "none" if position is None else str(position)
+
+
 def key_of(record) -> tuple:
-    """(cls_pos, reg_pos, num_reg): what all seeds of a group share."""
+    """(cls_pos, reg_pos, num_reg) of a cell or a group."""
     return record["cls_pos"], record["reg_pos"], record["num_reg"]
 
 
@@ -68,9 +72,9 @@ def half_width(values, least, largest, comparisons=1) -> np.ndarray:
 
     Args:
         values: (..., S, n), of S >= 2 seeds and n images.
-        least, largest: what a value can be. One more image with each of them counts in the variance (compare Agresti
+        least, largest: bounds of a value. One more image with each of them counts in the variance (compare Agresti
             and Min 2005), so that it is never 0.
-        comparisons: intervals that are to hold together (Bonferroni).
+        comparisons: number of intervals that must hold together (Bonferroni).
 
     Returns:
         (...), in the unit of `values`.
@@ -88,27 +92,31 @@ def paired(group, baseline, comparisons=1) -> dict | None:
 
     Returns:
         `mean_of` the differences, seed by seed, "seeds", and the interval "low" to "high", which holds together with
-        those of all `comparisons`. Where there is none, both are None and "lacks" says why.
+        those of all `comparisons`. Without an interval, both are None and "lacks" is the reason.
     """
     seeds = sorted(group.keys() & baseline.keys())
     if not seeds:
         return None
     found = mean_of([group[s]["test_top1"] - baseline[s]["test_top1"] for s in seeds]) | {"seeds": seeds}
-    lacks = _lacks([*(group[s] for s in seeds), *(baseline[s] for s in seeds)], len(seeds))
+    lacks = _why_no_interval([*(group[s] for s in seeds), *(baseline[s] for s in seeds)], len(seeds))
     if lacks:
         return found | {"low": None, "high": None, "lacks": lacks}
     hits = [np.array([hits_of(one[s]) for s in seeds], np.float32) for one in (group, baseline)]
-    half = 100 * float(half_width(hits[0] - hits[1], -1, 1, comparisons))
-    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "lacks": None}
+    return found | _interval(found["mean"], hits[0] - hits[1], -1, comparisons) | {"lacks": None}
 
 
-def _lacks(records, seeds) -> str | None:
-    """Why there is no interval of these records."""
+def _interval(mean, hits, least, comparisons=1) -> dict:
+    half = 100 * float(half_width(hits, least, 1, comparisons))
+    return {"low": mean - half, "high": mean + half}
+
+
+def _why_no_interval(records, seeds) -> str | None:
+    """The reason why these records have no interval; None if they have one."""
     if seeds < MIN_SEEDS:
-        return f"it needs {MIN_SEEDS} common seeds, here are {seeds}; add {MIN_SEEDS - seeds} to --seeds"
+        return f"it needs {MIN_SEEDS} common seeds, there are {seeds}; add {MIN_SEEDS - seeds} to --seeds"
     if any(hits_of(record) is None for record in records):
         return (
-            "it needs the hits on each test image, which cells of an earlier revision do not have; train them again, "
+            "it needs the hits on each test image, which cells of an earlier revision lack; train them again, "
             "in another --output_dir"
         )
     if len({record["test_images"] for record in records}) > 1:
@@ -117,12 +125,12 @@ def _lacks(records, seeds) -> str | None:
 
 
 def baseline_of(key) -> tuple:
-    """The usual model: all tokens from the first block on, as many registers."""
+    """The standard model: all tokens from block 0 on, and as many registers."""
     return 0, 0 if key[2] else None, key[2]
 
 
 def summarise(records) -> dict:
-    """Every group's figures, the best one, those that tie with it, and the verdict."""
+    """Results of every group, the best one, those that tie with it, and the verdict."""
     groups = grouped(records)
     others = {key: groups[baseline_of(key)] for key in groups if baseline_of(key) in groups.keys() - {key}}
     rows = []
@@ -138,20 +146,20 @@ def summarise(records) -> dict:
         return {"groups": [], "best": None, "tied": [], "comparisons": 0, "verdict": "No cell is finished."}
     best, *tied = best_of(rows)
     return {
-        "groups": rows, "best": _place(best), "tied": [_place(row) for row in tied], "comparisons": len(others),
+        "groups": rows, "best": position_of(best), "tied": list(map(position_of, tied)), "comparisons": len(others),
         "verdict": verdict(best, tied, len(others)),
     }  # fmt: skip
 
 
 def best_of(rows) -> list[dict]:
-    """The row that is best on the held-out images, then those that are as good there and need more FLOPs."""
+    """The row that is best on the held-out images, then those that are as good there but need more FLOPs."""
     most = max(row["val_top1"]["n"] for row in rows)  # a mean of fewer seeds would win by its luck
     rows = [row for row in rows if row["val_top1"]["n"] == most]
     highest = max(row["val_top1"]["mean"] for row in rows)
     return sorted((row for row in rows if row["val_top1"]["mean"] >= highest - TIED), key=lambda row: row["flops"])
 
 
-def _place(row) -> dict:
+def position_of(row) -> dict:
     return {name: row[name] for name in COLUMNS[:3]}
 
 
@@ -161,18 +169,17 @@ def _mean(group, name):
 
 
 def verdict(best, tied, comparisons) -> str:
-    """Whether the best cell is better than 0/0 beyond what seeds and test images do.
+    """Whether the best cell is better than 0/0 beyond the noise of seeds and test images.
 
-    The best of many cells looks better than it is, since its luck was chosen with it: its interval is one of those
-    that hold together for all cells.
+    The best of many cells is partly the luckiest: its interval is one of those that hold together for all cells.
     """
     words = f"Best on the held-out images: {label(best)}"
     if tied:
         more = f"; and {len(tied) - TIES_NAMED} more" if len(tied) > TIES_NAMED else ""
         named = "; ".join(map(label, tied[:TIES_NAMED]))
         words += f" (tied with {named}{more}: the one with the fewest FLOPs is taken)"
-    words += f", {mean_and_sd(best['test_top1'])}% of the test images ({_seeds(best['test_top1']['n'])})."
-    if (best["cls_pos"], best["reg_pos"], best["num_reg"]) == baseline_of((0, 0, best["num_reg"])):
+    words += f", {mean_and_sd(best['test_top1'])}% of the test images ({counted(best['test_top1']['n'], 'seed')})."
+    if key_of(best) == baseline_of(key_of(best)):
         return f"{words} No cell with tokens that enter later is better there."
     against = best["against_0_0"]
     if against is None:
@@ -181,8 +188,8 @@ def verdict(best, tied, comparisons) -> str:
     if against["lacks"]:
         return f"{difference}; no verdict: {against['lacks']}."
     interval = (
-        f"95 % interval {against['low']:+.2f} to {against['high']:+.2f} over {_seeds(against['n'])} and the test "
-        f"images, corrected for {_comparisons(comparisons)}"
+        f"95 % interval {against['low']:+.2f} to {against['high']:+.2f} over {counted(against['n'], 'seed')} and the "
+        f"test images, corrected for {counted(comparisons, 'comparison')}"
     )
     if against["low"] <= 0 <= against["high"]:
         return f"{difference} ({interval}): no difference beyond seed and image noise."
@@ -190,25 +197,20 @@ def verdict(best, tied, comparisons) -> str:
 
 
 def label(row) -> str:
-    cls = "no CLS" if row["cls_pos"] is None else f"CLS at {row['cls_pos']}"
-    return f"{cls}, {row['num_reg']} registers at {row['reg_pos']}" if row["num_reg"] else f"{cls}, no registers"
+    return describe_positions(*key_of(row))
 
 
 def mean_and_sd(sample) -> str:
-    """Mean and standard deviation, as words."""
+    """'93.00 ± 3.61'"""
     return f"{sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {sample['sd']:.2f}")
 
 
-def _seeds(n) -> str:
-    return f"{n} seed" if n == 1 else f"{n} seeds"
-
-
-def _comparisons(n) -> str:
-    return "1 comparison" if n == 1 else f"{n} comparisons"
+def counted(n, noun) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def margins(records, along) -> dict[int, dict]:
-    """Mean test accuracy over the other position, of the seeds that have all of the cells.
+    """Mean test accuracy over the other position, of the seeds that have all cells.
 
     Args:
         along: "cls_pos" or "reg_pos".
@@ -219,7 +221,7 @@ def margins(records, along) -> dict[int, dict]:
     other, found = {"cls_pos": "reg_pos", "reg_pos": "cls_pos"}[along], {}
     for count in sorted({r["num_reg"] for r in records}):
         mine = [r for r in records if r["num_reg"] == count]
-        xs = sorted({r[along] for r in mine}, key=place)
+        xs = sorted({r[along] for r in mine}, key=absent_last)
         ys = {r[other] for r in mine}
         there = {(r[along], r[other], r["seed"]): r for r in mine}
         whole = [s for s in sorted({r["seed"] for r in mine}) if all((x, y, s) in there for x in xs for y in ys)]
@@ -230,24 +232,20 @@ def margins(records, along) -> dict[int, dict]:
 
 def _margin(by_seed: list[list[dict]]) -> dict:
     point = mean_of([np.mean([r["test_top1"] for r in one]) for one in by_seed])
-    if _lacks([r for one in by_seed for r in one], len(by_seed)):
+    if _why_no_interval([r for one in by_seed for r in one], len(by_seed)):
         return point | {"low": None, "high": None}
     hits = np.array([np.mean([hits_of(r) for r in one], 0) for one in by_seed])  # (S, n)
-    half = 100 * float(half_width(hits, 0, 1))
-    return point | {"low": point["mean"] - half, "high": point["mean"] + half}
-
-
-# Files ------------------------------------------------------------------------------------------------------------
+    return point | _interval(point["mean"], hits, 0)
 
 
 def write_tables(folder, about: dict) -> dict:
-    """results.csv (a line a cell), results.json (with the statistics) and results.md; returns the statistics."""
+    """Write results.csv (a line per cell), results.json (with the statistics) and .md; returns the statistics."""
     folder, records = Path(folder), collect(folder)
     summary = summarise(records)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(record | {"cls_pos": _word(record["cls_pos"])} for record in records)
+    writer.writerows(record | {"cls_pos": position_name(record["cls_pos"])} for record in records)
     everything = json.dumps({"about": about, "cells": records, **summary}, indent=1)
     for name, text in (("csv", lines.getvalue()), ("json", everything), ("md", markdown(summary))):
         utils.write_atomically(folder / f"results.{name}", lambda file, text=text: file.write(text.encode()))
@@ -255,16 +253,16 @@ def write_tables(folder, about: dict) -> dict:
 
 
 def markdown(summary) -> str:
-    """A table for a README: a line a group, the best in bold."""
+    """A table: a line per group, the best in bold."""
     heads = (
         "CLS at", "registers", "at", "seeds", "held-out %", "test %", "against 0/0 (95 % interval)", "MFLOPs",
         "images/s", "artefacts", "CLS to registers",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in summary["groups"]:
-        is_best = all(row[name] == value for name, value in summary["best"].items())
+        is_best = position_of(row) == summary["best"]
         cells = [
-            _word(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
+            position_name(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
             str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %",
@@ -272,14 +270,10 @@ def markdown(summary) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
     note = (
-        f"Intervals: 95 % for all {_comparisons(summary['comparisons'])} together, over seeds and test images, paired; "
-        f"from {MIN_SEEDS} common seeds on."
+        f"Intervals: 95 % for all {counted(summary['comparisons'], 'comparison')} together, over seeds and test "
+        f"images, paired; from {MIN_SEEDS} common seeds on."
     )
     return "\n".join([*lines, "", *([note, ""] if summary["comparisons"] else []), summary["verdict"], ""])
-
-
-def _word(position) -> str:
-    return "none" if position is None else str(position)
 
 
 def _difference(against) -> str:

@@ -15,8 +15,16 @@ import visualize_attention
 from analyze_tokens import main, table
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, shell, tiny
-from inspection.interventions import _replaced, _watch, ablate
-from inspection.statistics import LOWEST, PER_DECADE, TokenStatistics, artefact_bin, bin_edge, quantile, readouts
+from inspection.interventions import _record, _replaced, ablate
+from inspection.statistics import (
+    LOWEST,
+    PER_DECADE,
+    TokenStatistics,
+    artefact_bin,
+    bin_edge,
+    probe_accuracies,
+    quantile,
+)
 from loading.memory import load_data
 from sweep import cells, pages
 
@@ -203,7 +211,7 @@ def test_what_can_be_read_off_is_where_it_was_planted():
     images = noise(model, 60) * 0.1
     images[torch.arange(60), labels] += 1.0  # the class is a colour
     statistics = measured(model, images, labels, batch=7)
-    found = readouts(statistics.features, statistics.labels, 4)
+    found = probe_accuracies(statistics.features, statistics.labels, 4)
     assert found["images"] == 60
     assert found["classes"] == 3
     assert found["chance"] == pytest.approx(100 / 3)
@@ -217,15 +225,15 @@ def test_what_can_be_read_off_is_where_it_was_planted():
 
 def test_few_images_of_a_class_are_left_out_of_the_readouts():
     features = {("class token", 0): [torch.randn(23, 4)]}
-    found = readouts(features, [0] * 10 + [1] * 9 + [2] * 4, 1)
+    found = probe_accuracies(features, [0] * 10 + [1] * 9 + [2] * 4, 1)
     assert (found["images"], found["classes"]) == (19, 2)
     assert found["chance"] == pytest.approx(100 * 10 / 19)
-    assert readouts(features, [0] * 20 + [1] * 3, 1) is None
+    assert probe_accuracies(features, [0] * 20 + [1] * 3, 1) is None
 
 
 def test_tokens_of_no_more_images_than_asked_for_are_kept():
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
-    statistics = measured(model, noise(model, 9), torch.arange(9) % 2, batch=4, readout_images=6)
+    statistics = measured(model, noise(model, 9), torch.arange(9) % 2, batch=4, probe_images=6)
     assert statistics.labels == [0, 1, 0, 1, 0, 1]
     assert {sum(map(len, parts)) for parts in statistics.features.values()} == {6}
     assert statistics.images == 9
@@ -337,7 +345,7 @@ def test_the_rest_of_the_row_is_scaled_to_one():
 
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
     images, rows = noise(model), {}
-    _, seen = _watch(model, images, ["cls_attention_to_registers"])
+    _, seen = _record(model, images, ["cls_attention_to_registers"])
     assert {block for _, block in seen} == {2, 3}
     expected = model.attention(images, 2)[:, :, 0]
     assert torch.allclose(seen["cls_attention_to_registers", 2], expected[..., -2:], atol=1e-6)
@@ -383,9 +391,9 @@ def test_the_script(trained, tmp_path):
     assert "Accuracy with registers replaced: zero " in out
     pages = [page.extract_text() for page in PdfReader(tmp_path / "analysis.pdf").pages]
     titles = [
-        "Norms of the tokens", "artefact patches", "entropy of its attention", "mean distance",
-        "Where the class token's attention goes", "Do the registers differ?", "read off each token",
-        "something of the registers is replaced",
+        "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",
+        "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
+        "when registers are replaced",
     ]  # fmt: skip
     assert len(pages) == len(titles)
     for title, page in zip(titles, pages):
@@ -423,7 +431,7 @@ def test_any_model_on_files_of_any_shape(photos, tmp_path, capsys, kwargs):
     argv = ["--model_path", path, "--image_path", photos, "--output_dir", tmp_path / "new", "--device", "cpu"]
     status, out, err = run(main, argv, capsys)
     assert status == 0, err
-    assert "No read-outs" in out
+    assert "No probes" in out
     found = json.loads((tmp_path / "new" / "analysis.json").read_text())
     assert found["images"] == 26
     assert found["accuracy"] is None
@@ -478,7 +486,7 @@ def test_ablation_with_unreadable_images(photos, tmp_path, capsys):
 def test_memory_does_not_grow_with_the_images():
     """Everything that is kept has the size it had after the first images."""
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
-    statistics = TokenStatistics(model, readout_images=2)
+    statistics = TokenStatistics(model, probe_images=2)
 
     def numbers():
         tensors = [norm.counts for norm in statistics.norms.values()]
@@ -570,7 +578,9 @@ def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monk
         if script:
             assert run(script.main, [*argv, *more.split()], capsys)[0] == 0
         elif what == "behaviour":
-            cells.behaviour(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
+            cells.attention_and_artefacts(
+                trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu")
+            )
         else:
             assert pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
         assert seen == {(False, "highest")}

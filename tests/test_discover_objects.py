@@ -13,9 +13,10 @@ import utils
 from checkpoints.files import save_checkpoint
 from checkpoints.models import at_size
 from conftest import run, tiny
-from discover_objects import main, read_annotations
+from discover_objects import main
 from inspection import objects
-from inspection.objects import fitting_size, iou, lost
+from inspection.annotations import entry_of, index_of, read_annotations
+from inspection.objects import fitting_size, lost
 
 DATA = {"name": "FOLDER", "classes": list("abcde"), "input_size": (32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
 SCENES = {  # name: size of the image, box of the object
@@ -84,11 +85,14 @@ def test_a_bias_takes_off_what_all_features_share():
     assert (alone.degree, alone.similar, alone.box) == (0, 0, (0, 0, 1, 1))
 
 
-def test_iou_and_sizes():
-    assert iou((0, 0, 4, 2), (2, 1, 6, 3)) == pytest.approx(2 / 14)
-    assert iou((0, 0, 4, 2), (0, 0, 4, 2)) == 1
-    assert iou((0, 0, 4, 2), (0, 0, 4, 4)) == 0.5
-    assert iou((0, 0, 1, 1), (1, 0, 2, 1)) == iou((0, 0, 1, 1), (5, 5, 6, 6)) == 0
+def iou(a, b) -> float:
+    """By hand."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def test_sizes():
     assert fitting_size(640, 480, 448, (14, 14)) == (336, 448)
     assert fitting_size(100, 1000, 64, (8, 16)) == (64, 16)
     assert fitting_size(1000, 1, 32, (4, 4)) == (4, 32)
@@ -135,8 +139,8 @@ def test_voc_files(tmp_path):
 def test_names_that_several_images_have(tmp_path):
     images = {"one/x.png": (1, 1), "two/x.png": (2, 2), "two/y.png": (3, 3)}
     (tmp_path / "a.json").write_text(json.dumps(coco(images, [])))
-    index = discover_objects.index_of(read_annotations(tmp_path / "a.json"))
-    found = {name: discover_objects.entry_of(tmp_path / name, index) for name in ("two/x.png", "x.png", "y.png")}
+    index = index_of(read_annotations(tmp_path / "a.json"))
+    found = {name: entry_of(tmp_path / name, index) for name in ("two/x.png", "x.png", "y.png")}
     assert found["two/x.png"].size == (2, 2)
     assert found["x.png"] is None
     assert found["y.png"].size == (3, 3)
@@ -151,18 +155,18 @@ BAD_COCO = {
     "twice": (json.dumps({"images": ONE["images"] * 2, "annotations": []}), "two images have the id 1"),
     "strange image": (json.dumps(ONE | {"annotations": [{"image_id": 2, "bbox": [1, 1, 1, 1]}]}), "no such image"),
     "three": (json.dumps(ONE | {"annotations": [{"image_id": 1, "bbox": [1, 1, 1]}]}), "a.json"),
-    "negative": (json.dumps(ONE | {"annotations": [{"image_id": 1, "bbox": [1, 1, -1, 1]}]}), "is no box"),
-    "nan": (json.dumps(ONE | {"annotations": [{"image_id": 1, "bbox": [1, 1, float("nan"), 1]}]}), "is no box"),
+    "negative": (json.dumps(ONE | {"annotations": [{"image_id": 1, "bbox": [1, 1, -1, 1]}]}), "is not a box"),
+    "nan": (json.dumps(ONE | {"annotations": [{"image_id": 1, "bbox": [1, 1, float("nan"), 1]}]}), "is not a box"),
     "number": (json.dumps(ONE | {"annotations": [{"image_id": 1, "bbox": 4}]}), "a.json"),
     "deep": ("[" * 200_000, "a.json"),
     "bytes": (b"\xff\xfe\x00\x01", "a.json"),
 }
 BAD_VOC = {
     "cut off": ("<annotation><object>", "no element found"),
-    "html": ("<html></html>", "it begins with html"),
+    "html": ("<html></html>", "its root element is html"),
     "no box": ("<annotation><object></object></annotation>", "'bndbox' is missing"),
     "no corner": ("<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", "'nothing'"),
-    "reversed": (voc("square.png", (64, 64), [(9, 9, 4, 12)]), "is no box"),
+    "reversed": (voc("square.png", (64, 64), [(9, 9, 4, 12)]), "is not a box"),
     "bomb": ('<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aa">]><annotation>&a;</annotation>', "DOCTYPE"),
 }
 
@@ -312,7 +316,7 @@ def test_images_that_cannot_be_judged(checkpoint, scenes, tmp_path, capsys):
     file.write_text(json.dumps(content))
     status, out, err = run(main, flags(checkpoint, tmp_path, "--image_path", scenes, "--annotations", file), capsys)
     assert status == 0, err
-    assert "note: 1 of 4 annotated images are not there; left out" in out
+    assert "note: 1 of 4 annotated images are missing; left out" in out
     assert "note: 1 images are of another size than annotated (wide.png, ...); not in CorLoc" in out
     assert "CorLoc 100.0% (at IoU 0.5) over 1 images; 2 without annotated boxes left out" in out
     settings, images = result(tmp_path)

@@ -17,7 +17,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
 from inspection import html
-from inspection.html import encode_picture, write_viewer
+from inspection.html import encode_image, write_viewer
 from inspection.pages import COLOURS
 from loading.memory import MemoryLoader, load_data
 from models_dynamic import DynamicViT
@@ -102,7 +102,7 @@ def encoded(model, image, name, blocks=None):
     attention = {i: model.attention(image[None], block=i)[0] for i in blocks}
     shown = (image * 40 + 128).clamp(0, 255).to(torch.uint8)
     layouts = {i: model.token_layout(i) for i in blocks}
-    return encode_picture(name, f"predicted: {name}", shown, layouts, attention, model.grid_size), attention
+    return encode_image(name, f"predicted: {name}", shown, layouts, attention, model.grid_size), attention
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ def test_size_of_a_vit_small(tmp_path):
     attention = {i: torch.randn(6, 201, 201).mul(2).softmax(-1) for i in range(12)}
     layouts = {i: model.token_layout(i) for i in range(12)}
     shown = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
-    picture = encode_picture("noise", "", shown, layouts, attention, (14, 14))
+    picture = encode_image("noise", "", shown, layouts, attention, (14, 14))
     size = write_viewer(tmp_path / "a.html", "Attention", model_words(model), [picture])
     assert size == (tmp_path / "a.html").stat().st_size
     assert 1e6 < size < 5e6
@@ -363,7 +363,7 @@ def test_what_cannot_be_shown(tmp_path, monkeypatch):
     layouts = {1: model.token_layout(1)}
     attention[1][0, 3, 4] = float("nan")
     with pytest.raises(BadInput, match="block 1 is not finite"):
-        encode_picture("a", "", torch.zeros(3, 16, 24, dtype=torch.uint8), layouts, attention, model.grid_size)
+        encode_image("a", "", torch.zeros(3, 16, 24, dtype=torch.uint8), layouts, attention, model.grid_size)
     monkeypatch.setattr(html, "LIMIT", 1.5 * picture["bytes"])
     write_viewer(tmp_path / "one.html", "one", model_words(model), [picture])
     with pytest.raises(BadInput, match="choose fewer blocks"):

@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, run, typed
 from datasets import Split, find_split, normalise
 from forked import Child, children_of, script
 from images import damage, folder_of_images, names
-from inspection.inputs import Picture, as_seen, model_input
+from inspection.inputs import InputImage, as_seen, model_input
 from loading import files
 from loading.decode import fit_image, read_image, read_picture
 from loading.files import FileLoader, _readable, load_file_data, picture_transform
@@ -212,7 +212,7 @@ def test_imnet_is_a_folder_with_train_and_val(photos, tmp_path):
 
 def test_a_page_shows_the_part_that_is_cropped():
     data, picture = DATA | {"crop_pct": 0.5}, photograph(120, 80)
-    asked = Picture("name", lambda: picture)
+    asked = InputImage("name", lambda: picture)
     expected = normalise(fit_image(picture, (8, 12), 0.5)[None], data["mean"], data["std"])
     assert torch.equal(model_input([picture], [asked], data), expected)
     assert torch.equal(

@@ -349,7 +349,7 @@ def test_a_model_of_timms_under_the_same_command(tmp_path, capsys):
     assert said in run(main_distillation.main, ["--eval", "--resume", path, "--num_workers", "0"], capsys)[1]
     assert run(cifar_test.main, ["--model_path", path], capsys)[0] == 0
     err = run(visualize_attention.main, ["--model_path", path], capsys)[2]
-    assert "is timm's vit_tiny_patch16_224; only this project's models can be looked at" in err
+    assert "is timm's vit_tiny_patch16_224; give a checkpoint of this project's models" in err
 
 
 def test_evaluation_tells_the_ema_apart(tmp_path, capsys):

@@ -144,7 +144,7 @@ def test_the_table_and_the_verdict_have_one_interval():
 def test_one_or_two_seeds_give_no_verdict(seeds):
     """One image better with each seed: the differences have no variance at all."""
     summary = summary_of((0, [90.0] * seeds), (2, [90.25] * seeds))
-    assert f"+0.25 points against 0/0; no verdict: it needs 3 common seeds, here are {seeds}" in summary["verdict"]
+    assert f"+0.25 points against 0/0; no verdict: it needs 3 common seeds, there are {seeds}" in summary["verdict"]
     assert f"add {3 - seeds} to --seeds" in summary["verdict"] and "beyond" not in summary["verdict"]
     assert "| +0.25 |" in results.markdown(summary).replace("*", "")
     three = summary_of((0, [90.0] * 3), (2, [90.25] * 3))["verdict"]
@@ -264,9 +264,9 @@ def test_a_killed_sweep_resumes_and_each_cell_is_a_run_of_cifar_main(tmp_path, c
     assert list(records_in(folder)) == ["cls0_reg0_x1_seed3"]
     assert epochs_of(folder) == {"cls0_reg0_x1_seed3": 2, "cls0_reg1_x1_seed3": 1}
     listed = sweep(capsys, folder, *FOUR, "--dry_run")
-    assert listed.count("to do  ") == 3 and "finished" in listed and "4 cells, 3 to do: about < 1 min" in listed
+    assert listed.count("to do  ") == 3 and "finished" in listed and "4 cells, 3 to do: less than 1 min" in listed
     out = sweep(capsys, folder, *FOUR)
-    assert "resuming after epoch 1" in out and "finished CLS at 0, 1 registers at 1, seed 3; 2 of 4 cells left" in out
+    assert "resuming after epoch 1" in out and "finished CLS at 0, 1 register at 1, seed 3; 2 of 4 cells left" in out
     assert epochs_of(folder) == dict.fromkeys(records_in(folder), 2) and len(records_in(folder)) == 4
     assert "epoch 1/2" not in sweep(capsys, folder, *FOUR)  # nothing is left to do
     for cls, reg in ((0, 1), (2, 0)):
@@ -353,7 +353,7 @@ def test_gpus_that_a_process_may_use(capsys, monkeypatch):
         assert position_sweep.visible_gpus() == names
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     status, _, err = run(position_sweep.main, ["--gpus", "3"], capsys)
-    assert status == 2 and "--gpus 3: there are 2 GPUs here (CUDA_VISIBLE_DEVICES=4,5)" in err
+    assert status == 2 and "--gpus 3: there are 2 GPUs (CUDA_VISIBLE_DEVICES=4,5)" in err
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert position_sweep.visible_gpus() == ["0", "1"]
 
@@ -378,9 +378,9 @@ def test_workers_of_a_sweep_that_is_stopped_save_and_end(tmp_path):
         os.kill(process, signal.SIGTERM)
 
     status, out, err = forked.run([], main)
-    assert status == 143 and "the same command goes on" in err, out + err
+    assert status == 143 and "the same command resumes" in err, out + err
     for log in sorted(tmp_path.glob("workers/*.log")):
-        assert "stopped by SIGTERM: what was trained is saved; the same command goes on" in log.read_text()
+        assert "stopped by SIGTERM: its progress is saved; the same command resumes" in log.read_text()
     assert not list(tmp_path.glob("cells/*/running.json"))
 
 
@@ -508,7 +508,7 @@ def test_a_cell_whose_loss_is_not_finite_does_not_stop_the_others(tmp_path, caps
 
     monkeypatch.setattr(cells, "train_from_flags", fails)
     argv = [*RECIPE, *"--cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
-    assert "1 cells failed, see above: cls0_x0_seed0" in sweep(capsys, tmp_path, *argv, status=1)
+    assert "1 cell failed, see above: cls0_x0_seed0" in sweep(capsys, tmp_path, *argv, status=1)
     assert list(records_in(tmp_path)) == ["cls1_x0_seed0"]
     monkeypatch.undo()
     sweep(capsys, tmp_path, *argv)

@@ -156,7 +156,7 @@ def test_a_resumed_run_has_the_whole_film(whole, tmp_path, monkeypatch, capsys):
     before = contents(tmp_path)
     status, _, err = run(cifar_main.main, [*argv, "--resume", "--viz_images", "3"], capsys)
     assert status == 2
-    assert "give --viz_images 7 1, or move that folder away" in err
+    assert "give --viz_images 7 1, or move its folder away" in err
     assert contents(tmp_path) == before
 
     for kind in ("npz", "png"):
@@ -185,11 +185,11 @@ def test_maps_of_an_overwritten_run_are_removed(whole, tmp_path, capsys):
     ("script", "argv", "message"),
     [
         (cifar_main, ["--viz_every", "0"], "argument --viz_every: must be at least 1, not 0"),
-        (cifar_main, ["--viz_images", "1"], "give --viz_every N, too"),
+        (cifar_main, ["--viz_images", "1"], "also give --viz_every N"),
         (cifar_main, ["--viz_every", "1", "--val_size", "0"], "--val_size 0 holds none out; leave out one of the two"),
         (cifar_main, ["--viz_every", "1", "--viz_images", "144"], "no such image, the held-out images are 0..143"),
         (cifar_main, ["--viz_every", "1", "--cls_pos", "none", "--num_reg", "0"], "this model has none; give --num_"),
-        (main_distillation, ["--viz_every", "1"], "draws none of timm's models; leave it out"),
+        (main_distillation, ["--viz_every", "1"], "cannot draw timm's models; leave it out"),
     ],
 )
 def test_nothing_to_draw_is_said_before_training(script, argv, message, trained, tmp_path, capsys):

@@ -10,7 +10,7 @@ from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
 from datasets import eval_transform
-from inspection.pages import Cell, Page, Row, draw_page
+from inspection.pages import MapCell, Page, Row, draw_page
 from loading.decode import fit_image, read_image
 from visualize_attention import main
 
@@ -119,12 +119,12 @@ def test_what_is_drawn_is_the_models_attention(checkpoint, photo, tmp_path, caps
 @pytest.mark.parametrize(("rows", "vmax"), [(1, None), (1, 0.2), (3, None), (3, 0.2)])
 def test_any_number_of_heads_and_rows_fits_without_overlap(heads, shape, rows, vmax):
     shown = torch.zeros(3, *shape, dtype=torch.uint8)
-    cells = [Cell(f"head {i}", torch.rand(4, 4)) for i in range(heads)]
-    cells.insert(0, Cell("mean over heads", torch.rand(4, 4)))
+    cells = [MapCell(f"head {i}", torch.rand(4, 4)) for i in range(heads)]
+    cells.insert(0, MapCell("mean over heads", torch.rand(4, 4)))
     caption = "true: cat\npredicted: a dog of many words (99.9%)"
     rows = [Row(f"block {i}" * (rows > 1), shown, cells) for i in range(rows)]
     if len(rows) > 1:
-        rows[1].cells = [Cell("", None, "absent: enters at block 6")]
+        rows[1].cells = [MapCell("", None, "absent: enters at block 6")]
     figure = draw_page(Page("cls", "A title " * 6, rows, caption), vmax=vmax)
     figure.draw_without_rendering()
     check_no_overlap(figure)
@@ -280,7 +280,7 @@ def test_a_bare_state_dict_of_images_that_are_not_square(checkpoint, photo, tmp_
     assert "--input_size 16x24" in err
     status, out, _ = run(main, [*argv, "--input_size", "16x24"], capsys)
     assert status == 0
-    assert "taken for a grid of 4x6 patches, as --input_size says" in out
+    assert "read as a grid of 4x6 patches, from --input_size" in out
     expected, _ = expected_rows(checkpoint, photo, 2)
     assert torch.allclose(drawn["block2_cls"][0].rows[0].cells[1].map, expected[0, 0], atol=1e-6)
 
@@ -447,7 +447,7 @@ def test_bare_files_of_other_head_counts_side_by_side(photo, tmp_path, capsys, d
         assert torch.allclose(torch.stack([cell.map for cell in row.cells[1:]]), expected, atol=1e-6)
     status, _, err = run(main, [*argv, "--num_heads", 2, 6, 3], capsys)
     assert status == 2
-    assert "--num_heads has 3 values for 2 files; give one for all, or one for each" in err
+    assert "--num_heads has 3 values for 2 files; give one value, or one per file" in err
 
 
 def test_one_scale_for_models_of_other_numbers_of_patches(checkpoint, photo, tmp_path, capsys, drawn):

@@ -1,8 +1,8 @@
 """What the tokens attend to in held-out images while a model trains: `--viz_every N`, `--viz_images I...`.
 
-`<output_dir>/attention/` gets, after every N-th epoch, `epoch_0010.npz` with the maps as figures, and `epoch_0010.png`
-with a page for each token; in the end `attention.pdf`, a page for each token and epoch, and `attention_cls.gif`, ...
-Those are drawn from the .npz files alone, so that a run that was resumed has all of its epochs in them.
+`<output_dir>/attention/` gets, after every N-th epoch, `epoch_0010.npz` with the maps as arrays, and `epoch_0010.png`
+with a page for each token; at the end `attention.pdf`, a page for each token and epoch, and `attention_cls.gif`, ...
+These are drawn from the .npz files alone, so that those of a resumed run show all of its epochs.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor
 import utils
 from datasets import denormalise, resize
 from inspection import inputs
-from inspection.pages import ATTENTION, COLOURS, Cell, Page, Row, draw_page, write_pdf
+from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, by_token, draw_page, token_name, write_pdf
 from loading.files import FileLoader
 from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
@@ -25,12 +25,12 @@ EPOCH = re.compile(r"epoch_(\d{4,})\.(npz|png)")
 FILM = re.compile(r"attention\.pdf|attention_(cls|dist|reg\d+)\.gif")
 TOKEN = re.compile(r"cls|dist|reg\d+")
 FOLDER = "attention"
-SIDE, LETTERS = 128, 18  # at most so many pixels of a picture's longer side, and letters of a class name
-FRAMES, FRAME_MS, LAST_MS = 40, 600, 3000  # of a GIF: at most so many, each and the last one shown so long
+SIDE, LETTERS = 128, 18  # at most: pixels of an image's longer side, characters of a class name
+FRAMES, FRAME_MS, LAST_MS = 40, 600, 3000  # of a GIF: the largest number; duration of each, and of the last
 
 
 class Film:
-    """What `run_epochs` calls, in every process; the first one draws. Without --viz_every it only removes files.
+    """Hooks that `run_epochs` calls in every process; the first one draws. Without --viz_every it only removes files.
 
     Raises BadInput if there is nothing to draw.
     """
@@ -43,9 +43,9 @@ class Film:
             utils.writable_folder(self.folder)
 
     def begin(self, model, epoch, step):
-        """Remove what is not of this run, and draw what it begins with. `epoch`, `step`: so many are done.
+        """Remove files of other runs, and draw the untrained or resumed model. `epoch`, `step`: so many are done.
 
-        `model`: what is validated and saved, not wrapped; training changes its weights in place.
+        `model`: the one that is validated and saved, not wrapped; training changes its weights in place.
         """
         if not utils.is_main():
             return
@@ -56,33 +56,33 @@ class Film:
                 file.unlink()
         if self.numbers:
             self.model = model
-            self._read()
+            self._read_images()
             if not self._file(epoch).exists():
                 self.after(epoch, step)
 
     def after(self, epoch, step):
-        """Draw this epoch, if it is one to draw."""
+        """Draw this epoch if it is an N-th or the last one."""
         last = epoch >= self.args.epochs or step == self.args.max_steps
         if not self.numbers or (epoch % self.args.viz_every and not last):
             return
         from matplotlib.image import imsave
 
-        saved, file = self._look(epoch), self._file(epoch)
+        saved, file = self._maps_and_captions(epoch), self._file(epoch)
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
         pages = [_page(saved, key, self.args.epochs) for key in _tokens(saved)]
-        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.largest(), scope="this page")) for page in pages])
+        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.largest())) for page in pages])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
 
     def _file(self, epoch) -> Path:
         return self.folder / f"epoch_{epoch:04}.npz"
 
-    def _read(self):
-        """The images as validation gives them to the model, and, smaller, as a person sees them."""
+    def _read_images(self):
+        """The images as validation prepares them for the model, and, smaller, for display."""
         split, data, device = self.val_batches.split, self.data, next(self.model.parameters()).device
         few = split.part(self.numbers)
-        pictures = isinstance(self.val_batches, FileLoader)
-        loader = FileLoader(few, data, len(few), device) if pictures else MemoryLoader(few, data, len(few))
+        from_files = isinstance(self.val_batches, FileLoader)
+        loader = FileLoader(few, data, len(few), device) if from_files else MemoryLoader(few, data, len(few))
         self.images, labels = next(iter(loader))
         self.labels = labels.tolist()
         shown = denormalise(self.images, data["mean"], data["std"])
@@ -91,8 +91,8 @@ class Film:
         self.shown = shown.round().to("cpu", torch.uint8).numpy()
 
     @torch.no_grad()
-    def _look(self, epoch) -> dict:
-        """All that the pages of this epoch show, as arrays."""
+    def _maps_and_captions(self, epoch) -> dict:
+        """The content of the pages of this epoch, as arrays."""
         training = self.model.training
         with utils.full_precision():
             maps = token_maps(self.model, self.images)
@@ -112,17 +112,17 @@ class Film:
 
 
 def _chosen_images(args, folder, model, val_batches) -> list[int]:
-    """Numbers of held-out images, none without --viz_every. Raises BadInput where there is nothing to draw."""
+    """Indices of held-out images, none without --viz_every. Raises BadInput if there is nothing to draw."""
     if not args.viz_every:
         if args.viz_images:
-            raise BadInput("--viz_images chooses images for --viz_every; give --viz_every N, too")
+            raise BadInput("--viz_images chooses the images of --viz_every; also give --viz_every N")
         return []
     if not isinstance(model, DynamicViT):
-        raise BadInput(f"--viz_every draws none of timm's models; leave it out, or give --model {next(iter(SIZES))}")
+        raise BadInput(f"--viz_every cannot draw timm's models; leave it out, or give --model {next(iter(SIZES))}")
     if model.cls_pos is model.dist_pos is model.reg_pos is None:
-        raise BadInput("--viz_every draws what tokens attend to, and this model has none; give --num_reg 4, say")
+        raise BadInput("--viz_every draws attention of CLS and registers, and this model has none; give --num_reg 4")
     if val_batches is None:
-        raise BadInput("--viz_every draws held-out images, and --val_size 0 holds none out; leave out one of the two")
+        raise BadInput("--viz_every needs held-out images, and --val_size 0 holds none out; leave out one of the two")
     count = len(val_batches.split)
     for i in args.viz_images or ():
         if i >= count:
@@ -133,7 +133,7 @@ def _chosen_images(args, folder, model, val_batches) -> list[int]:
             before = saved["images"].tolist()
         if before != numbers:
             images = utils.flag_value(before)
-            raise BadInput(f"{file} is of other images; give --viz_images {images}, or move that folder away")
+            raise BadInput(f"{file} is of other images; give --viz_images {images}, or move its folder away")
     return numbers
 
 
@@ -141,17 +141,10 @@ def token_maps(model: DynamicViT, images: Tensor) -> dict[str, np.ndarray]:
     """{'cls', 'dist', 'reg0', ...: (B, blocks, gh, gw)}: means over heads; NaN in blocks before the token enters."""
     found, maps = model.attention_maps(images, range(model.depth)), {}
     for block in reversed(range(model.depth)):  # the last one has all tokens
-        there = {"cls": found[block].cls, "dist": found[block].dist}
-        if found[block].registers is not None:
-            there |= {f"reg{r}": heads for r, heads in enumerate(found[block].registers.unbind(dim=1))}
-        for key, heads in there.items():
-            if heads is not None:  # (B, H, gh, gw)
-                absent = np.full((len(images), model.depth, *model.grid_size), np.nan, np.float32)
-                maps.setdefault(key, absent)[:, block] = heads.mean(dim=1).cpu()
+        for key, heads in by_token(found[block]).items():
+            absent = np.full((len(images), model.depth, *model.grid_size), np.nan, np.float32)
+            maps.setdefault(key, absent)[:, block] = heads.mean(dim=1).cpu()
     return maps
-
-
-# Files and pages -------------------------------------------------------------------------------------------------
 
 
 def _epochs(folder) -> list[Path]:
@@ -169,20 +162,18 @@ def _page(saved, key, epochs) -> Page:
     all_maps, pictures, rows = torch.from_numpy(saved[key]), torch.from_numpy(saved["pictures"]), []
     enters = int(all_maps[0, :, 0, 0].isnan().sum())
     for caption, picture, maps in zip(saved["captions"], pictures, all_maps):
-        there = [None] * enters + list(maps[enters:])
-        cells = [Cell(f"block {b}", m, f"absent: enters at block {enters}") for b, m in enumerate(there)]
+        present = [None] * enters + list(maps[enters:])
+        cells = [MapCell(f"block {b}", m, f"absent: enters at block {enters}") for b, m in enumerate(present)]
         rows.append(Row(str(caption), picture, cells))
-    names = {"cls": "Class token", "dist": "Distillation token"}
-    registers = sum(token.startswith("reg") for token in _tokens(saved))
-    name = names.get(key) or f"Register {key.removeprefix('reg')} (of {registers})"
+    name = token_name(key, sum(token.startswith("reg") for token in _tokens(saved)))
     title, about = f"{name}, epoch {int(saved['epoch'])} of {epochs}", f"enters at block {enters}; {saved['about']}"
     return Page(key, title, rows, about, f"{ATTENTION}, mean over heads")
 
 
 def write_film(args):
-    """One PDF, and a GIF for each token, of all epochs that were drawn; one colour scale for all pages of a token.
+    """One PDF, and a GIF for each token, of all epochs with maps; one colour scale for all pages of a token.
 
-    It may take minutes, so it is called where no other process waits.
+    May take minutes: call it where no other process waits.
     """
     folder = Path(args.output_dir) / FOLDER
     files = _epochs(folder) if args.viz_every and utils.is_main() else []
@@ -223,7 +214,7 @@ def _pixels(figure) -> np.ndarray:
 
 
 def _frame(pixels, before):
-    """A PIL image in the palette of the frames before: the maps' colours, white, and those of the first frame."""
+    """A PIL image in the palette of the first frame: the maps' colours, white, and 128 others."""
     from matplotlib import colormaps
     from PIL import Image
 

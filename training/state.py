@@ -4,6 +4,7 @@ from pathlib import Path
 
 import utils
 from checkpoints.files import load_checkpoint
+from checkpoints.schema import first_wrong, state_schema
 from training import run_folder
 from training.run_log import plain_args
 from utils import BadInput, say
@@ -70,7 +71,9 @@ class TrainingState:
         if "processes" not in saved:
             raise BadInput(f"{path} cannot be resumed from: an earlier revision of this project wrote it")
         try:
-            self._check_kinds(saved)
+            # Also what is not used at once, so that nothing is met later that training would not have written.
+            if wrong := first_wrong(saved, state_schema(bool(self.description["images"]["val"]))):
+                raise ValueError(f"{wrong} is missing or wrong")
             self._check(path, saved)
             self._restore(path, saved)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -80,20 +83,6 @@ class TrainingState:
             say(f"{path} has all {self.epoch} epochs; a larger --epochs resumes it")
         else:
             say(f"resuming after epoch {self.epoch}{f' and {self.batch} batches' * bool(self.batch)} of {path}")
-
-    def _check_kinds(self, saved):
-        """Of what is not used at once, so that nothing is met later that training would not have written."""
-        for name in ("epoch", "step", "batch", "skipped"):
-            if type(saved[name]) is not int or not 0 <= saved[name] < 2**40:
-                raise ValueError(f"{name} is {str(saved[name])[:40]}")
-        wanted = ("epoch", "train_loss", *(("val_top1", "val_loss") if self.description["images"]["val"] else ()))
-        for record in (saved["metrics"], saved["best"]):
-            if record is not None:
-                [float(record[name]) for name in wanted]
-        for process in saved["processes"]:
-            if process["sums"] is not None:
-                [float(process["sums"][name]) for name in ("loss", "images", "norm", "norms", "waited", "seconds")]
-                int(process["sums"]["skipped"])
 
     def _check(self, path, saved):
         for what, there, here in (

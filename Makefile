@@ -20,7 +20,7 @@ sweep: .venv/run
 	$(BIN)/python position_sweep.py
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 faults: .venv/run
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python tests/faults/faults.py

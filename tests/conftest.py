@@ -5,16 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import utils
-from cifar_main import main
-from models_dynamic import DynamicViT
-from training import loop
-
 os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share two cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
+
+import faults
+import forked
+import utils
+from cifar_main import main
+from models_dynamic import DynamicViT
+from training import loop, run_log
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -24,6 +26,10 @@ TINY = "--embed_dim 24 --depth 3 --num_heads 3 --num_reg 2 --patch_size 8 --devi
 
 # The same for main_distillation.py, on data that need no download.
 STUDENT = [*"--data_set DIGITS --model dynamic_vit_cifar --input_size 32 --num_workers 0".split(), *TINY]
+
+
+# A run of cifar_main.py of two epochs.
+DIGITS = [*TINY, *"--data_set DIGITS --cls_pos 2 --reg_pos 1 --repeats 1 --epochs 2".split()]
 
 
 def tiny(**kwargs) -> DynamicViT:
@@ -53,12 +59,19 @@ def run(main, argv, capsys) -> tuple[int, str, str]:
     return status, out, err
 
 
-def shell(script, *argv, cwd, status=0, launcher=()):
-    """A script in a process of its own."""
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
+def shell(name, *argv, cwd, status=0):
+    """Standard output and standard error of a script as `python NAME ...` runs it, without the time of its imports."""
+    done, out, err = forked.run(argv, forked.script(name), cwd=cwd)
+    assert done == status, out + err
+    return out, err
+
+
+def typed(*words, cwd, status=0):
+    """The same of `python ...`, in a new process."""
+    command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == status, done.stdout + done.stderr
-    return done
+    return done.stdout, done.stderr
 
 
 def killed_in_epoch_3(main, argv):
@@ -78,6 +91,31 @@ def killed_in_epoch_3(main, argv):
         patch.setattr(loop, "train_one_epoch", dies)
         with pytest.raises(Killed):
             main([str(arg) for arg in argv])
+
+
+@pytest.fixture
+def curves():
+    """Runs of this test draw their training curves."""
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch, request):
+    """Those of other tests do not, since that takes longer than a tiny run. Those of `trained` are there."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
+
+
+@pytest.fixture
+def deterministic():
+    """What --deterministic switches on is off again after the test."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory):
+    """How the run of `forked.AUGMENTED` ends if nothing happens to it."""
+    return faults.undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="session")

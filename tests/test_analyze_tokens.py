@@ -374,7 +374,7 @@ def test_the_rest_of_the_row_is_scaled_to_one():
 
 def test_the_script(trained, tmp_path):
     argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--num_images", "60", "--device", "cpu"]
-    done = shell("analyze_tokens.py", *argv, "--ablate", "registers", "cls_attention_to_registers", cwd=tmp_path)
+    out, _ = shell("analyze_tokens.py", *argv, "--ablate", "registers", "cls_attention_to_registers", cwd=tmp_path)
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert found["images"] == 60
     assert found["data"]["name"] == "DIGITS"
@@ -383,12 +383,12 @@ def test_the_script(trained, tmp_path):
     assert found["readout"]["linear"]["class token"][0] is None
     assert found["readout"]["linear"]["class token"][2] is not None
     assert found["ablation"]["clean"] == pytest.approx(found["accuracy"])
-    lines = done.stdout.splitlines()
+    lines = out.splitlines()
     assert "CLS enters at block 2, 2 registers at block 1; 60 images of DIGITS" in lines[0]
     rows = [line.split() for line in lines if line.split()[:1] in (["0"], ["1"], ["2"])]
     assert [row[:2] for row in rows[:3]] == [["0", "16"], ["1", "18"], ["2", "19"]]
     assert rows[0][3:5] == ["-", "-"]  # neither CLS nor registers yet
-    assert "Accuracy with registers replaced: zero " in done.stdout
+    assert "Accuracy with registers replaced: zero " in out
     pages = [page.extract_text() for page in PdfReader(tmp_path / "analysis.pdf").pages]
     titles = [
         "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",

@@ -1,5 +1,9 @@
-"""Images that are read one at a time: the loader of main_distillation.py and its transforms."""
+"""Images that are read one at a time: the loader of main_distillation.py, its transforms and worker processes."""
 
+import multiprocessing
+import os
+import shutil
+import signal
 from collections import Counter
 
 import numpy as np
@@ -8,11 +12,16 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from conftest import run
-from datasets import Split, normalise
+import utils
+from checkpoints.files import load_checkpoint
+from conftest import ROOT, TINY, run, typed
+from datasets import Split, find_split, normalise
+from forked import Child, children_of, script
+from images import damage, folder_of_images, names
 from inspection.inputs import InputImage, as_seen, model_input
-from loading.decode import fit_image, read_picture
-from loading.files import FileLoader, load_file_data, picture_transform
+from loading import files
+from loading.decode import fit_image, read_image, read_picture
+from loading.files import FileLoader, _readable, load_file_data, picture_transform
 from loading.memory import read_split
 from main_distillation import main
 from visualize_attention import main as visualize
@@ -20,7 +29,11 @@ from visualize_attention import main as visualize
 DATA = {
     "input_size": (8, 12), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "crop_pct": 1.0, "interpolation": "bicubic"
 }  # fmt: skip
+
+
 CPU = torch.device("cpu")
+
+
 PLAIN = dict(aa="none", color_jitter=0, hflip=0.0, interpolation="bicubic", none=True)
 
 
@@ -220,3 +233,90 @@ def test_the_page_shows_what_the_model_saw(tmp_path, capsys, photos):
     assert status == 0, err
     assert "attention_FOLDER_test4_block1.pdf: cls, reg0" in out
     assert "there is no image 6: the images are 0..5" in run(visualize, [*argv, "--img_num", "6"], capsys)[2]
+
+
+def test_processes_share_the_search_for_unreadable_images(tmp_path, monkeypatch):
+    root = folder_of_images(tmp_path, ["train", "test"], count=10)
+    damage(root, "train/ant/1.png", "train/bee/4.png", "train/bee/5.png")
+    split, classes = find_split("FOLDER", root, True)
+    read, found = [], []
+    monkeypatch.setattr(
+        files, "read_image", lambda *args, **kwargs: read.append(args[0]) or read_image(*args, **kwargs)
+    )
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(utils, "gather", lambda value: found.append(value) or [value])
+        _readable(split, "train", classes, at_once=3)
+    assert sorted(read) == sorted(names(split))
+    assert sorted(i for errors in found for i in errors) == [1, 14, 15] and len(found) == 8
+
+
+# Worker processes: a run ends when its work ends, with the right status --------------------------------------------
+
+WORKERS = [*"--data_set FOLDER --model dynamic_vit_cifar --input_size 32 --num_workers 1".split(), *TINY]
+SOON = 30  # seconds from the last line to the end of the process: 10 are promised, tests share a slow machine
+
+
+@pytest.fixture
+def start(tmp_path, photos):
+    """A function that starts a training with worker processes."""
+    begun = []
+
+    def start(*argv, method="fork", data=photos):
+        argv = [*WORKERS, "--data_path", data, *"--batch_size 4 --val_size 4 --output_dir run".split(), *argv]
+        child = Child(
+            argv, script("main_distillation.py"), lambda: multiprocessing.set_start_method(method, force=True),
+            cwd=tmp_path, ends=True,
+        )  # fmt: skip
+        begun.append(child)
+        return child
+
+    yield start
+    for child in begun:
+        child.kill(group=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_stopped_then_resumed_to_the_end(start, tmp_path, photos, method):
+    """A signal to the whole process group costs no step and no worker; the resumed run ends by itself."""
+    child = start(*"--epochs 1000 --val_size 0".split(), method=method)
+    child.until("epoch 2/")
+    child.kill(signal.SIGTERM, group=True)
+    status, _, err = child.end(SOON)
+    assert status == 128 + signal.SIGTERM and len(err.splitlines()) == 1, err
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert saved["step"] > 0
+    more = ["--epochs", str(saved["epoch"] + 2), "--val_size", "0", "--resume", "--overwrite"]
+    if method == "fork":  # in an interpreter that ends as one does
+        argv = [*WORKERS, "--data_path", photos, *"--batch_size 4 --output_dir run".split(), *more]
+        out, err = typed(ROOT / "main_distillation.py", *argv, cwd=tmp_path)
+    else:
+        child = start(*more, method=method)
+        child.until("Accuracy")
+        status, out, err = child.end(SOON)
+        assert status == 0, err
+    assert err == "" and out.splitlines()[-1].startswith("Accuracy: top-1"), out + err
+
+
+def test_broken_images_end_the_run(start, tmp_path, photos):
+    """One line names all that a batch has."""
+    bad = shutil.copytree(photos, tmp_path / "bad")
+    broken = [bad / "train" / name for name in ("blue/1.png", "blue/3.png", "red/0.png", "red/2.png", "red/5.png")]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:60])
+    child = start(*"--epochs 2 --batch_size 18 --val_size 2 --no-repeated-aug".split(), data=bad)
+    status, _, err = child.end(SOON)
+    assert status == 2 and len(err.splitlines()) == 1 and "Traceback" not in err, err
+    assert sum(str(file) in err for file in broken) >= 3 and err.count("error:") == 1
+
+
+def test_a_killed_worker_ends_the_run(start, curves):
+    """While curves are drawn, so that no other worker is handing over a batch, which would fail in its own words."""
+    child = start("--epochs", "1000")
+    child.until("epoch 1/")
+    os.kill(children_of(child.pid)[-1], signal.SIGKILL)
+    status, _, err = child.end(SOON)
+    assert status == 1 and len(err.splitlines()) == 1, err
+    assert "a worker process ended" in err and "--num_workers" in err

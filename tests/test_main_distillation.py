@@ -163,9 +163,10 @@ def test_layout_and_maps_of_the_distillation_token(cls_pos, dist_pos):
             assert torch.allclose(
                 maps[block].registers.flatten(3), attention[:, :, layout.registers, layout.patches].transpose(1, 2)
             )
-    tokens = {}
-    model._input_of(images, 3, lambda i, x: tokens.setdefault(i, x))
-    entered = tokens[dist_pos][:, model.token_layout(dist_pos).dist]
+    tokens = []
+    model.blocks[dist_pos].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+    model(images)
+    entered = tokens[0][:, model.token_layout(dist_pos).dist]
     assert torch.equal(entered, model.dist_token.expand(2, -1, -1))
 
 
@@ -289,7 +290,7 @@ def test_teachers_that_do_not_fit(tmp_path, capsys, teacher, photos):
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_each_recipe_runs_a_step(tmp_path, capsys, recipe):
+def test_each_recipe_runs_a_step(tmp_path, capsys, recipe, curves):
     out = train(capsys, tmp_path, "--recipe", recipe, "--max_steps", "1", "--batch_size", "16")
     assert re.search(PRINTED, out)
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]

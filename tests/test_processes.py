@@ -1,18 +1,30 @@
-"""main_distillation.py in several processes, started by torchrun as a user does (Gloo, CPU), and by submitit."""
+"""Both training scripts in several processes (Gloo, CPU): by torchrun, its agent, and submitit."""
 
 import json
+import os
+import shutil
+import signal
 import time
 
 import pytest
 import torch
+from PIL import Image
 
+import cifar_test
+import forked
 import main_distillation
 import run_with_submitit
+import utils
 from checkpoints.files import load_checkpoint
-from checkpoints.models import load_model
-from conftest import ROOT, STUDENT, run, shell
+from checkpoints.models import load_model, model_from_checkpoint
+from conftest import DIGITS, ROOT, STUDENT, run, shell, typed
 from engine import evaluate
 from loading.files import FileLoader, load_file_data
+from loading.memory import MemoryLoader, load_data
+from test_loading_files import WORKERS
+from test_training_film import check_maps
+from training import loop, slurm
+from training.run_log import read_json_lines
 from training.scoring import score
 
 # Nothing is drawn, so that one process and several see the same images in a step.
@@ -23,15 +35,11 @@ BATCH_NORM += "--batch_size 16 --max_steps 4 --drop_path 0 --lr 0.01 --unscale-l
 STEPS = [*PLAIN, *"--max_steps 5 --lr 1e-3 --warmup_epochs 0.1".split()]
 
 
-def torchrun(processes, script, *argv, cwd, **kwargs):
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    return shell(script, *argv, cwd=cwd, launcher=launcher, **kwargs)
-
-
-def jobs(folder, *todo):
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(list(todo)))
-    return path
+def in_processes(processes, main, *argv, cwd, status=0):
+    """Standard output and standard error of `main(argv)` in several processes, run by torchrun's agent."""
+    done, out, err = forked.run(argv, forked.torchrun(processes, main), cwd=cwd)
+    assert done == status, out + err
+    return out, err
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +57,32 @@ def seven(tmp_path_factory):
     return root
 
 
+def write_score(checkpoint, file):
+    """A process of several, that tests a checkpoint; the first one writes the figures."""
+    utils.init_distributed(torch.device("cpu"))
+    model, content = load_model(checkpoint)
+    figures, _ = score(model, content, None, torch.device("cpu"), batch_size=2)
+    if utils.is_main():
+        file.write_text(json.dumps(figures))
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, seven):
     """A folder with what two processes left: runs `gradient`, `steps` and `seven`, and the figures of `seven`."""
     folder = tmp_path_factory.mktemp("together")
     imnet = [*STUDENT, "--data_set", "IMNET", "--data_path", str(seven), "--epochs", "1", "--output_dir"]
-    todo = jobs(
-        folder,
-        {"argv": [*GRADIENT, "--batch_size", "16", "--output_dir", "gradient"]},
-        {"argv": [*STEPS, "--batch_size", "16", "--output_dir", "steps"]},
-        {"argv": [*imnet, "seven", "--batch_size", "2", "--val_size", "3"]},
-        {"argv": [*BATCH_NORM, "--output_dir", "batchnorm"]},
-        {"score": "seven/best_checkpoint.pth", "to": "figures2.json"},
-    )
-    torchrun(2, ROOT / "tests" / "processes.py", todo, cwd=folder)
+
+    def work(_):
+        for argv in (
+            [*GRADIENT, "--batch_size", "16", "--output_dir", "gradient"],
+            [*STEPS, "--batch_size", "16", "--output_dir", "steps"],
+            [*imnet, "seven", "--batch_size", "2", "--val_size", "3"],
+            [*BATCH_NORM, "--output_dir", "batchnorm"],
+        ):
+            main_distillation.main(argv)
+        write_score(folder / "seven" / "best_checkpoint.pth", folder / "figures2.json")
+
+    in_processes(2, work, cwd=folder)
     return folder
 
 
@@ -89,11 +109,9 @@ def test_no_wrapper_in_the_checkpoints(together):
 
 def test_every_image_is_counted_once(together):
     """One, two and three processes give the same figures on seven images."""
-    torchrun(
-        3, ROOT / "tests" / "processes.py",
-        jobs(together, {"score": "seven/best_checkpoint.pth", "to": "figures3.json"}), cwd=together,
-    )  # fmt: skip
-    model, checkpoint = load_model(together / "seven" / "best_checkpoint.pth")
+    best = together / "seven" / "best_checkpoint.pth"
+    in_processes(3, lambda _: write_score(best, together / "figures3.json"), cwd=together)
+    model, checkpoint = load_model(best)
     alone, _ = score(model, checkpoint, None, torch.device("cpu"), batch_size=4)
     assert alone["images"] == 7
     for count in (2, 3):
@@ -116,37 +134,95 @@ def test_the_saved_model_is_the_one_that_was_scored(together):
 
 @pytest.mark.parametrize(("how", "cause"), [("raise", "planted in rank 1"), ("kill", "Signal 9 (SIGKILL)")])
 def test_a_rank_that_dies_ends_the_others(tmp_path, how, cause):
+    def main(argv):
+        def dies(*args, **kwargs):
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("planted in rank 1")
+
+        if os.environ["RANK"] == "1":
+            loop.train_one_epoch = dies
+        main_distillation.main(argv)
+
     start = time.monotonic()
-    todo = jobs(tmp_path, {"die": how}, {"argv": [*STEPS, "--output_dir", "run"]})
-    done = torchrun(2, ROOT / "tests" / "processes.py", todo, cwd=tmp_path, status=1)
+    _, err = in_processes(2, main, *STEPS, "--output_dir", "run", cwd=tmp_path, status=1)
     assert time.monotonic() - start < 60
-    root_cause = done.stderr[done.stderr.index("Root Cause") :]
+    root_cause = err[err.index("Root Cause") :]
     assert "rank      : 1" in root_cause
     assert cause in root_cause
     assert not (tmp_path / "run" / "best_checkpoint.pth").exists()
 
 
 def test_what_all_processes_refuse_is_printed_once(tmp_path):
-    done = torchrun(2, "main_distillation.py", "--distributed", "--data_path", "nowhere", cwd=tmp_path, status=1)
+    script = forked.script("main_distillation.py")
+    _, err = in_processes(2, script, "--distributed", "--data_path", "nowhere", cwd=tmp_path, status=1)
     words = "there is no folder nowhere/train; give --data_path"
-    assert done.stderr.count(f"main_distillation.py: error: {words}") == 1
-    assert "BadInput" not in done.stderr  # no traceback of ours, also in torchrun's summary
-    assert done.stderr.index("Root Cause") < done.stderr.rindex(words)
+    assert err.count(f"main_distillation.py: error: {words}") == 1
+    assert "BadInput" not in err  # no traceback of ours, also in torchrun's summary
+    assert err.index("Root Cause") < err.rindex(words)
 
 
-def test_submitit(tmp_path, capsys):
-    """Two tasks of its local executor train and test one model; the same job again goes on from its checkpoint."""
+def test_cifar_main_as_a_user_types_it(tmp_path, capsys):
+    """No wrapper's names in the checkpoint, the accuracy that one process finds, maps and lines of one process."""
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    argv = [*DIGITS, *"--amp off --model_path m.pth --batch_size 64 --epochs 1 --viz_every 1".split()]
+    out, _ = typed(*torchrun, ROOT / "cifar_main.py", *argv, cwd=tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    assert not any(name.startswith("module.") for name in checkpoint["model"])
+    assert json.loads((tmp_path / "log.txt").read_text().splitlines()[0])["processes"] == 2
+    status, alone, _ = run(cifar_test.main, ["--model_path", tmp_path / "m.pth", "--device", "cpu"], capsys)
+    assert status == 0 and alone.splitlines()[-1] in out.splitlines()
+    assert out.count("Test accuracy") == 1
+    assert out.count("wrote attention/epoch_0001.png") == 1
+    last = load_checkpoint(tmp_path / "checkpoint.pth")
+    images, _ = next(iter(MemoryLoader(load_data("DIGITS", None, (32, 32)).val, last["data"], 4)))
+    check_maps(tmp_path / "attention" / "epoch_0001.npz", model_from_checkpoint(last), images)
+    with Image.open(tmp_path / "attention" / "attention_cls.gif") as film:
+        assert film.n_frames == 2
+
+
+def test_broken_images_end_all_processes(tmp_path, photos):
+    """Each of two processes meets them, in the test after the training: what both refuse is printed once."""
+    bad = shutil.copytree(photos, tmp_path / "bad")
+    for file in (bad / "test").rglob("*.png"):
+        file.write_bytes(b"broken")
+    argv = [*WORKERS, "--data_path", bad, *"--batch_size 4 --val_size 4 --epochs 1 --max_steps 1".split()]
+    _, err = in_processes(2, forked.script("main_distillation.py"), *argv, cwd=tmp_path, status=1)
+    printed = [line for line in err.splitlines() if line.startswith("main_distillation.py")]
+    assert len(printed) == len(set(printed)) and all("cannot read" in line for line in printed), err
+    assert printed and "BadInput" not in err
+
+
+def test_submitit(tmp_path, capsys, monkeypatch):
+    """Two tasks of its local executor get submitit's signal in training, as SLURM sends it: they save, are requeued,
+    resume, and test the model. The same job again, with another model, is refused."""
     pytest.importorskip("submitit")
-    argv = ["--cluster", "local", "--ngpus", "2", "--job_dir", tmp_path / "job", "--wait"]
-    argv += [*STUDENT, "--max_steps", "2", "--batch_size", "8"]
-    assert run(run_with_submitit.main, argv, capsys)[0] == 0
-    log = [json.loads(line) for line in (tmp_path / "job" / "log.txt").read_text().splitlines()]
-    assert log[0]["processes"] == 2
-    out = next((tmp_path / "job" / "submitit").glob("*_0_log.out")).read_text()
-    assert "Accuracy: top-1" in out
-    (tmp_path / "job" / "submitit").rename(tmp_path / "first")
-    status, _, err = run(run_with_submitit.main, [*argv, "--depth", "2"], capsys)
-    assert status == 1
+    folder, wait = tmp_path / "job", slurm.wait
+    log, logs = folder / "log.txt", folder / "submitit"
+
+    def preempt(jobs, where):
+        (job,), end = jobs, time.monotonic() + 120
+        while not (log.exists() and any("epoch" in record for record in read_json_lines(log))):
+            assert time.monotonic() < end and job.state != "FINISHED", job.stderr()
+            time.sleep(0.02)
+        for task in forked.children_of(int(job.job_id)):
+            os.kill(task, signal.SIGUSR2)
+        wait(jobs, where)
+        assert job.results() == [None, None]
+
+    argv = ["--cluster", "local", "--job_dir", folder, "--wait"]
+    more = [*STUDENT, *"--epochs 6 --batch_size 8 --no_aug".split()]
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm, "wait", preempt)
+        assert run(run_with_submitit.main, [*argv, "--ngpus", "2", *more], capsys)[0] == 0
+    records = read_json_lines(log)
+    assert records[0]["processes"] == 2
+    assert [record["epoch"] for record in records if "epoch" in record] == [1, 2, 3, 4, 5, 6]
+    out, err = (next(logs.glob(f"*_0_log.{kind}")).read_text() for kind in ("out", "err"))
+    assert "stopped by SIGUSR2" in err and "this job is" in out
+    assert "resuming after epoch" in out and "Accuracy: top-1" in out
+    logs.rename(tmp_path / "first")
+    _, err = shell("run_with_submitit.py", *argv, "--ngpus", "1", *more, "--depth", "2", cwd=tmp_path, status=1)
     assert "failed; its messages are in" in err
-    err = next((tmp_path / "job" / "submitit").glob("*_0_log.err")).read_text()
+    err = next(logs.glob("*_0_log.err")).read_text()
     assert "--resume: the model of" in err and "depth is 3 there, 2 here" in err

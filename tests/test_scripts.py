@@ -1,4 +1,4 @@
-"""The examples in the scripts' own docstrings, as printed, one after the other in one folder."""
+"""Each script: --help, one small run as `python SCRIPT` runs it, and the examples in its docstring, as printed."""
 
 import pickle
 import re
@@ -8,10 +8,51 @@ import numpy as np
 import pytest
 
 import cifar_main
+import house
 import main_distillation
-from conftest import run
+from conftest import STUDENT, TINY, run, shell
 
-TINY = "--embed_dim 24 --depth 5 --num_heads 3 --max_steps 1 --batch_size 4 --val_size 10 --device cpu".split()
+SMALL = "--embed_dim 24 --depth 5 --num_heads 3 --max_steps 1 --batch_size 4 --val_size 10 --device cpu".split()
+
+CELL = [*TINY[: TINY.index("--num_reg")], "--patch_size", "8", "--device", "cpu", "--num_threads", "1"]
+# A small run of each (MODEL: a checkpoint), and what it prints.
+RUNS = {
+    "cifar_main.py": ([*TINY, "--data_set", "DIGITS", "--max_steps", "1"], "Test accuracy"),
+    "main_distillation.py": ([*STUDENT, "--max_steps", "1", "--output_dir", "."], "Accuracy: top-1"),
+    "cifar_test.py": ("--model_path MODEL --device cpu".split(), "Test accuracy"),
+    "visualize_attention.py": (
+        "--model_path MODEL --layer_num 2 --device cpu".split(),
+        "attention_DIGITS_test0_block2",
+    ),
+    "analyze_tokens.py": ("--model_path MODEL --num_images 20 --device cpu".split(), "20 images of DIGITS"),
+    "discover_objects.py": ("--model_path MODEL --device cpu".split(), "objects.pdf"),
+    "position_sweep.py": (
+        [*CELL, *"--data_set DIGITS --cls_pos 0 --reg_pos 0 --num_reg 0 --seeds 0 --epochs 1 --repeats 0.1".split()],
+        "Test accuracy",
+    ),
+}
+
+ELSEWHERE = ["run_with_submitit.py", "bench.py"]  # run in test_processes.py and, with tiny shapes, in test_speed.py
+
+
+@pytest.mark.parametrize("name", [*RUNS, *ELSEWHERE])
+def test_help(name, tmp_path):
+    out, err = shell(name, "--help", cwd=tmp_path)
+    assert out.startswith(f"usage: {name} ") and err == ""
+    assert ("--cluster" if name == "run_with_submitit.py" else "--device") in out
+    assert "==SUPPRESS==" not in out
+    assert "None" not in out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_small_run(name, trained, tmp_path):
+    argv, words = RUNS[name]
+    out, err = shell(name, *(trained / "model.pth" if arg == "MODEL" else arg for arg in argv), cwd=tmp_path)
+    assert words in out and err == "", out + err
+
+
+def test_each_script_is_here():
+    assert {f"{name}.py" for name in house.FLOORS["scripts"]} | {"cifar_test.py"} == {*RUNS, *ELSEWHERE}
 
 
 def examples(module):
@@ -40,9 +81,9 @@ def test_cifar_main(work, capsys):
     commands = examples(cifar_main)
     assert len(commands) == 3
     for argv in commands:
-        status, out, err = run(cifar_main.main, [*argv, *TINY], capsys)
+        status, out, err = run(cifar_main.main, [*argv, *SMALL], capsys)
         assert status == 0 and "Test accuracy" in out, (argv, err)
-    status, out, err = run(cifar_main.main, [*commands[0], *TINY], capsys)
+    status, out, err = run(cifar_main.main, [*commands[0], *SMALL], capsys)
     assert status == 0 and "only tested now" in out, err
 
 
@@ -51,7 +92,7 @@ def test_main_distillation(work, capsys):
     assert len(commands) == 2
     shutil.copytree("my_photos", "data/imagenet")
     shutil.move("data/imagenet/test", "data/imagenet/val")
-    more = [*TINY, "--num_workers", "0"]
+    more = [*SMALL, "--num_workers", "0"]
     small = ["--model", "dynamic_vit_cifar", "--input_size", "32"]
     assert run(main_distillation.main, [*more, *small], capsys)[0] == 0  # what torchrun does in the first example
     for argv in commands:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -21,7 +20,7 @@ import forked
 import position_sweep
 import utils
 from checkpoints.files import load_checkpoint
-from conftest import ROOT, TINY, run, shell
+from conftest import TINY, run, shell
 from sweep import cells, results
 from sweep.cells import GridCell
 from training import loop
@@ -244,28 +243,24 @@ def test_margins():
 # Sweeps -----------------------------------------------------------------------------------------------------------
 
 
-DIES = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import position_sweep
-from training import loop
-train_one_epoch, calls = loop.train_one_epoch, []
-def dies(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == 4:  # in the second epoch of the second cell
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train_one_epoch(*args, **kwargs)
-loop.train_one_epoch = dies
-position_sweep.main(sys.argv[1:])
-"""
+def dies_in_the_second_cell():
+    """In its second epoch."""
+    work, calls = loop.train_one_epoch, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return work(*args, **kwargs)
+
+    loop.train_one_epoch = dies
 
 
-def test_a_killed_sweep_goes_on_and_each_cell_is_a_run_of_cifar_main(tmp_path, capsys):
+def test_a_killed_sweep_resumes_and_each_cell_is_a_run_of_cifar_main(tmp_path, capsys):
     """Two by two; killed in the second cell. Afterwards every weight is that of cifar_main.py, bit for bit."""
     folder = tmp_path / "sweep"
-    killed = [sys.executable, "-c", DIES.format(root=str(ROOT)), *FOUR, "--output_dir", str(folder)]
-    done = subprocess.run(killed, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = forked.run([*FOUR, "--output_dir", folder], position_sweep.main, dies_in_the_second_cell)
+    assert killed[0] == 128 + signal.SIGKILL, killed
     assert list(records_in(folder)) == ["cls0_reg0_x1_seed3"]
     assert epochs_of(folder) == {"cls0_reg0_x1_seed3": 2, "cls0_reg1_x1_seed3": 1}
     listed = sweep(capsys, folder, *FOUR, "--dry_run")
@@ -312,11 +307,11 @@ def check_files(folder):
 
 
 def test_two_workers_on_one_folder_do_each_cell_once(tmp_path):
-    command = [sys.executable, str(ROOT / "position_sweep.py"), *FOUR, "--output_dir", str(tmp_path)]
-    command += ["--epochs", "3", "--repeats", "0.5"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [worker.communicate(timeout=240)[0] for worker in both]
-    assert [worker.returncode for worker in both] == [0, 0]
+    argv = [*FOUR, "--output_dir", tmp_path, "--epochs", "3", "--repeats", "0.5"]
+    both = [forked.Child(argv, forked.script("position_sweep.py")) for _ in range(2)]
+    ends = [worker.end(240) for worker in both]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    said = [out for _, out, _ in ends]
     assert all("Test accuracy" in out for out in said)  # both had something to do
     assert sum(out.count("Test accuracy") for out in said) == 4
     assert len(records_in(tmp_path)) == 4 and set(epochs_of(tmp_path).values()) == {3}
@@ -537,6 +532,6 @@ def test_bad_input(tmp_path, capsys, argv, words):
 
 
 def test_the_script_says_its_defaults(tmp_path):
-    out = shell("position_sweep.py", "--dry_run", "--device", "cpu", cwd=tmp_path).stdout
+    out, _ = shell("position_sweep.py", "--dry_run", "--device", "cpu", cwd=tmp_path)
     assert len(re.findall(r"^to do", out, re.M)) == 18 and "18 cells, 18 to do: about" in out
     assert np.all([word in out for word in ("CLS at 4, 4 registers at 2, seed 1", "MFLOPs")])

@@ -13,7 +13,7 @@ import cifar_main
 import main_distillation
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import STUDENT, TINY, killed_in_epoch_3, run, shell
+from conftest import STUDENT, TINY, killed_in_epoch_3, run
 from loading.files import FileLoader, load_file_data
 from loading.memory import MemoryLoader, load_data
 from training import film, run_log
@@ -229,17 +229,3 @@ def test_one_scale_a_token_and_not_too_many_frames(whole, tmp_path, monkeypatch)
         with Image.open(tmp_path / "attention" / f"attention_{key}.gif") as animation:
             assert animation.n_frames == 2
     assert len(words(tmp_path)) == 6
-
-
-def test_two_processes(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    argv = [*DIGITS, "--model_path", "m.pth", "--epochs", "1", "--max_steps", "2", "--viz_every", "1"]
-    done = shell("cifar_main.py", *argv, cwd=tmp_path, launcher=launcher)
-    assert done.stdout.count("wrote attention/epoch_0001.png") == 1
-    assert done.stdout.count("Test accuracy") == 1
-    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
-    val = load_data("DIGITS", None, (32, 32)).val
-    images, _ = next(iter(MemoryLoader(val, checkpoint["data"], 4)))
-    check_maps(tmp_path / "attention" / "epoch_0001.npz", model_from_checkpoint(checkpoint), images)
-    with Image.open(tmp_path / "attention" / "attention_cls.gif") as film:
-        assert film.n_frames == 2

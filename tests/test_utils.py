@@ -9,14 +9,6 @@ import visualize_attention
 from conftest import run
 from datasets import Split
 from loading.memory import load_data
-from training.run_log import environment
-
-
-def test_the_log_names_the_hardware_that_was_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
-    assert "GPU" not in environment(torch.device("cpu"))["hardware"]
-    assert environment(torch.device("cuda", 1))["hardware"] == "a GPU, cuda:1"
 
 
 def test_peak_memory_counts_anew():
@@ -77,3 +69,22 @@ def test_a_line_is_printed_by_the_first_process_that_has_it(monkeypatch, tmp_pat
         for words in ("the same", f"of rank {rank}"):
             status, _, err = run(utils.ArgumentParser().error, [words], capsys)
             assert status == 2 and bool(err) == (words != "the same" or rank == "0")
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run(lambda _: utils.pick_device("cuda:1"), [[]], capsys)
+    assert status == 2 and "--device cuda" in err and "CUDA_VISIBLE_DEVICES" in err
+
+
+def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, capsys):
+    """Under NCCL, destroying the group would wait for processes that wait for this one."""
+    destroyed = []
+    monkeypatch.setattr(utils.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(utils.dist, "destroy_process_group", lambda: destroyed.append(1))
+
+    def fails(_):
+        raise utils.RunFailed("planted")
+
+    assert run(fails, [[]], capsys)[0] == 1 and not destroyed
+    assert run(lambda _: None, [[]], capsys)[0] == 0 and destroyed

@@ -1,7 +1,7 @@
-"""What is done to runs, and what became of them. `python tests/faults/faults.py` (make faults) prints the table of
+"""Faults injected into runs, and what they lose. `python tests/faults/faults.py` (make faults) prints the table of
 docs/RELIABILITY.md; `tests/test_survival.py` has the same in small.
 
-A run has survived a fault if, gone on with, it ends with the weights, optimizer, averaged weights, random states, best
+A run has survived a fault if, resumed, it ends with the weights, optimizer, averaged weights, random states, best
 model and log of the run that was never disturbed, bit for bit.
 """
 
@@ -18,10 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked import TINY, Faults, differences, ending, light_curves, run
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from forked import AUGMENTED, Child, Faults, dies, differences, ending, light_curves, run, torchrun
 
 
 @dataclass
@@ -34,15 +31,15 @@ class Row:
     lost: str = "nothing"
 
 
-def undisturbed(folder, argv=TINY) -> dict:
+def undisturbed(folder, argv=AUGMENTED) -> dict:
     """`ending` of the run that nothing happens to."""
     status, out, err = run([*argv, "--model_path", folder / "model.pth"], before=light_curves)
     assert status == 0, out + err
     return ending(folder)
 
 
-def go_on(folder, argv=TINY, expected=None) -> list[str]:
-    """Go on with the run in `folder` to its end, as a user would; names of what is not as `expected`."""
+def resume(folder, argv=AUGMENTED, expected=None) -> list[str]:
+    """Resume the run in `folder` to its end, as a user would; names of what is not as `expected`."""
     argv = [*argv, "--model_path", folder / "model.pth"]
     begun = list(folder.glob("checkpoint*.pth"))
     status, out, err = run([*argv, *(["--resume"] if begun else [])], before=light_curves)
@@ -58,7 +55,7 @@ def go_on(folder, argv=TINY, expected=None) -> list[str]:
 def soak(folder, kills, seed=0) -> Row:
     """One run, killed so many times at random moments; each time it is started again."""
     epochs = kills // 2 + 2
-    argv = [*TINY, "--epochs", str(epochs), "--save_steps", "1"]
+    argv = [*AUGMENTED, "--epochs", str(epochs), "--save_steps", "1"]
     expected = undisturbed(folder / "undisturbed", argv)
     generator, done, lives = random.Random(seed), 0, folder / "killed"
     lives.mkdir()
@@ -77,7 +74,7 @@ def soak(folder, kills, seed=0) -> Row:
             raise AssertionError(f"the run ended after {done} kills; give it more epochs")
         assert status == 128 + signal.SIGKILL, out + err
         done += 1
-    found = go_on(lives, argv, expected)
+    found = resume(lives, argv, expected)
     name = f"SIGKILL at random moments of one run of {epochs} epochs"
     return Row(name, done, 0 if found else done, "; ".join(found) or "nothing")
 
@@ -85,7 +82,7 @@ def soak(folder, kills, seed=0) -> Row:
 def at_every_write(folder, how, each=1) -> Row:
     """A run for each thing that a run does to a file (open, write, flush, rename, remove); there it is killed, or the
     call fails, half done."""
-    argv = [*TINY, "--epochs", "2", "--save_steps", "4"]
+    argv = [*AUGMENTED, "--epochs", "2", "--save_steps", "4"]
     expected = undisturbed(folder / "undisturbed", argv)
     log = folder / "actions"
     status, out, err = run(
@@ -100,10 +97,10 @@ def at_every_write(folder, how, each=1) -> Row:
         if how == "kill":
             problem = [] if status == 137 else [f"status {status}"]
         else:  # one line that names the file, or nothing was wrong for the user (as when a temporary file stays)
-            told = status == 0 or (status in (1, 2) and len(err.splitlines()) == 1 and str(place) in err)
-            problem = [] if told else [f"status {status}: {err}"]
+            reported = status == 0 or (status in (1, 2) and len(err.splitlines()) == 1 and str(place) in err)
+            problem = [] if reported else [f"status {status}: {err}"]
         if status or how == "kill":
-            problem += go_on(place, argv, expected)
+            problem += resume(place, argv, expected)
         lost += [f"{actions[at - 1]} ({at}): {what}" for what in problem[:3]]
         shutil.rmtree(place)
     name = "SIGKILL" if how == "kill" else os.strerror(how)
@@ -114,47 +111,29 @@ def at_every_write(folder, how, each=1) -> Row:
 # Signals, several processes ---------------------------------------------------------------------------------------
 
 
-def started(*argv, processes=0, script="cifar_main.py", restarts=0):
-    """A script in a process of its own, or in several by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    launcher += [f"--max-restarts={restarts}"] if processes else []
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, argv)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def until_epoch(process, number):
-    for line in process.stdout:
-        if line.startswith(f"epoch {number}/"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
 def a_signal(folder, number, expected) -> Row:
     """The signal, after the first epoch of a run in a process of its own."""
-    process = started(*TINY, "--model_path", folder / "model.pth")
-    until_epoch(process, 1)
+    child = Child([*AUGMENTED, "--model_path", folder / "model.pth"], before=light_curves)
+    child.until("epoch 1/")
     start = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    child.kill(number)
+    status, out, err = child.end()
     seconds = time.monotonic() - start
-    lost = [] if process.returncode == 128 + number else [f"status {process.returncode}: {out}{err}"]
+    lost = [] if status == 128 + number else [f"status {status}: {out}{err}"]
     lost += [] if "--resume resumes it" in err and "Traceback" not in err else [err]
-    lost += go_on(folder, TINY, expected)
-    return Row(f"{signal.Signals(number).name} (status {process.returncode} after {seconds:.1f} s)", 1, not lost,
+    lost += resume(folder, AUGMENTED, expected)
+    return Row(f"{signal.Signals(number).name} (status {status} after {seconds:.1f} s)", 1, not lost,
                "; ".join(lost) or "nothing")  # fmt: skip
 
 
 def ranks(folder, processes, *killed) -> Row:
     """Processes of a job under torchrun --max-restarts=1, one of which is killed: (its rank, at which step)."""
-    argv, endings = [*TINY, "--batch_size", "32", "--epochs", "2", "--model_path"], []
+    argv, endings = [*AUGMENTED, "--batch_size", "32", "--epochs", "2", "--model_path"], []
     for rank, step in ((-1, 0), *killed):
         place = folder / f"{processes}_{rank}"
-        process = started(
-            rank, step, *argv, place / "model.pth", processes=processes, restarts=1, script=HERE / "rank_dies.py"
-        )
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, out + err
+        main = torchrun(processes, dies(rank, step), restarts=1)
+        status, out, err = run([*argv, place / "model.pth"], main, before=light_curves)
+        assert status == 0, out + err
         assert ("resuming after" in out) == (rank >= 0), out
         endings.append(ending(place))
     lost = [what for other in endings[1:] for what in differences(endings[0], other)]
@@ -169,10 +148,10 @@ def damaged_newest(folder, expected, shares=range(10)) -> Row:
     """The newest checkpoint of a killed run, cut at each tenth, or with a byte changed there."""
     whole, lost, injected = folder / "whole", [], 0
     log = folder / "actions"
-    run([*TINY, "--model_path", whole / "model.pth"], before=Faults(whole, log=log))
+    run([*AUGMENTED, "--model_path", whole / "model.pth"], before=Faults(whole, log=log))
     last = max(i for i, line in enumerate(log.read_text().splitlines(), 1) if line.startswith("replace .checkpoint"))
     shutil.rmtree(whole)
-    run([*TINY, "--model_path", whole / "model.pth"], before=Faults(whole, last - 40))
+    run([*AUGMENTED, "--model_path", whole / "model.pth"], before=Faults(whole, last - 40))
     content = (whole / "checkpoint.pth").read_bytes()
     for share in shares:
         for how in ("cut", "changed"):
@@ -180,7 +159,7 @@ def damaged_newest(folder, expected, shares=range(10)) -> Row:
             shutil.copytree(whole, place)
             damaged = content[:at] if how == "cut" else content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
             (place / "checkpoint.pth").write_bytes(damaged)
-            lost += [f"{how} at {share}0 %: {what}" for what in go_on(place, TINY, expected)[:3]]
+            lost += [f"{how} at {share}0 %: {what}" for what in resume(place, AUGMENTED, expected)[:3]]
             injected += 1
     return Row("newest checkpoint cut, or a byte of it changed, at each tenth", injected,
                injected - len({line.split(':')[0] for line in lost}), "; ".join(lost) or "nothing")  # fmt: skip
@@ -193,21 +172,21 @@ def a_small_disk(folder) -> Row | None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
         return None
     try:
-        argv = [*TINY, "--model_path", place / "model.pth"]
+        argv = [*AUGMENTED, "--model_path", place / "model.pth"]
         status, _, err = run(argv, before=light_curves)
         ballast = place / "ballast"
         full = status == 1 and "No space left on device" in err and len(err.splitlines()) == 1
         lost = [] if full else [f"status {status}: {err}"]
         ballast.unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-        lost += go_on(place, TINY, undisturbed(folder / "undisturbed"))
+        lost += resume(place, AUGMENTED, undisturbed(folder / "undisturbed"))
     finally:
         subprocess.run(["umount", place], check=False)
     return Row("a disk that fills up (tmpfs)", 1, not lost, "; ".join(lost) or "nothing")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Do to training runs what may happen to them, and tell what is lost.")
+    parser = argparse.ArgumentParser(description="Inject faults into training runs, and report what is lost.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--each", type=int, default=3, help="every so many-th file operation; 1: all, for half an hour")
     args = parser.parse_args()

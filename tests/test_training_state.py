@@ -1,0 +1,129 @@
+"""What a checkpoint of training holds, and that a resumed run ends as one that was never stopped."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import cifar_main
+import faults
+import main_distillation
+import utils
+from checkpoints.files import load_checkpoint, save_checkpoint
+from conftest import DIGITS, STUDENT, killed_in_epoch_3, run
+from forked import TWO_EPOCHS, differences, light_curves
+from training import loop, run_folder
+from training.run_log import read_json_lines
+from training.state import TrainingState
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+
+def test_a_checkpoint_with_anything_wrong_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    """Each part of one from the middle of an epoch, and the parts of those, missing or of another kind."""
+    argv = [*TWO_EPOCHS, "--save_steps", "3", "--model_path", tmp_path / "a" / "m.pth"]
+
+    def stop(state):
+        save(state)
+        raise utils.RunFailed("planted")
+
+    save = TrainingState.save
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "save", stop)
+        assert run(cifar_main.main, argv, capsys)[0] == 1
+    good = load_checkpoint(tmp_path / "a" / "checkpoint.pth")
+    assert good["batch"] == 3
+
+    def reached(*_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(loop, "wrap", reached)
+    argv = [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume", tmp_path / "c.pth"]
+
+    def resumed(checkpoint):
+        save_checkpoint(tmp_path / "c.pth", checkpoint)
+        status, _, err = run(cifar_main.main, argv, capsys)
+        assert (status, err) == (0, "") or (status == 2 and len(err.splitlines()) == 1 and "c.pth" in err), err
+        return status
+
+    assert resumed(good) == 0
+    refused = set()
+    for value in ("x", 2**70):
+        for name in good:
+            if resumed({**good, name: value}) == 2:
+                refused.add(name)
+        for part in good["processes"][0]:
+            resumed({**good, "processes": [{**good["processes"][0], part: value}]})
+    for name in good:
+        resumed({key: part for key, part in good.items() if key != name})
+    assert refused >= good.keys() - {"scaler"}  # which is not used without float16
+    assert not (tmp_path / "b" / "log.txt").exists()
+
+
+def test_images_resume_in_the_middle_of_an_epoch_whatever_the_workers(tmp_path, capsys):
+    """RandAugment, repeated augmentation, erasing, Mixup, the distillation script: killed after step 7 of 11."""
+    argv = [
+        *STUDENT,
+        "--epochs",
+        "2",
+        "--save_steps",
+        "7",
+        "--batch_size",
+        "32",
+        "--max_steps",
+        "20",
+        "--deterministic",
+    ]
+
+    def go(folder, *more, dies=False):
+        def before():
+            light_curves()
+            if dies:
+                save = run_folder.save
+
+                def last(*args):
+                    save(*args)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+                run_folder.save = last
+
+        status, out, err = faults.run([*argv, "--output_dir", folder, *more], main_distillation.main, before)
+        assert status == (137 if dies else 0), out + err
+        return out
+
+    go(tmp_path / "whole")
+    go(tmp_path / "cut", "--num_workers", "2", dies=True)
+    assert "and 7 batches" in go(tmp_path / "cut", "--num_workers", "1", "--resume")
+    one, other = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "cut"))
+    for key in ("model", "optimizer", "step", "epoch"):
+        assert differences(one[key], other[key]) == [], key
+    assert differences(*([p["random"] for p in c["processes"]] for c in (one, other))) == []
+
+
+def test_the_same_command_twice_has_the_same_log_and_weights(tmp_path, expected):
+    assert differences(expected, faults.undisturbed(tmp_path)) == []
+
+
+@pytest.mark.parametrize("more", [[], ["--ema", "0.9"]])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatch, capsys, more):
+    argv = [*DIGITS, *more, "--epochs", "4", "--drop_path", "0.2"]
+    assert run(cifar_main.main, [*argv, "--model_path", tmp_path / "a" / "m.pth"], capsys)[0] == 0
+
+    killed_in_epoch_3(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"])
+    (tmp_path / "b" / "m.pth").unlink()
+    status, _, err = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"], capsys)
+    assert status == 2  # an unfinished run is not thrown away
+    assert "--resume resumes it, --overwrite trains anew" in err
+    status, out, _ = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume"], capsys)
+    assert status == 0
+    assert "resuming after epoch 2" in out
+    whole, resumed = (load_checkpoint(tmp_path / run / "checkpoint.pth") for run in "ab")
+    assert all(torch.equal(t, resumed["model"][n]) for n, t in whole["model"].items())
+    logs = [read_json_lines(tmp_path / run / "log.txt") for run in "ab"]
+    assert [r["epoch"] for r in logs[1][1:]] == [1, 2, 3, 4]
+    for one, other in zip(logs[0][1:], logs[1][1:]):
+        for key in ("train_loss", "val_loss", "lr", "step"):
+            assert one[key] == other[key]
+    bests = [load_checkpoint(tmp_path / run / "checkpoint.pth")["best"]["epoch"] for run in "ab"]
+    assert bests[0] == bests[1]

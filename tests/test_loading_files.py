@@ -255,6 +255,16 @@ def test_processes_share_the_search_for_unreadable_images(tmp_path, monkeypatch)
 # Worker processes: a run ends when its work ends, with the right status --------------------------------------------
 
 WORKERS = [*"--data_set FOLDER --model dynamic_vit_cifar --input_size 32 --num_workers 1".split(), *TINY]
+# main_distillation.py under another start method of worker processes, in an interpreter that ends as one does.
+UNDER = """
+if __name__ == "__main__":
+    import multiprocessing, sys
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    sys.path.insert(0, sys.argv.pop(1))
+    sys.argv[0] = "main_distillation.py"
+    import main_distillation, utils
+    utils.run_script(main_distillation.main)
+"""
 SOON = 30  # seconds from the last line to the end of the process: 10 are promised, tests share a slow machine
 
 
@@ -289,26 +299,21 @@ def test_stopped_then_resumed_to_the_end(start, tmp_path, photos, method):
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert saved["step"] > 0
     more = ["--epochs", str(saved["epoch"] + 2), "--val_size", "0", "--resume", "--overwrite"]
-    if method == "fork":  # in an interpreter that ends as one does
-        argv = [*WORKERS, "--data_path", photos, *"--batch_size 4 --output_dir run".split(), *more]
-        out, err = typed(ROOT / "main_distillation.py", *argv, cwd=tmp_path)
-    else:
-        child = start(*more, method=method)
-        child.until("Accuracy")
-        status, out, err = child.end(SOON)
-        assert status == 0, err
+    (tmp_path / "under.py").write_text(UNDER)
+    argv = [*WORKERS, "--data_path", photos, *"--batch_size 4 --output_dir run".split(), *more]
+    out, err = typed("under.py", method, ROOT, *argv, cwd=tmp_path)
     assert err == "" and out.splitlines()[-1].startswith("Accuracy: top-1"), out + err
 
 
-def test_broken_images_end_the_run(start, tmp_path, photos):
+def test_broken_images_end_the_run(tmp_path, photos):
     """One line names all that a batch has."""
     bad = shutil.copytree(photos, tmp_path / "bad")
     broken = [bad / "train" / name for name in ("blue/1.png", "blue/3.png", "red/0.png", "red/2.png", "red/5.png")]
     for file in broken:
         file.write_bytes(file.read_bytes()[:60])
-    child = start(*"--epochs 2 --batch_size 18 --val_size 2 --no-repeated-aug".split(), data=bad)
-    status, _, err = child.end(SOON)
-    assert status == 2 and len(err.splitlines()) == 1 and "Traceback" not in err, err
+    argv = [*WORKERS, "--data_path", bad, *"--epochs 2 --batch_size 18 --val_size 2 --no-repeated-aug".split()]
+    _, err = typed(ROOT / "main_distillation.py", *argv, cwd=tmp_path, status=2)
+    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
     assert sum(str(file) in err for file in broken) >= 3 and err.count("error:") == 1
 
 

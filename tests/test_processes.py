@@ -154,8 +154,9 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, how, cause):
 
 
 def test_what_all_processes_refuse_is_printed_once(tmp_path):
-    script = forked.script("main_distillation.py")
-    _, err = in_processes(2, script, "--distributed", "--data_path", "nowhere", cwd=tmp_path, status=1)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    argv = ["--distributed", "--data_path", "nowhere"]
+    _, err = typed(*torchrun, ROOT / "main_distillation.py", *argv, cwd=tmp_path, status=1)
     words = "there is no folder nowhere/train; give --data_path"
     assert err.count(f"main_distillation.py: error: {words}") == 1
     assert "BadInput" not in err  # no traceback of ours, also in torchrun's summary

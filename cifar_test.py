@@ -22,7 +22,7 @@ def test_model(
     """`score` a checkpoint and print the result.
 
     Returns:
-        `evaluate`'s figures; in a single process also `hits` (M,), whether each image was classified correctly.
+        What `evaluate` does; in a single process also `hits` (M,), whether each image was classified correctly.
 
     Raises:
         BadInput: no checkpoint of this project, or its images are not there.

@@ -195,7 +195,7 @@ def _read_digits(train):
 # Folders of images -----------------------------------------------------------------------------------------------
 
 
-def _find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
+def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
     """('train' and 'test' images, and 'val' if that has a folder; classes; `ImageData.origin`). Nothing is read yet."""
     folders = _folders(name, path) if name in FOLDERS else {}
     if test_size is not None and "all" not in folders:
@@ -349,7 +349,7 @@ def _identity(folder):
 
 def note_left_out(place, left_out: Counter):
     """Print what `image_files` left out in a folder, once a process."""
-    if left_out and _first_time(os.path.abspath(place)):
+    if left_out and first_time(os.path.abspath(place)):
         utils.say(f"note: {_words(left_out)}")
 
 
@@ -367,7 +367,7 @@ HEIF_NEEDS = "HEIC takes a package: pip install pillow-heif"
 
 
 @cache
-def _pillow():
+def pillow():
     """Pillow, once a process: with HEIC if its package is there, without PostScript, and quiet."""
     from PIL import EpsImagePlugin, Image
 
@@ -382,20 +382,20 @@ def _pillow():
 
 def _endings() -> set[str]:
     """Of the formats that are read."""
-    Image = _pillow()
+    Image = pillow()
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 _NOTED = {}
 
 
-def _first_time(what) -> bool:
+def first_time(what) -> bool:
     """Whether this process asks for the first time; of several threads, one is the first."""
     me = object()
     return _NOTED.setdefault(what, me) is me
 
 
-def _held_out(name, parts, classes, val_size) -> tuple[Split, Split | None]:
+def held_out(name, parts, classes, val_size) -> tuple[Split, Split | None]:
     """Training and held-out images."""
     if "val" in parts:
         return parts["train"], parts["val"]

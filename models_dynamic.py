@@ -222,6 +222,7 @@ class DynamicViT(nn.Module):
 
         A block of N tokens takes 2 N D^2 (4 + 2 r) for its products with weights (r: the MLP's ratio) and 4 N^2 D for
         its attention; the last one has queries, projection and MLP only for the tokens that are classified.
+        A formula, since sweeps ask for it often and without weights: torch's FlopCounterMode takes a forward pass.
         """
         args, width, grid = self._model_args, self.embed_dim, self.patch_embed.num_patches
         mlp = 2 * int(width * args["mlp_ratio"])
@@ -430,7 +431,7 @@ def plain_attention_on_cpu(model: nn.Module, device, amp_dtype):
 
 
 def set_fused_attention(model: nn.Module, on: bool):
-    """Fused attention (the default) or plain products, here and in timm's models; the same figures to rounding."""
+    """Fused attention (the default) or plain products, here and in timm's models; the same values to rounding."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = on

@@ -34,8 +34,6 @@ DIGITS = dict(
     data_set="DIGITS", embed_dim=96, depth=6, num_heads=3, patch_size=(8, 8), epochs=12, repeats=3, batch_size=64,
     lr=2e-3, mixup=0.0, cutmix=0.0, reprob=0.0, output_dir="sweeps/digits",
 )  # fmt: skip
-
-
 SAVED = "its progress is saved; the same command resumes"
 
 
@@ -118,7 +116,7 @@ def duration(seconds) -> str:
 
 def about(args, data) -> str:
     sizes = data.description()["images"]
-    epochs = results.counted(args.epochs, "epoch") + (f" of {args.repeats:g} passes" if args.repeats != 1 else "")
+    epochs = utils.counted(args.epochs, "epoch") + (f" of {args.repeats:g} passes" if args.repeats != 1 else "")
     start = " from one trained model" if args.finetune else ""
     model = model_of(grid(args)[0], args)
     return (
@@ -162,11 +160,9 @@ def work(args, data, current, cells, device):
             raise Stopped(stopped.number, SAVED) from None
     write_results(args, data)
     if busy:
-        say(f"other processes are training {results.counted(len(busy), 'cell')}: {', '.join(c.name for c in busy)}")
+        say(f"other processes are training {utils.counted(len(busy), 'cell')}: {', '.join(c.name for c in busy)}")
     if failed:
-        raise RunFailed(
-            f"{results.counted(len(failed), 'cell')} failed, see above: {', '.join(c.name for c in failed)}"
-        )
+        raise RunFailed(f"{utils.counted(len(failed), 'cell')} failed, see above: {', '.join(c.name for c in failed)}")
 
 
 def command(argv, without) -> list[str]:

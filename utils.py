@@ -1,5 +1,5 @@
-"""What every script here needs and that knows nothing of models or data: errors for the user, the command line,
-processes and devices, precision, random states, the JSON log, checkpoint files.
+"""What every script needs and that knows nothing of models or data: errors for the user, the command line, processes
+and devices, precision, random states, files that are written whole.
 """
 
 import argparse
@@ -28,7 +28,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 
 class BadInput(Exception):
-    """Something that the user can fix. One line: what is wrong and what to do. Exit status 2."""
+    """Something that the user can fix. One line: what is wrong; what to do. Exit status 2."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, without what to do."""
+        return str(self).rpartition("; ")[0] or str(self)
 
 
 class RunFailed(Exception):
@@ -77,6 +82,11 @@ def run_script(main, *args):
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def counted(n, noun) -> str:
+    """'1 image', '2 images'"""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def printable(text) -> str:
@@ -329,7 +339,7 @@ def autocast(device, dtype):
 
 @contextmanager
 def full_precision():
-    """Products and convolutions of float32 in float32, not in TF32: around all that computes a figure or a map.
+    """Products and convolutions of float32 in float32, not TF32: around every accuracy, statistic and map.
 
     Also a decorator: `@full_precision()`.
     """

@@ -281,7 +281,7 @@ def write_html(args, model, data, found, blocks, failed):
     name = found[0].name if len(found) == 1 else f"{len(encoded)}_images"
     file = folder / f"attention_{name}.html"
     size = write_viewer(file, f"Attention of {Path(args.model_path).name}", about, encoded)
-    words = f"({size / 1e6:.1f} MB): {len(encoded)} images, blocks {', '.join(map(str, blocks))}"
+    words = f"({size / 1e6:.1f} MB): {utils.counted(len(encoded), 'image')}, blocks {', '.join(map(str, blocks))}"
     utils.say(utils.printable(f"wrote {file} {words}"))
 
 

@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg, is_model
 
 from checkpoints.files import load_checkpoint
 from checkpoints.schema import MODEL_ARGS, TIMM_ARGS, first_wrong
-from checkpoints.weights import _resampled, _shape, convert_keys, load_weights, match_to_model, unwrap
+from checkpoints.weights import convert_keys, load_weights, match_to_model, resample_positions, shape_text, unwrap
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -53,7 +53,7 @@ def at_size(model: DynamicViT, img_size) -> DynamicViT:
     try:
         with torch.device("meta"):
             other = DynamicViT(**(model.model_args | {"img_size": img_size}))
-        state, _ = _resampled(model.state_dict(), model.grid_size, other.grid_size)
+        state, _ = resample_positions(model.state_dict(), model.grid_size, other.grid_size)
     except (RuntimeError, TypeError):  # torch's, for what it cannot allocate and for what it cannot even count
         h, w = to_2tuple(img_size)
         raise ValueError(f"images of {h} x {w} pixels are too large") from None
@@ -125,7 +125,7 @@ def model_from_checkpoint(
 
 def check_same_shapes(state: dict, own: dict):
     """Raise ValueError unless names and shapes are the same: of a model's own weights nothing is resampled."""
-    other = [f"{n} is {_shape(t)}" for n, t in state.items() if n not in own or t.shape != own[n].shape]
+    other = [f"{n} is {shape_text(t)}" for n, t in state.items() if n not in own or t.shape != own[n].shape]
     other += [f"{n} is missing" for n in own if n not in state]
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""

@@ -46,7 +46,7 @@ def match_to_model(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport
     """What of a file's weights goes into `model`, under its names and in its shapes. See `load_weights`."""
     own = model.state_dict()
     if isinstance(model, DynamicViT):
-        state, resampled = _resampled(*convert_keys(state_dict, model.grid_size), model.grid_size)
+        state, resampled = resample_positions(*convert_keys(state_dict, model.grid_size), model.grid_size)
         if "register_tokens" in state and "register_tokens" in own:
             theirs, mine = state["register_tokens"], own["register_tokens"]
             if theirs.shape[1] != mine.shape[1] and theirs.shape[2] == mine.shape[2]:
@@ -59,19 +59,21 @@ def match_to_model(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport
     left_out = [n for n in state if n == "mask_token" or (n in optional and n not in own)]
     left_out += [n for n in heads if n in state and n in own and state[n].shape != own[n].shape]
     state = {n: t for n, t in state.items() if n not in left_out}
-    misfits = [f"{n} {_shape(t)} is unknown here" for n, t in state.items() if n not in own]
+    misfits = [f"{n} {shape_text(t)} is unknown here" for n, t in state.items() if n not in own]
     misfits += [
-        f"{n} is {_shape(t)}, here {_shape(own[n])}" for n, t in state.items() if n in own and t.shape != own[n].shape
+        f"{n} is {shape_text(t)}, here {shape_text(own[n])}"
+        for n, t in state.items()
+        if n in own and t.shape != own[n].shape
     ]
     new = [n for n in own if n not in state]
-    misfits += [f"{n} {_shape(own[n])} is missing" for n in new if n not in optional]
+    misfits += [f"{n} {shape_text(own[n])} is missing" for n in new if n not in optional]
     if misfits:
         shown = misfits[:20] + [f"and {len(misfits) - 20} more"] * (len(misfits) > 20)
         raise ValueError("these weights do not fit the model: " + "; ".join(shown))
     return state, LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
 
 
-def _resampled(state, old_grid, grid) -> tuple[dict, list[str]]:
+def resample_positions(state, old_grid, grid) -> tuple[dict, list[str]]:
     """(state with the patch positions on `grid`, names that this changed)."""
     if "pos_embed" not in state or old_grid == grid:
         return state, []
@@ -101,7 +103,7 @@ def _check_timm_resamples(positions: Tensor, model: VisionTransformer):
         raise ValueError(f"pos_embed has {theirs} rows, here {own}, and timm resamples only those of square images")
 
 
-def _shape(tensor) -> str:
+def shape_text(tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import utils
-from datasets import HEIF_NEEDS, MAX_PIXELS, Split, _first_time, _pillow
+from datasets import HEIF_NEEDS, MAX_PIXELS, Split, first_time, pillow
 from utils import BadInput, number
 
 SHOWN = 20  # images that one error names
 
 
-def _failures(function, numbers, title) -> dict[int, BadInput]:
+def failures(function, numbers, title) -> dict[int, BadInput]:
     """Call `function(number)` for all of them, several at once: the numbers of those that it refused, and why."""
     from tqdm import tqdm
 
@@ -31,7 +31,7 @@ def _failures(function, numbers, title) -> dict[int, BadInput]:
         return {number: error for number, error in zip(numbers, results) if error is not None}
 
 
-def _without(split, errors, part, classes) -> Split:
+def without_errors(split, errors, part, classes) -> Split:
     """A split without the images that `errors` has; they are counted and listed."""
     if not errors:
         return split
@@ -53,24 +53,22 @@ def joined(errors, training=False) -> BadInput:
         errors: as `read_image` raises them.
         training: whether --bad_images can leave some of them out.
     """
-    lines = list(dict.fromkeys(map(str, errors)))
+    different = list({str(error): error for error in errors}.values())
     skip = " (--bad_images skip leaves out training images)" if training else ""
-    if len(lines) == 1:
-        return BadInput(lines[0] + skip)
-    more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    wrong = ", ".join(map(_what_is_wrong, lines[:SHOWN]))
-    return BadInput(f"cannot read {len(lines)} images: {wrong}{more}; fix or remove them{skip}")
+    if len(different) == 1:
+        return BadInput(f"{different[0]}{skip}")
+    more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+    wrong = ", ".join(map(_what_is_wrong, different[:SHOWN]))
+    return BadInput(f"cannot read {len(different)} images: {wrong}{more}; fix or remove them{skip}")
 
 
-def _what_is_wrong(error) -> str:
-    """Of an error of `read_image`, without what to do: 'a.png (it is cut)'."""
-    return str(error).rpartition("; ")[0].removeprefix("cannot read the image ")
+def _what_is_wrong(error: BadInput) -> str:
+    """Of an error of `read_image`: 'a.png (it is cut)'."""
+    return error.problem.removeprefix("cannot read the image ")
 
 
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
          7: "TRANSVERSE", 8: "ROTATE_90"}  # of EXIF's orientation, to see the image upright  # fmt: skip
-
-
 BITS, MAX_VALUE, PHOTOMETRIC, KIND, ORIENTATION = 258, 281, 262, 339, 274  # tags of TIFF and EXIF
 
 
@@ -91,7 +89,7 @@ def read_image(path, max_pixels=MAX_PIXELS, draft=False):
     """
     if not os.path.isfile(path):  # a pipe or a device may never end
         raise BadInput(f"there is no image {path}; give a file")
-    Image = _pillow()
+    Image = pillow()
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow refuses twice as many wherever a file declares them
     try:
         with Image.open(path) as image:
@@ -189,7 +187,7 @@ def _most(high, declared, path) -> int:
 
 def _note_once(kind, text):
     """Print a note, the first of its kind in this process."""
-    if _first_time(kind):
+    if first_time(kind):
         print(f"note: {utils.printable(text)} (and other such images likewise)", flush=True)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import utils
-from datasets import FOLDERS, MAX_PIXELS, ImageData, Split, _find_parts, _held_out, channel_statistics
-from loading.decode import _failures, _without, fit_image, joined, read_image, read_picture
+from datasets import FOLDERS, MAX_PIXELS, ImageData, Split, channel_statistics, find_parts, held_out
+from loading.decode import failures, fit_image, joined, read_image, read_picture, without_errors
 from utils import BadInput, signals_blocked
 
 
@@ -24,20 +24,20 @@ def load_file_data(
     name, path, input_size, val_size=None, crop_pct=0.875, interpolation="bicubic", test_size=None,
     max_pixels=MAX_PIXELS, bad_images="error",
 ) -> ImageData:  # fmt: skip
-    """The same for a `FileLoader`: images in folders stay there, and get ImageNet's mean and standard deviation.
+    """`loading.memory.load_data` for a `FileLoader`: images in folders stay there, and get ImageNet's mean and std.
 
     With `bad_images` 'skip' all processes have to call this together.
 
     Args:
-        val_size: as for `load_data`, but 1 % for IMNET, as in big_vision.
+        val_size: as there, but 1 % for IMNET, as in big_vision.
         crop_pct, interpolation: of evaluation, see `fit_image`.
     """
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    parts, classes, origin = _find_parts(name, path, val_size, test_size, max_pixels)
+    parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels)
     if bad_images == "skip":
         parts |= {part: _readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
-    train, val = _held_out(name, parts, classes, val_size)
+    train, val = held_out(name, parts, classes, val_size)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if name not in FOLDERS:
         mean, std = channel_statistics(train.images)
@@ -55,9 +55,9 @@ def _readable(split, part, classes, at_once=10_000) -> Split:
     # In pieces, so that no process waits for the others longer than a collective of NCCL may take.
     for start in range(0, len(split), at_once * ranks):
         numbers = range(start + utils.rank(), min(start + at_once * ranks, len(split)), ranks)
-        for found in utils.gather(_failures(decode, numbers, f"checking images from {start} on")):
+        for found in utils.gather(failures(decode, numbers, f"checking images from {start} on")):
             errors |= found
-    return _without(split, errors, part, classes)
+    return without_errors(split, errors, part, classes)
 
 
 def picture_transform(size, aa, color_jitter, hflip, interpolation, three_augment=False, simple_crop=False, none=False):
@@ -144,11 +144,13 @@ class WorkerLoader(DataLoader):
     def __iter__(self):
         if self.num_workers and self._iterator is None:
             self.dataset.closing.value = False
+            with signals_blocked():  # the workers begin in here
+                batches = super().__iter__()
             _with_workers.add(self)
-        with signals_blocked():
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)  # the last one is called first: before those of torch and multiprocessing
+        else:
             batches = super().__iter__()
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # the last one is called first: before those of torch and multiprocessing
         for batch in batches:
             if isinstance(batch, BadInput):
                 raise batch

@@ -16,14 +16,14 @@ from datasets import (
     MAX_PIXELS,
     ImageData,
     Split,
-    _find_parts,
-    _held_out,
     channel_statistics,
     eval_transform,
+    find_parts,
     find_split,
+    held_out,
 )
 from loading.augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
-from loading.decode import _failures, _without, fit_image, joined, read_picture
+from loading.decode import failures, fit_image, joined, read_picture, without_errors
 from utils import BadInput
 
 
@@ -42,10 +42,10 @@ def load_data(
     Raises:
         BadInput: nothing there, broken images, classes that differ between the parts, no images to hold out.
     """
-    parts, classes, origin = _find_parts(name, path, val_size, test_size, max_pixels)
+    parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels)
     if name in FOLDERS:
         parts = _parts_in_memory(parts, classes, input_size, f"reading {path}", bad_images)
-    train, val = _held_out(name, parts, classes, val_size)
+    train, val = held_out(name, parts, classes, val_size)
     mean, std = channel_statistics(train.images)
     return ImageData(name, classes, input_size, mean, std, train, val, parts["test"], origin=origin)
 
@@ -68,7 +68,7 @@ def _parts_in_memory(parts, classes, input_size, title, bad_images) -> dict[str,
     refused = [error for part in parts if part == "test" or bad_images == "error" for error in errors[part].values()]
     if refused:
         raise joined(refused, training=len(refused) > len(errors["test"]))
-    return {part: _without(split, errors[part], part, classes) for part, split in parts.items()}
+    return {part: without_errors(split, errors[part], part, classes) for part, split in parts.items()}
 
 
 def _in_memory(split, input_size, title) -> tuple[Split, dict[int, BadInput]]:
@@ -79,7 +79,7 @@ def _in_memory(split, input_size, title) -> tuple[Split, dict[int, BadInput]]:
     def read(i):
         images[i] = fit_image(read_picture(split, i), input_size)
 
-    errors = _failures(read, range(len(split)), title)
+    errors = failures(read, range(len(split)), title)
     return replace(split, images=images), errors
 
 

@@ -213,9 +213,8 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
     except BadInput as error:
         if mine.resume is None or mine.resume not in str(error):
             raise
-        problem = str(error).removeprefix("--resume: ")
-        problem = problem.rpartition(";")[0] or problem  # without advice on flags that a sweep lacks
-        raise BadInput(f"{problem}; move that file away to resume from an older one, or to train anew") from None
+        advice = "move that file away to resume from an older one, or to train anew"
+        raise BadInput(f"{error.problem}; {advice}") from None
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_scores(mine, best, tested), **attention_and_artefacts(mine.model_path, data, device)}
@@ -235,7 +234,7 @@ def resumable(folder) -> str | None:
         if path is not None and load_checkpoint(path).get("best"):
             load_checkpoint(folder / "model.pth")
     except BadInput as error:
-        say(str(error).partition(";")[0])
+        say(error.problem)
         path = None
     if path is None and found:
         say(f"{folder.name} cannot be resumed; it is trained from its beginning")

@@ -15,6 +15,7 @@ from scipy import stats
 
 import utils
 from sweep.cells import describe_positions, hits_of, read_record
+from utils import counted
 
 COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
@@ -203,10 +204,6 @@ def label(row) -> str:
 def mean_and_sd(sample) -> str:
     """'93.00 ± 3.61'"""
     return f"{sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {sample['sd']:.2f}")
-
-
-def counted(n, noun) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def margins(records, along) -> dict[int, dict]:

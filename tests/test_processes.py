@@ -226,4 +226,4 @@ def test_submitit(tmp_path, capsys, monkeypatch):
     _, err = shell("run_with_submitit.py", *argv, "--ngpus", "1", *more, "--depth", "2", cwd=tmp_path, status=1)
     assert "failed; its messages are in" in err
     err = next(logs.glob("*_0_log.err")).read_text()
-    assert "--resume: the model of" in err and "depth is 3 there, 2 here" in err
+    assert "the model of" in err and "depth is 3 there, 2 here" in err

@@ -29,7 +29,7 @@ MAY_DIFFER = (
     "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
     "max_pixels", "bad_images",
 )  # fmt: skip
-MAY_GROW = ("epochs", "warmup_epochs")  # may change, and it is said
+MAY_GROW = ("epochs", "warmup_epochs")  # may change, and that is reported
 # What decides which images are in which batch: the same within an epoch.
 DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
 
@@ -62,9 +62,8 @@ def _locked(path: Path):
     lock = FileLock(path, is_singleton=True)  # a sweep holds the folders of its cells already
     again = lock.is_locked
     try:
-        lock.acquire(
-            timeout=0 if _is_alive(_read_owner(owner)) else 15
-        )  # reading processes outlive a killed one by seconds
+        # Worker processes outlive a killed main process by seconds.
+        lock.acquire(timeout=0 if _is_alive(_read_owner(owner)) else 15)
     except Timeout:
         raise InUse(
             f"{path.parent} is in use by {_describe_owner(owner)}: wait for its end, stop it, or give another folder"
@@ -156,7 +155,7 @@ def newest_readable(folder) -> Path | None:
             os.replace(path, aside)
             older = checkpoints(folder)
             then = f", and {older[0].name} is tried" if older else ""
-            say(f"{str(error).partition(';')[0]}; it is {aside.name} now{then}")
+            say(f"{error.problem}; it is {aside.name} now{then}")
     return None
 
 
@@ -213,25 +212,25 @@ def check_same_run(path, saved: dict, args):
     there = saved["args"] | {"processes": len(saved["processes"])}
     other = _changed_flags(there, here)
     values = {name: [utils.flag_value(flags[name]) for flags in (there, here)] for name in other}
-    said = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
+    changes = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
     if "finetune" in other and args.finetune:
         raise BadInput(
             f"--resume: --finetune was {there['finetune']}, is now {args.finetune}, but the weights are those of "
             f"{path}; give the same --finetune, or leave out --resume"
         )
     if saved["batch"] and set(other) & set(DECIDE_BATCHES):
-        of_batches = "; ".join(words for name, words in zip(other, said) if name in DECIDE_BATCHES)
+        of_batches = "; ".join(words for name, words in zip(other, changes) if name in DECIDE_BATCHES)
         raise BadInput(
             f"{path} is in the middle of an epoch, whose batches are of other images now ({of_batches}): give the "
             "same, or resume from a checkpoint at the end of an epoch"
         )
     if not set(other) <= set(MAY_GROW) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
         raise BadInput(
-            f"{path} is of another run ({'; '.join(said)}): give the same flags, or another --output_dir; --overwrite "
-            "resumes with these"
+            f"{path} is of another run ({'; '.join(changes)}): give the same flags, or another --output_dir; "
+            "--overwrite resumes with these"
         )
-    if said:
-        say(f"note: not as in {path}: {'; '.join(said)}")
+    if changes:
+        say(f"note: not as in {path}: {'; '.join(changes)}")
 
 
 def _folder(args) -> Path:

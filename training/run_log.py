@@ -1,4 +1,4 @@
-"""What a run writes for a reader: lines of JSON, TensorBoard's figures, curves."""
+"""What a run writes for a reader: lines of JSON, TensorBoard's events, curves."""
 
 import json
 import math
@@ -18,7 +18,7 @@ CURVES_EVERY = 30  # seconds, at least; and after the last epoch
 
 
 class RunLogger:
-    """What the first process writes of each epoch: a line of the log, TensorBoard's figures, sometimes the curves."""
+    """What the first process writes of each epoch: a line of the log, TensorBoard's events, sometimes the curves."""
 
     def __init__(self, log: Path, on_tensorboard, epoch):
         self.log, self.drawn, self.epochs = log, -math.inf, None

@@ -9,13 +9,11 @@ from loading.memory import MemoryLoader, read_split
 from utils import say
 
 
-def score(
-    model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False, max_pixels=MAX_PIXELS
-):  # fmt: skip
+def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False, max_pixels=MAX_PIXELS):
     """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
 
     Returns:
-        `evaluate`'s figures, and the true labels of all images.
+        What `evaluate` does, and the true labels of all images.
     """
     data, path = checkpoint["data"], data_folder(checkpoint, data_path)
     share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
@@ -28,5 +26,5 @@ def score(
     check_classes(classes, data["classes"], "the test images", "the model")
     there = data.get("images", {}).get("test", len(split))
     if len(split) != there:
-        say(f"note: {len(split)} test images are here, {there} were there in training")
+        say(f"note: there are {len(split)} test images; in training there were {there}")
     return evaluate(model.to(device), batches, keep_predictions), split.labels

@@ -92,7 +92,7 @@ class TrainingState:
         ):
             other = [f"{k} is {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
             if other:
-                raise BadInput(f"--resume: the {what} of {path} differs: {'; '.join(other)}; give the same flags")
+                raise BadInput(f"the {what} of {path} differs: {'; '.join(other)}; give the same flags")
         run_folder.check_same_run(path, saved, self.args)
 
     def _restore(self, path, saved):

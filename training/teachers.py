@@ -41,7 +41,7 @@ def make_teacher(args, data, device):
 
 
 def _teacher_model(args, data):
-    """(model, mean, std, input_size and whether that is fixed)."""
+    """(model, `images_of` it, with "fixed": whether it takes images of that size only)."""
     name, path = args.teacher_model, args.teacher_path
     checkpoint = load_checkpoint(path) if path else {}
     if "model_args" in checkpoint:

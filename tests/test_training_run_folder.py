@@ -81,7 +81,7 @@ def test_data_that_changed(photos, tmp_path, capsys):
     (data / "test" / "red" / "0.png").unlink()
     argv_eval = ["--eval", "--device", "cpu", "--model_path", tmp_path / "m" / "m.pth"]
     status, out, err = run(cifar_main.main, argv_eval, capsys)
-    assert status == 0 and "note: 5 test images are here, 6 were there" in out, err
+    assert status == 0 and "note: there are 5 test images; in training there were 6" in out, err
     (data / "train" / "red" / "0.png").unlink()
     status, _, err = run(cifar_main.main, [*argv, "--resume"], capsys)
     assert status == 2 and "the data of" in err and "'train': 17" in err

@@ -53,7 +53,7 @@ pytestmark = [
 
 
 def twin(kind):
-    """(model of timm's, DynamicViT with the same weights)."""
+    """(model of timm's, DynamicViT with the same weights, images), in double precision, where rounding hides nothing."""
     name, theirs, ours = TWINS[kind]
     args = dict(img_size=(16, 24), patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5)
     if name == VIT:
@@ -62,7 +62,7 @@ def twin(kind):
     own = DynamicViT(**args, **ours)
     report = load_weights(own, model.state_dict())
     assert not (report.new or report.left_out or report.resampled)
-    return model, own.eval()
+    return model.double(), own.double().eval(), images_of().double()
 
 
 def randomised(model):
@@ -116,8 +116,7 @@ def logits_and_gradients(model, images):
 @twins
 @pytest.mark.parametrize("hooked", [False, True])
 def test_training_equals_timm_with_and_without_hooks(kind, hooked):
-    theirs, ours = twin(kind)
-    images = images_of()
+    theirs, ours, images = twin(kind)
     if kind == "distillation":
         theirs.set_distilled_training()
     with FlopCounterMode(display=False) as whole:
@@ -148,8 +147,8 @@ def with_lora(model):
 
 @twins
 def test_adapters_equal_those_of_timm(kind):
-    theirs, ours = map(with_lora, twin(kind))
-    images = images_of()
+    theirs, ours, images = twin(kind)
+    theirs, ours = with_lora(theirs), with_lora(ours)
     adapters = {n: t for n, t in theirs.state_dict().items() if "lora_" in n}
     assert len(adapters) == 2 * (3 * 4 + 1)  # proj is in each block and in the patch embedding
     ours.load_state_dict(adapters, strict=False)
@@ -186,11 +185,10 @@ def quantized(model):
 @twins
 @torch.no_grad()
 def test_quantized_it_is_timms_quantized(kind):
-    theirs, ours = twin(kind)
-    images = images_of()
+    theirs, ours, images = (part.float() for part in twin(kind))
     expected = quantized(theirs)(images)
     own = quantized(ours)
-    assert "Quantized" in type(own.blocks[-1].attn.qkv).__name__
+    assert isinstance(own.blocks[-1].attn.qkv, torch.ao.nn.quantized.dynamic.Linear)
     # The range of a layer's input is that of all rows, so that without the shortcut it is the same to rounding.
     spread = (expected - theirs(images)).abs().max()
     assert (own(images) - expected).abs().max() < spread
@@ -240,10 +238,10 @@ def grad_cam(model, images, patches):
 
 @twins
 def test_grad_cam_equals_that_of_timm(kind):
-    theirs, ours = twin(kind)
+    theirs, ours, images = twin(kind)
     patches = slice(theirs.num_prefix_tokens, None)
-    expected = grad_cam(theirs, images_of(), patches)
-    found = grad_cam(ours, images_of(), ours.token_layout(3).patches)
+    expected = grad_cam(theirs, images, patches)
+    found = grad_cam(ours, images, ours.token_layout(3).patches)
     assert near(found, expected)
     # With a class token no gradient reaches the patches of the last block, here as in timm.
     assert (expected.abs().max() > 0) == (ours.global_pool == "avg")
@@ -315,10 +313,10 @@ def test_extracted_features_are_of_all_tokens(kind):
 @pytest.mark.parametrize("method", ["fx", "hook"])
 @torch.no_grad()
 def test_timms_attention_extract(kind, method):
-    model = tiny(**LAYOUTS[kind])
-    expected = [model.attention(images_of(), i) for i in range(4)]
+    model, images = tiny(**LAYOUTS[kind]).double(), images_of().double()
+    expected = [model.attention(images, i) for i in range(4)]
     set_fused_attention(model, False)
-    maps = AttentionExtract(model, method=method)(images_of())
+    maps = AttentionExtract(model, method=method)(images)
     assert len(maps) == 4
     for found, attention in zip(maps.values(), expected):
         assert near(found, attention, 1e-6)
@@ -350,8 +348,7 @@ def test_pretrained_cfg_names_the_layers(kind):
 @twins
 @torch.no_grad()
 def test_features_head_and_classifier_as_in_timm(kind):
-    theirs, ours = twin(kind)
-    images = images_of()
+    theirs, ours, images = twin(kind)
     found, expected = ours.forward_features(images), theirs.forward_features(images)
     assert near(found, to_our_order(expected, ours, 1))
     assert near(ours.forward_head(found), theirs(images))
@@ -410,20 +407,18 @@ def same(found, expected, model):
 @pytest.mark.parametrize("asked", ASKED)
 @torch.no_grad()
 def test_intermediates_are_those_of_timm(kind, asked):
-    theirs, ours = twin(kind)
-    asked, images = ASKED[asked], images_of()
+    theirs, ours, images = twin(kind)
+    asked = ASKED[asked]
     expected, found = (model.forward_intermediates(images, **asked) for model in (theirs, ours))
-    if kind == "bare" and ours.num_prefix_tokens == 1:
-        assert same(found, expected, ours)
     assert same(found, expected, ours)
 
 
 @twins
 @torch.no_grad()
 def test_intermediate_layers_are_those_of_timm(kind):
-    theirs, ours = twin(kind)
+    theirs, ours, images = twin(kind)
     for asked in (dict(n=2), dict(n=[0, 3], reshape=True, norm=True), dict(n=1, return_prefix_tokens=True)):
-        expected, found = (model.get_intermediate_layers(images_of(), **asked) for model in (theirs, ours))
+        expected, found = (model.get_intermediate_layers(images, **asked) for model in (theirs, ours))
         assert same(found, expected, ours)
 
 
@@ -459,7 +454,8 @@ def test_features_only(kind):
 @torch.no_grad()
 def test_set_input_size_is_at_size(kind):
     model = tiny(**LAYOUTS[kind])
-    other = at_size(model, (32, 16))
+    other = DynamicViT(**model.model_args | {"img_size": (32, 16)}).eval()
+    load_weights(other, {"model": model.state_dict(), "model_args": model.model_args})
     same_model = copy.deepcopy(model)
     same_model.set_input_size((32, 16))
     images = torch.randn(2, 3, 32, 16)
@@ -477,8 +473,8 @@ def test_set_input_size_is_at_size(kind):
 
 @torch.no_grad()
 def test_set_input_size_resamples_as_timm_does():
-    theirs, ours = twin("registers")
-    images = torch.randn(2, 3, 32, 16)
+    theirs, ours, _ = twin("registers")
+    images = torch.randn(2, 3, 32, 16).double()
     for model in (theirs, ours):
         model.set_input_size(img_size=(32, 16))
     assert near(ours(images), theirs(images))
@@ -510,15 +506,18 @@ def test_names_of_weights_are_those_of_the_reference_implementation():
 
 
 def eva_twin(ours=None, **kwargs):
-    """(timm's small DINOv3 in little, DynamicViT with the same weights)."""
+    """(timm's small DINOv3 in little, DynamicViT with the same weights), in double precision."""
     args = dict(img_size=64, embed_dim=24, depth=3, num_heads=3, num_classes=5, mlp_ratio=2.0)
     theirs = randomised(timm.create_model("vit_small_patch16_dinov3", **args, **kwargs))
     own = DynamicViT(
         **args, rope=True, norm_eps=1e-5, init_values=1e-5, qkv_bias=False, num_register_tokens=4, **(ours or {})
     )
-    weights = {n.replace("reg_token", "register_tokens"): t for n, t in theirs.state_dict().items()}
-    own.load_state_dict(weights)
-    return theirs, own.eval()
+    names = {"reg_token": "register_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    for name, weights in list(theirs.state_dict().items()):
+        for their_name, our_name in names.items():
+            name = name.replace(their_name, our_name)
+        own.state_dict()[name].copy_(weights)
+    return theirs.double(), own.double().eval()
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -527,7 +526,7 @@ def eva_twin(ours=None, **kwargs):
 def test_equals_timms_dinov3(pool, swiglu):
     more = dict(swiglu_mlp=True, swiglu_align_to=8) if swiglu else {}
     theirs, ours = eva_twin(dict(global_pool=pool, swiglu=swiglu), global_pool=pool, **more)
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 3, 64, 64).double()
     assert near(ours(images), theirs(images))
     found, seen = attention_rows(ours, images, range(3)), attention_rows(theirs, images, range(3))
     for i, expected in enumerate(softmaxes(theirs, images)):
@@ -539,7 +538,7 @@ def test_equals_timms_dinov3(pool, swiglu):
 def test_rotary_positions_at_another_size_are_timms():
     theirs, ours = eva_twin(dict(global_pool="token"), global_pool="token")
     ours.set_input_size((32, 96))
-    images = torch.randn(2, 3, 32, 96, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 3, 32, 96).double()
     assert near(ours(images), theirs(images))
 
 

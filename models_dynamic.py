@@ -9,32 +9,36 @@ Letters: B batch, N tokens now in the sequence, P patches, R registers, D width,
 K classes; h, w pixels; gh, gw the grid of patches. Blocks are counted from 0.
 
 Sources: ViT (arXiv 2010.11929), DeiT and its distillation token (2012.12877), CaiT, a class token that enters late
-(2103.17239), "Vision Transformers Need Registers" (2309.16588). Blocks and layers are timm's.
+(2103.17239), "Vision Transformers Need Registers" (2309.16588), DINOv3 (2508.10104). Blocks and layers are timm's.
 """
 
 import math
-import operator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, to_2tuple
-from timm.models import register_model
-from timm.models.vision_transformer import Block
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention, Mlp, PatchEmbed, SwiGLU, apply_rot_embed_cat, resample_abs_pos_embed, to_2tuple
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
+
+from inspection.attention import AttentionMaps, attention_maps, attention_rows, check_block, set_fused_attention
 
 # register_model appends the registered sizes (and would make a list of them alone).
 __all__ = [
     "SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz",
 ]  # fmt: skip
 
-DEFAULT_NORM = partial(nn.LayerNorm, eps=1e-6)
 TOKENS = ("cls_token", "dist_token", "register_tokens")
+MODERN = dict(global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6)  # if it is used
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
@@ -57,20 +61,53 @@ class TokenLayout:
     registers: slice | None
     length: int
     dist: slice | None = None
+    pool: slice | None = None  # queries of an attention pooling, which are no tokens of the sequence
+
+    def __str__(self) -> str:
+        names = {"cls": "CLS", "dist": "distillation", "patches": "patches", "registers": "registers", "pool": "pool"}
+        parts = [(getattr(self, part), word) for part, word in names.items() if getattr(self, part) is not None]
+        spans = [
+            f"{word} {part.start}" + f"..{part.stop - 1}" * (part.stop - part.start > 1)
+            for part, word in sorted(parts, key=lambda pair: pair[0].start)
+        ]
+        return f"{' | '.join(spans)} ({self.length} tokens)"
 
 
-@dataclass
-class AttentionMaps:
-    """Attention from CLS, the distillation token, each register and chosen patches to every patch, at one block.
+class TokenAttention(Attention):
+    """timm's attention, with rotary positions, and on demand for the first tokens alone: all are still attended to."""
 
-    Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to those tokens.
-    A token that has not entered yet is None, and so are the patches if none were chosen.
-    """
+    def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
+        """(B, N, D), sines and cosines (N, 2d), number of first tokens (None: all) -> (B, rows, D)."""
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = apply_rot_embed_cat(q, rope, half=True).type_as(v)
+            k = apply_rot_embed_cat(k, rope, half=True).type_as(v)
+        q = q[:, :, :rows]  # (B, H, rows, d)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
-    cls: Tensor | None  # (B, H, gh, gw)
-    registers: Tensor | None  # (B, R, H, gh, gw)
-    dist: Tensor | None = None  # (B, H, gh, gw)
-    patches: Tensor | None = None  # (B, number of chosen patches, H, gh, gw)
+
+class TokenBlock(Block):
+    """timm's block, with rotary positions, and on demand for the first tokens alone."""
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
+        """Shapes as of `TokenAttention`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles the rest of a condition
+            if rows is not None and isinstance(x, torch.fx.Proxy):
+                # A traced graph has both: its first softmax of this block, and the last value, are of all tokens.
+                every, some = self._output(x, rope, None), self._output(x, rope, rows)
+                every.contiguous()
+                return some
+        return self._output(x, rope, rows)
+
+    def _output(self, x: Tensor, rope: Tensor | None, rows: int | None) -> Tensor:
+        x = x[:, :rows] + self.drop_path1(self.ls1(self.attn(self.norm1(x), rope, rows)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class DynamicViT(nn.Module):
@@ -89,12 +126,20 @@ class DynamicViT(nn.Module):
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate at the last block.
         init_values: initial LayerScale (CaiT, arXiv 2103.17239); None: no LayerScale.
-        norm_layer: a model with another one than the default cannot be described by `model_args`.
+        norm_layer: a model with its own cannot be described by `model_args`; None: LayerNorm with `norm_eps`.
+        global_pool: what is classified: "token" (CLS), "avg" (the mean of the patches), or "" for all tokens, as in
+            timm; None: CLS if there is one, else the mean.
+        fc_norm: normalise the mean of the patches rather than the patches, as timm's ViTs with global_pool="avg" do.
+        qk_norm: LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442).
+        rope: rotary positions on the patches in DINOv3's form (arXiv 2508.10104), in place of a position embedding.
+        swiglu: SwiGLU in place of the MLP with GELU (arXiv 2002.05202; timm's layer).
 
     Raises:
         ValueError: a position outside the blocks, a width that the heads do not divide, an image that the
             patches do not tile.
     """
+
+    __jit_unused_properties__: ClassVar = ["model_args", "grid_size"]
 
     def __init__(
         self,
@@ -114,58 +159,79 @@ class DynamicViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         init_values: float | None = None,
-        norm_layer=DEFAULT_NORM,
+        norm_layer=None,
         dist_pos: int | None = None,
+        global_pool: str | None = None,
+        fc_norm: bool = False,
+        qk_norm: bool = False,
+        rope: bool = False,
+        swiglu: bool = False,
+        norm_eps: float = 1e-6,
     ):
+        args = {name: value for name, value in locals().items() if name not in ("self", "__class__", "norm_layer")}
         super().__init__()
         img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        if embed_dim % num_heads:
-            raise ValueError(f"width {embed_dim} is not divisible by {num_heads} heads")
-        if img_size[0] % patch_size[0] or img_size[1] % patch_size[1] or 0 in img_size:
-            raise ValueError(
-                f"an image of {img_size[0]} x {img_size[1]} pixels is not divisible into patches of "
-                f"{patch_size[0]} x {patch_size[1]}"
-            )
-        if int(embed_dim * mlp_ratio) < 1:
-            raise ValueError(f"an MLP ratio of {mlp_ratio} leaves no hidden unit")
-        if num_register_tokens < 0:
-            raise ValueError(f"the number of registers must be at least 0, not {num_register_tokens}")
+        self._check_sizes(args | dict(img_size=img_size, patch_size=patch_size))
         self.depth, self.embed_dim, self.num_classes = depth, embed_dim, num_classes
+        self.num_features = self.head_hidden_size = embed_dim  # timm's names
         self.num_register_tokens = num_register_tokens
-        self.cls_pos = None if cls_pos is None else self._check_block(cls_pos, "cls_pos")
-        self.reg_pos = self._check_block(reg_pos, "reg_pos") if num_register_tokens else None
-        self.dist_pos = None if dist_pos is None else self._check_block(dist_pos, "dist_pos")
-        self._norm_layer = norm_layer
-        self._model_args = dict(
-            img_size=tuple(img_size), patch_size=tuple(patch_size), in_chans=in_chans, num_classes=num_classes,
-            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
-            num_register_tokens=num_register_tokens, cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0,
-            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate, init_values=init_values,
+        self.cls_pos = None if cls_pos is None else check_block(cls_pos, depth, "cls_pos")
+        self.reg_pos = check_block(reg_pos, depth, "reg_pos") if num_register_tokens else None
+        self.dist_pos = None if dist_pos is None else check_block(dist_pos, depth, "dist_pos")
+        entries = (self.cls_pos, self.dist_pos, self.reg_pos)
+        self._entries = tuple(depth if entry is None else entry for entry in entries)  # depth: never
+        self.num_prefix_tokens = (self.cls_pos is not None) + (self.dist_pos is not None)  # in front of the patches
+        self.global_pool = ("avg" if cls_pos is None else "token") if global_pool is None else global_pool
+        if self.global_pool not in ("token", "avg", "") or (self.global_pool == "token" and cls_pos is None):
+            raise ValueError(f"global_pool {global_pool!r} is none of 'token' (with a class token), 'avg' and ''")
+        self._model_args = args | dict(
+            img_size=tuple(img_size), patch_size=tuple(patch_size), cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0,
             dist_pos=self.dist_pos,
         )  # fmt: skip
+        self._own_norm = norm_layer is not None
+        norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
-        if self.cls_pos is not None:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        if self.dist_pos is not None:
-            self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        if num_register_tokens:
-            self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim))
+        counts = {"pos_embed": 0 if rope else self.patch_embed.num_patches, "cls_token": int(cls_pos is not None)}
+        counts |= {"dist_token": int(dist_pos is not None), "register_tokens": num_register_tokens}
+        for name, count in counts.items():
+            if count:
+                setattr(self, name, nn.Parameter(torch.empty(1, count, embed_dim)))
+        self.rope = RotaryEmbeddingDinoV3(embed_dim // num_heads, feat_shape=list(self.grid_size)) if rope else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
-            Block(
-                embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop=drop_rate, attn_drop=attn_drop_rate,
+            TokenBlock(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_drop=drop_rate, attn_drop=attn_drop_rate,
                 init_values=init_values, drop_path=drop_path_rate * i / max(depth - 1, 1), norm_layer=norm_layer,
+                act_layer=nn.SiLU if swiglu else nn.GELU, mlp_layer=SwiGLU if swiglu else Mlp,
+                attn_layer=TokenAttention,
             )
             for i in range(depth)
         )  # fmt: skip
-        self.norm = norm_layer(embed_dim)
+        self.norm = nn.Identity() if fc_norm else norm_layer(embed_dim)
+        self.fc_norm = norm_layer(embed_dim) if fc_norm else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if self.dist_pos is not None:
             self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self._grad_checkpointing = False
+        self.feature_info = [
+            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(patch_size)) for i in range(depth)
+        ]
+        self.grad_checkpointing = False
         self._init_weights()
+
+    @staticmethod
+    def _check_sizes(args: dict):
+        (h, w), (ph, pw), heads = args["img_size"], args["patch_size"], args["num_heads"]
+        if args["embed_dim"] % heads:
+            raise ValueError(f"width {args['embed_dim']} is not divisible by {heads} heads")
+        if h % ph or w % pw or 0 in (h, w):
+            raise ValueError(f"an image of {h} x {w} pixels is not divisible into patches of {ph} x {pw}")
+        if int(args["embed_dim"] * args["mlp_ratio"]) < 1:
+            raise ValueError(f"an MLP ratio of {args['mlp_ratio']} leaves no hidden unit")
+        if args["num_register_tokens"] < 0:
+            raise ValueError(f"the number of registers must be at least 0, not {args['num_register_tokens']}")
+        if args["rope"] and args["embed_dim"] // heads % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of 4, not {args['embed_dim'] // heads}")
 
     def _init_weights(self):
         for module in self.modules():
@@ -180,39 +246,57 @@ class DynamicViT(nn.Module):
     @property
     def model_args(self) -> dict:
         """Plain values from which `DynamicViT(**model_args)` builds this model again."""
-        if self._norm_layer is not DEFAULT_NORM:
+        if self._own_norm:
             raise ValueError("a model with its own norm_layer cannot be described by plain values")
-        return dict(self._model_args)
+        return {name: arg for name, arg in self._model_args.items() if name not in MODERN or arg != MODERN[name]}
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """(gh, gw)."""
         return self.patch_embed.grid_size
 
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are tokens or positions; timm's optimizers ask for them."""
         return {name for name in ("pos_embed", *TOKENS) if hasattr(self, name)}
 
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True):
         """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory."""
-        self._grad_checkpointing = enable
+        self.grad_checkpointing = enable
 
-    def _check_block(self, block, what="block") -> int:
-        block = operator.index(block)
-        if not 0 <= block < self.depth:
-            also = ", or None for no such token" if what in ("cls_pos", "dist_pos") else ""
-            raise ValueError(f"{what} {block} is outside the model: its blocks are 0..{self.depth - 1}{also}")
-        return block
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None):
+        """New heads for `num_classes` (0: none), as timm's models have it."""
+        if global_pool is not None:
+            self.global_pool = self._model_args["global_pool"] = global_pool
+        self.num_classes = self._model_args["num_classes"] = num_classes
+        for name in ("head", "head_dist")[: 1 + (self.dist_pos is not None)]:
+            like = self.patch_embed.proj.weight
+            head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+            setattr(self, name, head if num_classes else nn.Identity())
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]):
+        """For images of another size, as in timm: the patch positions are resampled (bicubic)."""
+        img_size, old_grid = to_2tuple(img_size), self.grid_size
+        self._check_sizes(self._model_args | {"img_size": img_size})
+        self.patch_embed.set_input_size(img_size)
+        self._model_args["img_size"] = tuple(img_size)
+        if self.rope is not None:
+            self.rope.update_feat_shape(list(self.grid_size))
+        elif self.grid_size != old_grid:
+            positions = resample_abs_pos_embed(self.pos_embed, self.grid_size, old_grid, num_prefix_tokens=0)
+            self.pos_embed = nn.Parameter(positions.detach(), requires_grad=self.pos_embed.requires_grad)
 
     def token_layout(self, block: int) -> TokenLayout:
         """Layout of the sequence at the input of `block`. Raises ValueError outside 0..depth-1."""
-        block = self._check_block(block)
-        counts = (
-            self.cls_pos is not None and block >= self.cls_pos,
-            self.dist_pos is not None and block >= self.dist_pos,
-            self.patch_embed.num_patches,
-            self.num_register_tokens if self.reg_pos is not None and block >= self.reg_pos else 0,
-        )
+        cls, dist, registers = self._present(check_block(block, self.depth))
+        counts = (cls, dist, self.patch_embed.num_patches, registers)
         ends = list(accumulate(counts))
         cls, dist, patches, registers = (slice(end - n, end) if n else None for n, end in zip(counts, ends))
         return TokenLayout(cls, patches, registers, ends[-1], dist)
@@ -221,204 +305,152 @@ class DynamicViT(nn.Module):
         """Multiplications and additions in the matrix products of `forward` for one image.
 
         A block of N tokens takes 2 N D^2 (4 + 2 r) for its products with weights (r: the MLP's ratio) and 4 N^2 D for
-        its attention; the last one has queries, projection and MLP only for the tokens that are classified.
+        its attention; the last one has attention rows, projection and MLP only for the tokens that are classified.
         A formula, since sweeps ask for it often and without weights: torch's FlopCounterMode takes a forward pass.
         """
         args, width, grid = self._model_args, self.embed_dim, self.patch_embed.num_patches
-        mlp = 2 * int(width * args["mlp_ratio"])
+        mlp = (3 if args["swiglu"] else 2) * int(width * args["mlp_ratio"])
         flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
         for block in range(self.depth):
-            layout = self.token_layout(block)
-            tokens = rows = layout.length
+            tokens = rows = self.token_layout(block).length
             if block == self.depth - 1:
-                rows = self._classified(layout).stop
-            flops += 2 * width * (tokens * 2 * width + rows * (2 * width + mlp)) + 4 * rows * tokens * width
+                rows = self._classified() or tokens
+            flops += 2 * width * (tokens * 3 * width + rows * (width + mlp)) + 4 * rows * tokens * width
         return flops + 2 * width * self.num_classes * (1 + (self.dist_pos is not None))
+
+    def _classified(self) -> int | None:
+        """How many first tokens of the last block the heads read; None: all."""
+        patches = self.patch_embed.num_patches if self.global_pool == "avg" else 0
+        return self.num_prefix_tokens + patches if self.global_pool else None
+
+    @torch.jit.unused
+    def _needed(self) -> int | None:
+        """How many first tokens the last block has to compute; None: all, since somebody watches its modules."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        watched = any(getattr(module, kind) for module in self.blocks[-1].modules() for kind in hooks)
+        return None if watched else self._classified()
+
+    def _present(self, block: int) -> tuple[int, int, int]:
+        """How many class, distillation and register tokens there are at the input of `block`."""
+        cls, dist, registers = self._entries
+        return int(block >= cls), int(block >= dist), self.num_register_tokens if block >= registers else 0
 
     def _enter(self, x: Tensor, block: int) -> Tensor:
         """The sequence with the tokens added that enter at `block`."""
-        tokens = [x]
-        if block == self.dist_pos:  # behind CLS, in front of the patches
-            first = int(self.cls_pos is not None and block > self.cls_pos)
-            tokens = [x[:, :first], self.dist_token.expand(len(x), -1, -1), x[:, first:]]
-        if block == self.cls_pos:
-            tokens.insert(0, self.cls_token.expand(len(x), -1, -1))
-        if block == self.reg_pos:
-            tokens.append(self.register_tokens.expand(len(x), -1, -1))
-        return torch.cat(tokens, dim=1) if len(tokens) > 1 else x
-
-    def _block(self, block: Block, x: Tensor) -> Tensor:
-        if self._grad_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, x, use_reentrant=False)
-        return block(x)
-
-    def _input_of(self, images: Tensor, block: int, visit=None) -> Tensor:
-        """Input of `block`, (B, N, D). `visit(i, x)` is shown the input of every block up to it."""
-        x = self.pos_drop(self.patch_embed(images) + self.pos_embed)  # (B, P, D)
-        for i in range(block + 1):
-            if i:
-                x = self._block(self.blocks[i - 1], x)
-            x = self._enter(x, i)
-            if visit is not None:
-                visit(i, x)
+        at_cls, at_dist, at_registers = self._entries
+        if hasattr(self, "dist_token") and block == at_dist:  # behind CLS, in front of the patches
+            first = int(block > at_cls)
+            x = torch.cat([x[:, :first], self.dist_token.expand(x.shape[0], -1, -1), x[:, first:]], dim=1)
+        if hasattr(self, "cls_token") and block == at_cls:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if hasattr(self, "register_tokens") and block == at_registers:
+            x = torch.cat([x, self.register_tokens.expand(x.shape[0], -1, -1)], dim=1)
         return x
+
+    def _rotations(self, block: int) -> Tensor | None:
+        """Sines and cosines of the positions, (N, 2d), which leave all tokens but the patches as they are."""
+        if self.rope is None:
+            return None
+        cls, dist, registers = self._present(block)
+        sines, cosines = self.rope.get_embed().chunk(2, dim=-1)  # (P, d)
+        around = [0, 0, cls + dist, registers]
+        return torch.cat([F.pad(sines, around), F.pad(cosines, around, value=1.0)], dim=-1)
+
+    def _features(self, images: Tensor, rows: int | None, outputs: list[Tensor] | None = None) -> Tensor:
+        """(B, N, D), normalised, of the last block's first `rows` tokens (None: all); `outputs` gets every block's."""
+        x = self.patch_embed(images)  # (B, P, D)
+        if hasattr(self, "pos_embed"):
+            x = x + self.pos_embed
+        x = self.pos_drop(x)
+        for i, block in enumerate(self.blocks):
+            x = self._enter(x, i)
+            rope = self._rotations(i)
+            some = rows if i == self.depth - 1 else None
+            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+                x = checkpointed(block, x, rope, some, use_reentrant=False)
+            else:
+                x = block(x, rope, some)
+            if outputs is not None:
+                outputs.append(x)
+        return self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, N, D): every token after the last block, normalised, in its layout."""
-        return self.norm(self.blocks[-1](self._input_of(images, self.depth - 1)))
+        return self._features(images, None)
 
-    @staticmethod
-    def _classified(layout: TokenLayout) -> slice:
-        """What the heads read: CLS and the distillation token, or everything up to the last patch without CLS."""
-        last = layout.patches if layout.cls is None else layout.dist or layout.cls
-        return slice(0, last.stop)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, N, D) of the last layout -> (B, K) logits; `pre_logits`: (B, D), what the head classifies.
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, 3, h, w) -> (B, K) logits.
+        With a distillation token, training gives the logits of both heads, and evaluation their mean (DeiT).
+        """
+        pooled = x
+        if self.global_pool == "avg":
+            first = self.num_prefix_tokens
+            pooled = x[:, first : first + self.patch_embed.num_patches].mean(dim=1)
+        elif self.global_pool == "token":
+            pooled = x[:, 0]
+        pooled = self.fc_norm(pooled)
+        if pre_logits:
+            return pooled
+        logits = self.head(pooled)
+        if not hasattr(self, "head_dist") or self.global_pool == "":
+            return logits
+        of_dist = self.head_dist(x[:, self.num_prefix_tokens - 1])
+        if self.training and not torch.jit.is_scripting():
+            return logits, of_dist
+        return (logits + of_dist) / 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, K) logits; see `forward_head`.
 
         The last block computes only what is classified: CLS, or the patches where there is no CLS, and the
-        distillation token. With that, training gives the logits of both heads, and evaluation their mean (DeiT).
+        distillation token.
         """
-        layout = self.token_layout(self.depth - 1)
-        x = self._input_of(images, self.depth - 1)  # (B, N, D)
-        return self._classify(_block_rows(self.blocks[-1], x, self._classified(layout)), layout)
+        rows = None if torch.jit.is_scripting() else self._needed()
+        return self.forward_head(self._features(images, rows))
 
-    def _classify(self, x: Tensor, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.norm(x)
-        logits = self.head(x[:, layout.cls or layout.patches].mean(dim=1))  # of one token if that is CLS
-        if layout.dist is None:
-            return logits
-        of_dist = self.head_dist(x[:, layout.dist].mean(dim=1))
-        return (logits, of_dist) if self.training else (logits + of_dist) / 2
+    @torch.jit.ignore
+    def forward_intermediates(
+        self, x: Tensor, indices=None, return_prefix_tokens=False, norm=False, stop_early=False, output_fmt="NCHW",
+        intermediates_only=False, output_dict=False, attn_mask=None,
+    ):  # fmt: skip
+        """Outputs of blocks, as timm's VisionTransformer gives them: the patches of each, (B, D, gh, gw) or (B, P, D).
 
-    @torch.no_grad()
+        `return_prefix_tokens`: with each, the other tokens that have entered by then, in their order.
+        """
+        if attn_mask is not None or output_fmt not in ("NCHW", "NLC"):
+            raise ValueError("there is no attention mask here, and the formats are NCHW and NLC")
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        outputs: list[Tensor] = []
+        last = self._features(x, None, outputs)
+        found, others = [], []
+        for i in taken:
+            y, patches = self.norm(outputs[i]) if norm else outputs[i], self.token_layout(i).patches
+            others.append(torch.cat([y[:, : patches.start], y[:, patches.stop :]], dim=1))
+            y = y[:, patches]
+            found.append(y.transpose(1, 2).unflatten(2, self.grid_size).contiguous() if output_fmt == "NCHW" else y)
+        if output_dict:
+            both = {"image_intermediates": found}
+            both |= {"image_intermediates_prefix": others} if return_prefix_tokens else {}
+            return both if intermediates_only else both | {"image_features": last}
+        found = list(zip(found, others)) if return_prefix_tokens else found
+        return found if intermediates_only else (last, found)
+
+    get_intermediate_layers = torch.jit.ignore(VisionTransformer.get_intermediate_layers)
+    prune_intermediate_layers = torch.jit.ignore(VisionTransformer.prune_intermediate_layers)
+
+    @torch.jit.ignore
     def attention(self, images: Tensor, block: int) -> Tensor:
         """(B, 3, h, w) -> (B, H, N, N): the softmaxed attention of `block`, rows attend to columns, without dropout.
 
         Raises ValueError outside 0..depth-1.
         """
-        block = self._check_block(block)
-        with _eval_mode(self):
-            x = self._input_of(images, block)
-            return _attention_rows(self.blocks[block], x, [slice(None)])
+        return attention_rows(self, images, [block])[block]
 
-    @torch.no_grad()
-    def projections(self, images: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, h, w) -> queries, keys and values of `block`, each (B, H, N, d), in its token layout.
-
-        Raises ValueError outside 0..depth-1.
-        """
-        block = self._check_block(block)
-        with _eval_mode(self):
-            x = self._input_of(images, block)
-            return tuple(_heads(self.blocks[block].attn, self.blocks[block].norm1(x), 0, 3))
-
-    @torch.no_grad()
+    @torch.jit.ignore
     def attention_maps(self, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
-        """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
-
-        Args:
-            patches: (x, y) of patches whose maps are wanted too, column and row in the grid, counted from 0.
-
-        Raises ValueError for a block outside 0..depth-1, and for a patch outside the grid.
-        """
-        wanted = {self._check_block(block) for block in blocks}
-        maps = {}
-
-        def visit(i, x):
-            if i in wanted:
-                layout = self.token_layout(i)
-                maps[i] = self._cut_maps(
-                    layout, patches, lambda rows: _attention_rows(self.blocks[i], x, rows)[..., layout.patches]
-                )
-
-        if wanted:
-            with _eval_mode(self):
-                self._input_of(images, max(wanted), visit)
-        return maps
-
-    def _cut_maps(self, layout: TokenLayout, patches, of_rows) -> AttentionMaps:
-        """`of_rows`: places of tokens in the sequence -> (B, H, number of those tokens, P)."""
-        tokens = {"cls": layout.cls, "dist": layout.dist, "registers": layout.registers}
-        rows = {name: [part] for name, part in tokens.items() if part is not None}
-        gh, gw = self.grid_size
-        for x, y in patches:
-            if not (0 <= x < gw and 0 <= y < gh):
-                raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
-            at = layout.patches.start + y * gw + x
-            rows.setdefault("patches", []).append(slice(at, at + 1))
-        if not rows:
-            return AttentionMaps(None, None)
-        attn = of_rows([part for parts in rows.values() for part in parts])
-        attn = attn.unflatten(-1, self.grid_size).transpose(1, 2)  # (B, rows, H, gh, gw)
-        counts = [sum(part.stop - part.start for part in parts) for parts in rows.values()]
-        maps = dict(zip(rows, attn.split(counts, dim=1)))
-        one = {name: maps[name][:, 0] if name in maps else None for name in ("cls", "dist")}
-        return AttentionMaps(registers=maps.get("registers"), patches=maps.get("patches"), **one)
-
-    @torch.no_grad()
-    def attention_rollout(self, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
-        """(B, 3, h, w) -> {block: AttentionMaps} of one "head": from which patches of the image a token's content has
-        come by the end of that block, as far as attention tells.
-
-        Attention rollout (Abnar & Zuidema, arXiv 2005.00928): in each block the mean over heads, averaged with the
-        identity for the residual connection; the product over the blocks. A token brings nothing of the patches
-        when it enters, so a map adds up to less than 1 by what is left of the tokens themselves.
-
-        Args and errors are those of `attention_maps`.
-        """
-        wanted = {self._check_block(block) for block in blocks}
-        if not wanted:
-            return {}
-        maps, shares = {}, None  # shares: (B, N, P)
-
-        def attention(i, attn):
-            nonlocal shares
-            layout = self.token_layout(i)
-            entered = attn.new_zeros(len(attn), layout.length, self.patch_embed.num_patches)
-            if i == 0:
-                entered[:, layout.patches] = torch.eye(self.patch_embed.num_patches, device=attn.device)
-            else:
-                before = self.token_layout(i - 1)
-                for part in ("cls", "dist", "patches", "registers"):
-                    if getattr(before, part) is not None:
-                        entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
-            shares = (attn.mean(dim=1) @ entered + entered) / 2
-            if i in wanted:
-                maps[i] = self._cut_maps(
-                    layout, patches, lambda rows: torch.cat([shares[:, None, part] for part in rows], dim=2)
-                )
-
-        self.trace(images, attention=attention, last=max(wanted))
-        return maps
-
-    @torch.no_grad()
-    def trace(self, images: Tensor, *, tokens=None, attention=None, output=None, last: int | None = None):
-        """The forward pass in evaluation mode with all of its attention laid open, to be watched or changed.
-
-        Args:
-            tokens: called with (i, x): the input of block i, (B, N, D).
-            attention: called with (i, attn): its attention, (B, H, N, N), rows attend to columns.
-            output: called with (i, x): its output, (B, N, D).
-            last: the block to stop behind; by default, all are run.
-                What a function returns is used in place of what it was given, unless that is None.
-
-        Returns:
-            (B, K) logits, or None if `last` is given.
-        """
-        last_block = self.depth - 1 if last is None else self._check_block(last)
-
-        def shown(function, i, value):
-            new = None if function is None else function(i, value)
-            return value if new is None else new
-
-        with _eval_mode(self):
-            x = self.patch_embed(images) + self.pos_embed  # (B, P, D)
-            for i in range(last_block + 1):
-                x = shown(tokens, i, self._enter(x, i))
-                x = _block_rows(self.blocks[i], x, slice(None), lambda attn, i=i: shown(attention, i, attn))
-                x = shown(output, i, x)
-            return self._classify(x, self.token_layout(last_block)) if last is None else None
+        """(B, 3, h, w) -> {block: AttentionMaps}; see `inspection.attention.attention_maps`."""
+        return attention_maps(self, images, blocks, patches)
 
 
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
@@ -430,97 +462,35 @@ def plain_attention_on_cpu(model: nn.Module, device, amp_dtype):
         set_fused_attention(model, False)
 
 
-def set_fused_attention(model: nn.Module, on: bool):
-    """Fused attention (the default) or plain products, here and in timm's models; the same values to rounding."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = on
-
-
-def _heads(attn: nn.Module, tokens: Tensor, first: int, count: int) -> Tensor:
-    """`count` of (query, key, value), from number `first` on: normalised tokens (B, N, D) -> (count, B, H, N, d)."""
-    width = attn.num_heads * attn.head_dim
-    part = slice(first * width, (first + count) * width)
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
-    y = F.linear(tokens, attn.qkv.weight[part], bias)
-    return y.unflatten(2, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-
-
-def _attention_rows(block: Block, x: Tensor, rows: list[slice]) -> Tensor:
-    """Attention of some tokens to all: block input (B, N, D) -> (B, H, number of those tokens, N)."""
-    attn, y = block.attn, block.norm1(x)
-    queries = _heads(attn, torch.cat([y[:, r] for r in rows], dim=1), 0, 1)[0]
-    keys = _heads(attn, y, 1, 1)[0]
-    return _softmax_attention(attn, queries, keys)
-
-
-def _softmax_attention(attn: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
-    return (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
-
-
-def _block_rows(block: Block, x: Tensor, rows: slice, change=None) -> Tensor:
-    """`block(x)[:, rows]` with the same logits and gradients, but queries, projection and MLP for those rows alone.
-
-    `change`: attention (B, H, rows, N) -> what is used in its place.
-    """
-    attn, y = block.attn, block.norm1(x)
-    query = _heads(attn, y[:, rows], 0, 1)[0]
-    key, value = _heads(attn, y, 1, 2)
-    if change is not None:
-        y = change(_softmax_attention(attn, query, key)) @ value
-    elif attn.fused_attn:
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # (B, H, rows, d)
-    else:
-        y = attn.attn_drop(_softmax_attention(attn, query, key)) @ value
-    y = attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
-    x = x[:, rows] + block.drop_path1(block.ls1(y))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-@contextmanager
-def _eval_mode(model: nn.Module):
-    """Dropout and stochastic depth off; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # Registered sizes: timm.create_model("dynamic_vit_small_patch16_224", cls_pos=6, reg_pos=3) ---------------------
 
 
-def _create(name, pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-    if pretrained:
-        raise ValueError(f"there are no pretrained weights for {name}; see load_weights")
-    # timm.create_model drops arguments that are None, so "none" is how to ask it for no class token.
-    if kwargs.get("cls_pos") == "none":
-        kwargs["cls_pos"] = None
-    return DynamicViT(**(SIZES[name] | kwargs))
+def _pretrained_cfg(size: dict) -> dict:
+    """What timm keeps of a model beside its arguments: input, normalisation, names of its first and last layers."""
+    return dict(
+        num_classes=size.get("num_classes", 1000), input_size=(3, size["img_size"], size["img_size"]),
+        fixed_input_size=True, pool_size=None, crop_pct=0.9, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD, first_conv="patch_embed.proj", classifier="head",
+    )  # fmt: skip
 
 
-@register_model
-def dynamic_vit_tiny_patch16_224(**kwargs):
-    """DeiT-Ti's size: width 192, 12 blocks, 3 heads."""
-    return _create("dynamic_vit_tiny_patch16_224", **kwargs)
+default_cfgs = generate_default_cfgs({name: _pretrained_cfg(size) for name, size in SIZES.items()})
 
 
-@register_model
-def dynamic_vit_small_patch16_224(**kwargs):
-    """DeiT-S's size: width 384, 12 blocks, 6 heads."""
-    return _create("dynamic_vit_small_patch16_224", **kwargs)
+def _register(name: str):
+    def create(pretrained=False, **kwargs):
+        # timm.create_model drops arguments that are None, so "none" is how to ask it for no class token.
+        if kwargs.get("cls_pos") == "none":
+            kwargs["cls_pos"] = None
+        if kwargs.get("dist_pos") is not None:
+            heads = {"classifier": ("head", "head_dist")}
+            kwargs["pretrained_cfg_overlay"] = heads | (kwargs.get("pretrained_cfg_overlay") or {})
+        features = dict(out_indices=3, feature_cls="getter")
+        return build_model_with_cfg(DynamicViT, name, pretrained, feature_cfg=features, **(SIZES[name] | kwargs))
+
+    create.__name__ = create.__qualname__ = name
+    register_model(create)
 
 
-@register_model
-def dynamic_vit_base_patch16_224(**kwargs):
-    """DeiT-B's size: width 768, 12 blocks, 12 heads."""
-    return _create("dynamic_vit_base_patch16_224", **kwargs)
-
-
-@register_model
-def dynamic_vit_cifar(**kwargs):
-    """For images of 32 pixels: patch 4, width 192, 9 blocks, 12 heads, MLP ratio 2."""
-    return _create("dynamic_vit_cifar", **kwargs)
+for _name in SIZES:
+    _register(_name)

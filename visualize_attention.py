@@ -22,6 +22,7 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
+from inspection.attention import attention_maps, attention_rollout, trace
 from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
 from utils import BadInput, number
@@ -98,11 +99,11 @@ def image_maps(model, data, image, blocks, patches, rollout) -> ImageMaps:
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
 
     def maps(function):
-        found = function(images, blocks, patches)
+        found = function(model, images, blocks, patches)
         return {b: {key: heads[0].cpu() for key, heads in by_token(m, patches).items()} for b, m in found.items()}
 
-    shown, rolled_out = inputs.as_seen(pixels, image, data), maps(model.attention_rollout) if rollout else {}
-    return ImageMaps(shown, "\n".join(lines), maps(model.attention_maps), rolled_out)
+    shown, rolled_out = inputs.as_seen(pixels, image, data), maps(attention_rollout) if rollout else {}
+    return ImageMaps(shown, "\n".join(lines), maps(attention_maps), rolled_out)
 
 
 def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
@@ -271,7 +272,7 @@ def write_html(args, model, data, found, blocks, failed):
                 attention[i] = attn[0].cpu()
 
         images = inputs.model_input([image.read()], [image], data, device)
-        model.trace(images, attention=keep, last=max(blocks))
+        trace(model, images, attention=keep, last=max(blocks))
         seen = image_maps(model, data, image, [], [], False)
         encoded.append(encode_image(image.name, seen.caption, seen.shown, layouts, attention, model.grid_size))
     about = {

@@ -122,13 +122,15 @@ def simple(value):
     return value is None or type(value) is bool or text(value) or real()(value) or several(whole(), 2)(value)
 
 
-POSITIVE, SHARE = real(low=1e-30), real(0, 1)
+POSITIVE, SHARE, BOOL = real(low=1e-30), real(0, 1), one_of(True, False)
 MODEL_ARGS = {  # the first checkpoints had no dist_pos
     "img_size": several(whole(1), 2), "patch_size": several(whole(1), 2), "in_chans": one_of(3),
     "num_classes": whole(), "embed_dim": whole(1), "depth": whole(1), "num_heads": whole(1),
-    "mlp_ratio": real(0, 1e3), "qkv_bias": one_of(True, False), "num_register_tokens": whole(),
+    "mlp_ratio": real(0, 1e3), "qkv_bias": BOOL, "num_register_tokens": whole(),
     "cls_pos": optional(whole()), "reg_pos": whole(), "dist_pos?": optional(whole()),
     "drop_rate": SHARE, "attn_drop_rate": SHARE, "drop_path_rate": SHARE, "init_values": optional(real(-1e3, 1e3)),
+    "global_pool?": one_of("token", "avg"), "fc_norm?": BOOL, "qk_norm?": BOOL, "rope?": BOOL, "swiglu?": BOOL,
+    "norm_eps?": POSITIVE,
 }  # fmt: skip
 # Of one of timm's models: others of its arguments read files or the network.
 TIMM_ARGS = {

@@ -18,6 +18,7 @@ FLOORS = {  # from the top; a folder stands for its files
     "loading": ["loading"],
     "checkpoints": ["checkpoints"],
     "ground": ["models_dynamic", "datasets", "engine", "utils"],
+    "attention": ["inspection.attention"],  # the recorder: the model's own maps come from it
 }  # fmt: skip
 
 
@@ -30,7 +31,8 @@ def rooms() -> dict[str, Path]:
 
 def floor_of(room: str) -> int:
     """0 is the top."""
-    return next(i for i, names in enumerate(FLOORS.values()) if room.partition(".")[0] in names)
+    floors = list(FLOORS.values())
+    return next(i for name in (room, room.partition(".")[0]) for i, names in enumerate(floors) if name in names)
 
 
 def imports() -> set[tuple[str, str]]:
@@ -72,8 +74,8 @@ def draw(file: Path):
     figure = Figure(figsize=(11, height * len(FLOORS)))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(height * len(FLOORS), 0))
     axes.set_axis_off()
-    for i, (floor, names) in enumerate(FLOORS.items()):
-        y, inside = height * i, [room for name in names for room in files if room.partition(".")[0] == name]
+    for i, floor in enumerate(FLOORS):
+        y, inside = height * i, [room for room in files if floor_of(room) == i]
         axes.text(0.15, y + height / 2, floor + "/" * (ROOT / floor).is_dir(), weight="bold", va="center")
         width = 9.2 / len(inside)
         for n, room in enumerate(inside):

@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+from inspection.attention import trace
 from models_dynamic import DynamicViT
 from utils import BadInput
 
@@ -87,7 +88,7 @@ def _record(model, images, kinds) -> tuple:
         if layout.registers is not None and layout.cls is not None:
             seen["cls_attention_to_registers", i] = attn[:, :, layout.cls, layout.registers].squeeze(-2).clone()
 
-    logits = model.trace(images, tokens=tokens, attention=attention)
+    logits = trace(model, images, tokens=tokens, attention=attention)
     return logits, {key: values for key, values in seen.items() if key[0] in kinds}
 
 
@@ -111,4 +112,4 @@ def _replaced(model, images, kind, new):
             return attn
 
     changes = {"tokens": tokens} if kind == "registers" else {"attention": attention}
-    return model.trace(images, **changes)
+    return trace(model, images, **changes)

@@ -13,6 +13,7 @@ from torch import Tensor
 import utils
 from checkpoints.models import at_size
 from datasets import normalise
+from inspection.attention import projections
 from utils import BadInput
 
 FEATURES = ("queries", "keys", "values")  # in the order of DynamicViT.projections
@@ -94,7 +95,7 @@ def patch_features(model, image, data, block, kind) -> Tensor:
     h, w = model.model_args["img_size"]
     image = image.resize((w, h), Image.Resampling[data.get("interpolation", "bicubic").upper()])
     images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(model.pos_embed.device)
-    of_heads = model.projections(normalise(images, data["mean"], data["std"]), block)[FEATURES.index(kind)]
+    of_heads = projections(model, normalise(images, data["mean"], data["std"]), block)[FEATURES.index(kind)]
     features = of_heads[0, :, model.token_layout(block).patches].transpose(0, 1).flatten(1)
     if not features.isfinite().all():
         raise utils.RunFailed(f"the {kind} of block {block} are not all finite; the weights may be damaged")

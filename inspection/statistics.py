@@ -15,6 +15,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from inspection.attention import trace
 from models_dynamic import DynamicViT, TokenLayout
 
 # Norms are counted in bins of equal width in their logarithm, each 2.3 % wide.
@@ -45,7 +46,7 @@ class TokenStatistics:
         """Add (B, 3, h, w) normalised images, and labels (B,) for `probe_accuracies`; returns their logits (B, K)."""
         self.keep = 0 if labels is None else max(0, self.probe_images - self.images)
         self.labels += [] if labels is None else labels[: self.keep].tolist()
-        logits = self.model.trace(images, attention=self._add_attention, output=self._add_output)
+        logits = trace(self.model, images, attention=self._add_attention, output=self._add_output)
         self.images += len(images)
         return logits
 

@@ -15,6 +15,7 @@ import visualize_attention
 from analyze_tokens import main, table
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, shell, tiny
+from inspection.attention import trace
 from inspection.interventions import _record, _replaced, ablate
 from inspection.statistics import (
     LOWEST,
@@ -116,7 +117,7 @@ def test_quantiles_are_those_of_the_values():
 def test_norms_are_those_of_the_outputs():
     model = tiny(cls_pos=2, reg_pos=1, num_register_tokens=2)
     images, outputs = noise(model, 5), {}
-    model.trace(images, output=outputs.__setitem__)
+    trace(model, images, output=outputs.__setitem__)
     norms = measured(model, images).result()["norms"]
     assert norms["cls"][:2] == [None, None]
     assert norms["registers"][0] is None
@@ -238,7 +239,7 @@ def test_tokens_of_no_more_images_than_asked_for_are_kept():
     assert {sum(map(len, parts)) for parts in statistics.features.values()} == {6}
     assert statistics.images == 9
     outputs = {}
-    model.trace(noise(model, 9), output=outputs.__setitem__)
+    trace(model, noise(model, 9), output=outputs.__setitem__)
     for (token, block), parts in statistics.features.items():
         layout = model.token_layout(block)
         registers = outputs[block][:6, layout.registers] if layout.registers else None
@@ -341,24 +342,22 @@ def test_replacing_by_ones_own_changes_nothing():
 
 
 @torch.no_grad()
-def test_the_rest_of_the_row_is_scaled_to_one():
-
+def test_the_rest_of_the_row_is_scaled_to_one(monkeypatch):
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
     images, rows = noise(model), {}
     _, seen = _record(model, images, ["cls_attention_to_registers"])
     assert {block for _, block in seen} == {2, 3}
     expected = model.attention(images, 2)[:, :, 0]
     assert torch.allclose(seen["cls_attention_to_registers", 2], expected[..., -2:], atol=1e-6)
-    original = model.trace
 
-    def watched(images, attention):
+    def watched(model, images, attention):
         def both(i, attn):
             rows[i] = attention(i, attn)
             return rows[i]
 
-        return original(images, attention=both)
+        return trace(model, images, attention=both)
 
-    model.trace = watched
+    monkeypatch.setattr("inspection.interventions.trace", watched)
     new = {("cls_attention_to_registers", 2): torch.full((3, 2), 0.1)}
     _replaced(model, images, "cls_attention_to_registers", new)
     assert rows[3] is None

@@ -170,7 +170,7 @@ def test_registered_sizes():
     assert timm.create_model("dynamic_vit_cifar", cls_pos="none").cls_pos is None
     with pytest.raises(TypeError, match="cls_position"):
         timm.create_model("dynamic_vit_cifar", cls_position=3)
-    with pytest.raises(ValueError, match="no pretrained weights"):
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
         timm.create_model("dynamic_vit_cifar", pretrained=True)
     assert vit_register_dynamic_viz is DynamicViT
     assert "DynamicViT" in models_dynamic.__all__  # timm would list its registered names alone

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-import models_dynamic
 from checkpoints.models import at_size
 from checkpoints.weights import load_weights
 from conftest import noise, tiny
+from inspection.attention import attention_maps, attention_rollout, projections, trace
 from test_models_dynamic import inputs_of_blocks
 
 PAIRS = list(itertools.product((0, 1, 2, 3, None), (0, 1, 2, 3)))
@@ -78,13 +78,13 @@ def test_maps_are_without_dropout_and_leave_the_mode_alone():
 def test_only_rows_of_tokens_are_computed(monkeypatch):
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=3)
     rows = []
-    original = models_dynamic._softmax_attention
+    softmax = torch.Tensor.softmax
 
-    def watched(attn, queries, keys):
-        rows.append(queries.shape[2])
-        return original(attn, queries, keys)
+    def watched(scores, *args, **kwargs):
+        rows.append(scores.shape[2])
+        return softmax(scores, *args, **kwargs)
 
-    monkeypatch.setattr(models_dynamic, "_softmax_attention", watched)
+    monkeypatch.setattr(torch.Tensor, "softmax", watched)
     model.attention_maps(noise(model), range(4))
     assert rows == [1, 4, 4]  # block 0 has no token, block 1 only CLS
 
@@ -117,9 +117,9 @@ def test_maps_of_chosen_patches():
             expected = attention[:, :, layout.patches.start + place].unflatten(-1, (4, 6))
             assert torch.allclose(maps[i].patches[:, n], expected, atol=1e-6)
     assert model.attention_maps(images, [0])[0].patches is None
-    for call in (model.attention_maps, model.attention_rollout):
+    for call in (attention_maps, attention_rollout):
         with pytest.raises(ValueError, match=r"patch 6,0 is outside the grid: x is 0\.\.5, y is 0\.\.3"):
-            call(images, [0], patches=[(6, 0)])
+            call(model, images, [0], patches=[(6, 0)])
 
 
 def test_rollout_by_hand():
@@ -137,7 +137,7 @@ def test_rollout_by_hand():
     after_1 = shares[0]
     shares = [*shares, [0, 0]]
     shares = [mixed(c, row, shares) for row in range(4)]
-    maps = model.attention_rollout(images, [1, 2], patches=[(1, 0)])
+    maps = attention_rollout(model, images, [1, 2], patches=[(1, 0)])
     assert list(maps) == [1, 2]
     assert maps[1].cls.shape == (1, 1, 1, 2)
     assert maps[1].registers is None
@@ -155,7 +155,7 @@ def test_projections_make_the_attention_and_the_output():
     model = tiny(cls_pos=1, reg_pos=2)
     images = noise(model)
     for i, x in inputs_of_blocks(model, images).items():
-        queries, keys, values = model.projections(images, i)
+        queries, keys, values = projections(model, images, i)
         assert queries.shape == (2, 3, x.shape[1], 8)
         attention = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(-1)
         assert torch.allclose(attention, model.attention(images, i), atol=1e-5)
@@ -170,14 +170,16 @@ def test_a_trace_is_the_forward_pass(kwargs):
     model = tiny(**({"cls_pos": 2, "reg_pos": 1, "drop_rate": 0.3} | kwargs))
     images = noise(model)
     inputs, outputs, attention = {}, {}, {}
-    logits = model.trace(images, tokens=inputs.__setitem__, output=outputs.__setitem__, attention=attention.__setitem__)
+    logits = trace(
+        model, images, tokens=inputs.__setitem__, output=outputs.__setitem__, attention=attention.__setitem__
+    )
     assert torch.allclose(logits, model(images), atol=1e-5)
     for i, x in inputs_of_blocks(model, images).items():
         assert torch.allclose(inputs[i], x, atol=1e-5)
         assert torch.allclose(outputs[i], model.blocks[i](x), atol=1e-5)
         assert torch.allclose(attention[i], model.attention(images, i), atol=1e-5)
     run = []
-    assert model.trace(images, tokens=lambda i, x: run.append(i), last=1) is None
+    assert trace(model, images, tokens=lambda i, x: run.append(i), last=1) is None
     assert run == [0, 1]
 
 
@@ -192,12 +194,12 @@ def test_what_a_trace_changes_is_what_the_model_goes_on_with():
             attn[:, :, 0, 0] = 1
             return attn
 
-    logits = model.trace(images, attention=blind)
+    logits = trace(model, images, attention=blind)
     x = inputs_of_blocks(model, images)[3][:, :1]
     assert torch.allclose(logits, model.head(model.norm(model.blocks[3](x))[:, 0]), atol=1e-5)
     assert not torch.allclose(logits, model(images), atol=1e-2)
     seen = {}
-    model.trace(images, tokens=lambda i, x: torch.zeros_like(x) if i == 2 else None, attention=seen.__setitem__)
+    trace(model, images, tokens=lambda i, x: torch.zeros_like(x) if i == 2 else None, attention=seen.__setitem__)
     assert torch.allclose(seen[2], torch.tensor(1 / 26))
 
 

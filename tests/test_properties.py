@@ -33,6 +33,7 @@ from checkpoints.models import model_from_checkpoint
 from checkpoints.weights import load_weights
 from conftest import STUDENT, TINY, noise, run, tiny
 from inspection import objects_pages
+from inspection.attention import attention_rollout, projections, trace
 from test_models_dynamic import inputs_of_blocks
 from training import run_log, scoring
 
@@ -225,10 +226,10 @@ def test_positions_outside_are_refused(args, position, name):
     for call in (
         model.token_layout,
         lambda block: model.attention(images, block),
-        lambda block: model.projections(images, block),
+        lambda block: projections(model, images, block),
         lambda block: model.attention_maps(images, [0, block]),
-        lambda block: model.attention_rollout(images, [block]),
-        lambda block: model.trace(images, last=block),
+        lambda block: attention_rollout(model, images, [block]),
+        lambda block: trace(model, images, last=block),
     ):
         with pytest.raises(ValueError, match=rf"0\.\.{args['depth'] - 1}"):
             call(position)

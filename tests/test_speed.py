@@ -33,7 +33,7 @@ def test_flops_by_hand():
     """One block of the smallest model, as docs/PERFORMANCE.md adds it up."""
     model = tiny(depth=2, cls_pos=1, num_register_tokens=0)  # 24 patches of 4 x 4, width 24, MLP 96, 5 classes
     first = 2 * 24 * 24 * (4 * 24 + 2 * 96) + 4 * 24 * 24 * 24
-    last = 2 * 25 * 24 * 2 * 24 + 2 * 24 * (2 * 24 + 2 * 96) + 4 * 25 * 24
+    last = 2 * 25 * 24 * 3 * 24 + 2 * 24 * (24 + 2 * 96) + 4 * 25 * 24  # keys, queries and values of all tokens
     assert model.forward_flops() == 2 * 24 * 48 * 24 + first + last + 2 * 24 * 5
 
 

@@ -119,7 +119,7 @@ OF_PICTURES = {
     ("attn_only", ""): lambda seen: not seen["optimizer"].state and sum(
         parameter.requires_grad for parameter in seen["model"].parameters()) == sum(
         len(group["params"]) for group in seen["optimizer"].param_groups),
-    ("grad_checkpointing", ""): lambda seen: seen["model"]._grad_checkpointing,
+    ("grad_checkpointing", ""): lambda seen: seen["model"].grad_checkpointing,
 }  # fmt: skip
 
 

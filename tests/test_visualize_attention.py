@@ -10,6 +10,7 @@ from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
 from datasets import eval_transform
+from inspection.attention import attention_rollout
 from inspection.pages import MapCell, Page, Row, draw_page
 from loading.decode import fit_image, read_image
 from visualize_attention import main
@@ -365,7 +366,7 @@ def test_summary_pages(checkpoint, photo, tmp_path, capsys, drawn):
     rollout = {row.label: row.cells for row in drawn["rollout"][0].rows}
     model = model_from_checkpoint(load_checkpoint(checkpoint))
     images = eval_transform(fit_image(read_image(photo), (16, 24))[None], {"input_size": (16, 24), **MEAN})
-    expected = model.attention_rollout(images, range(4))
+    expected = attention_rollout(model, images, range(4))
     assert [cell.map is None for cell in rollout["Class token"]] == [True, True, False, False]
     assert torch.equal(rollout["Class token"][3].map, expected[3].cls[0, 0])
     assert torch.equal(rollout["Register 1 (of 2)"][1].map, expected[1].registers[0, 1, 0])

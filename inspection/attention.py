@@ -1,0 +1,308 @@
+"""What any Vision Transformer attends to: the one way to attention in this project.
+
+    rows = attention_rows(model, images, blocks=[3, 11], rows=[0])   # {3: (B, H, 1, N), 11: ...}: CLS of timm's ViTs
+    maps = attention_maps(model, images, blocks=[11])                # {11: AttentionMaps}: cut up by the token layout
+    trace(model, images, attention=lambda block, attn: print(block, attn.shape))
+
+A recorder is shown every call of `F.scaled_dot_product_attention` during the model's own forward pass, and computes
+the wanted rows of the softmax from exactly the queries, keys, mask and scale of that call. So it sees rotary
+positions, normalised queries, adapters and hooks without knowing of them, in all models whose blocks call this
+function: a DynamicViT, and timm's VisionTransformer, Eva (DINOv3, EVA-02, PE), Beit, and Cait's class attention.
+
+Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width, d head width; gh, gw the grid.
+"""
+
+import operator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class AttentionMaps:
+    """Attention from CLS, the distillation token, each register, chosen patches and a pooling query to every patch, at
+    one block.
+
+    Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to those tokens.
+    A token that has not entered yet is None, and so are the patches if none were chosen.
+    """
+
+    cls: Tensor | None  # (B, H, gh, gw)
+    registers: Tensor | None  # (B, R, H, gh, gw)
+    dist: Tensor | None = None  # (B, H, gh, gw)
+    patches: Tensor | None = None  # (B, number of chosen patches, H, gh, gw)
+    pool: Tensor | None = None  # (B, H, gh, gw)
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of a call of `F.scaled_dot_product_attention`."""
+
+    query: Tensor  # (B, H, M, d)
+    key: Tensor  # (B, H, N, d)
+    value: Tensor  # (B, H, N, d)
+    attn_mask: Tensor | None = None  # (..., M, N): True where a query sees a key, or a number to add
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def weights(self, rows=None) -> Tensor:
+        """(B, H, number of rows, N): the softmaxed attention of some queries (slices or numbers; None: of all)."""
+        query, key, mask = self.query, self.key, self.attn_mask
+        if self.is_causal:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if self.enable_gqa:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        if rows is not None:
+            query = _take(query, rows)
+            mask = mask if mask is None or mask.shape[-2] == 1 else _take(mask, rows)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = query * scale @ key.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(dim=-1)
+
+
+def _take(x: Tensor, rows) -> Tensor:
+    return torch.cat([x[..., row if isinstance(row, slice) else [row], :] for row in rows], dim=-2)
+
+
+class _Recorder(TorchFunctionMode):
+    """Shows `see(block, call)` each attention of `block`; a tensor that it returns takes the place of the result."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see, self.block = see, None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention and self.block is not None:
+            result = self.see(self.block, AttentionCall(*args, **(kwargs or {})))
+            if result is not None:
+                return result
+        return function(*args, **(kwargs or {}))
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest nobody asked for."""
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The modules whose attention is seen, in order: blocks, CaiT's class-attention blocks, attention pooling."""
+    pool = getattr(model, "attn_pool", None)
+    return [*model.blocks, *getattr(model, "blocks_token_only", ()), *([] if pool is None else [pool])]
+
+
+def check_block(block, depth: int, what: str = "block") -> int:
+    """`block` as a number of one of `depth` blocks. Raises ValueError outside 0..depth-1."""
+    block = operator.index(block)
+    if not 0 <= block < depth:
+        also = ", or None for no such token" if what in ("cls_pos", "dist_pos") else ""
+        raise ValueError(f"{what} {block} is outside the model: its blocks are 0..{depth - 1}{also}")
+    return block
+
+
+def set_fused_attention(model: nn.Module, on: bool):
+    """Fused attention (the default) or plain products, here and in timm's models; the same values to rounding."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = on
+
+
+@contextmanager
+def _as_evaluated(model: nn.Module):
+    """Dropout and stochastic depth off, attention through the one function; afterwards every module is as it was."""
+    before = [(module, module.training, getattr(module, "fused_attn", None)) for module in model.modules()]
+    model.eval()
+    set_fused_attention(model, True)
+    try:
+        yield
+    finally:
+        for module, training, fused in before:
+            module.training = training
+            if fused is not None:
+                module.fused_attn = fused
+
+
+def _forward(model: nn.Module, images: Tensor, see, last: int, tokens=None, output=None):
+    """The logits of a forward pass whose blocks are watched, or None if it ended behind block `last`.
+
+    `see(i, call)` is shown the attention of block i, `tokens(i, x)` its input and `output(i, x)` its output; what they
+    return is used in place of what they were shown, unless that is None. `last`: -1 runs the whole model.
+    """
+
+    def seen(i, call):
+        result = see(i, call)
+        if i == last and output is None:
+            raise _Enough
+        return result
+
+    recorder, handles = _Recorder(seen), []
+
+    def watch(i, block):
+        def before(_, args):
+            recorder.block = i
+            new = None if tokens is None else tokens(i, args[0])
+            return None if new is None else (new, *args[1:])
+
+        def after(_, args, x):
+            recorder.block = None
+            new = None if output is None else output(i, x)
+            if i == last:
+                raise _Enough
+            return new
+
+        handles.extend([block.register_forward_pre_hook(before), block.register_forward_hook(after)])
+
+    try:
+        for i, block in enumerate(blocks_of(model)):
+            watch(i, block)
+        with _as_evaluated(model), recorder:
+            return model(images)
+    except _Enough:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def attention_rows(model: nn.Module, images: Tensor, blocks, rows=None) -> dict[int, Tensor]:
+    """(B, 3, h, w) -> {block: (B, H, number of rows, N)}: softmaxed attention, in one forward pass, without dropout.
+
+    Args:
+        model: a DynamicViT, or a model of timm's.
+        rows: slices or numbers of the tokens that attend; None: all. Only these rows are ever computed.
+
+    Raises:
+        ValueError: a block outside the model, or one whose attention does not go through
+            `F.scaled_dot_product_attention`.
+    """
+    return _recorded(model, images, blocks, lambda i, call: call.weights(rows))
+
+
+def projections(model: nn.Module, images: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, 3, h, w) -> queries, keys and values of `block`, each (B, H, N, d), as its attention takes them.
+
+    Raises ValueError as `attention_rows` does.
+    """
+    return _recorded(model, images, [block], lambda i, call: call[:3])[block]
+
+
+@torch.no_grad()
+def _recorded(model, images, blocks, keep) -> dict:
+    """{block: keep(block, its AttentionCall)} of one forward pass, which ends behind the last of `blocks`."""
+    wanted = {check_block(block, len(blocks_of(model))) for block in blocks}
+    found = {}
+
+    def see(i, call):
+        if i in wanted:
+            found[i] = keep(i, call)
+
+    if wanted:
+        _forward(model, images, see, max(wanted))
+    for block in sorted(wanted - found.keys()):
+        kind = type(blocks_of(model)[block]).__name__
+        raise ValueError(f"the attention of block {block} ({kind}) cannot be seen: it is not torch's own function")
+    return found
+
+
+def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
+    """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
+
+    Args:
+        model: one with `token_layout(block)` and `grid_size`: a DynamicViT or a ForeignViT.
+        patches: (x, y) of patches whose maps are wanted too, column and row in the grid, counted from 0.
+
+    Raises ValueError for a block outside the model, and for a patch outside the grid.
+    """
+
+    def keep(i, call):
+        layout = model.token_layout(i)
+        return _cut_maps(layout, model.grid_size, patches, lambda rows: call.weights(rows)[..., layout.patches])
+
+    return _recorded(model, images, blocks, keep)
+
+
+def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
+    """`of_rows`: places of tokens in the sequence -> (B, H, number of those tokens, P)."""
+    parts = {name: getattr(layout, name) for name in ("cls", "dist", "registers", "pool")}
+    rows = {name: [part] for name, part in parts.items() if part is not None}
+    gh, gw = grid
+    for x, y in patches:
+        if not (0 <= x < gw and 0 <= y < gh):
+            raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
+        at = layout.patches.start + y * gw + x
+        rows.setdefault("patches", []).append(slice(at, at + 1))
+    if not rows:
+        return AttentionMaps(None, None)
+    attn = of_rows([part for parts in rows.values() for part in parts])
+    attn = attn.unflatten(-1, grid).transpose(1, 2)  # (B, rows, H, gh, gw)
+    counts = [sum(part.stop - part.start for part in parts) for parts in rows.values()]
+    maps = dict(zip(rows, attn.split(counts, dim=1)))
+    one = {name: maps[name][:, 0] for name in ("cls", "dist", "pool") if name in maps}
+    return AttentionMaps(one.pop("cls", None), maps.get("registers"), patches=maps.get("patches"), **one)
+
+
+@torch.no_grad()
+def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
+    """(B, 3, h, w) -> {block: AttentionMaps} of one "head": from which patches of the image a token's content has
+    come by the end of that block, as far as attention tells.
+
+    Attention rollout (Abnar & Zuidema, arXiv 2005.00928): in each block the mean over heads, averaged with the
+    identity for the residual connection; the product over the blocks. A token brings nothing of the patches
+    when it enters, so a map adds up to less than 1 by what is left of the tokens themselves.
+
+    Args and errors are those of `attention_maps`.
+    """
+    wanted = {check_block(block, len(blocks_of(model))) for block in blocks}
+    if not wanted:
+        return {}
+    maps, shares, before = {}, None, None  # shares: (B, N, P); before: the layout of the block before
+
+    def attention(i, attn):
+        nonlocal shares, before
+        layout, count = model.token_layout(i), model.token_layout(0).patches
+        entered = attn.new_zeros(len(attn), layout.length, count.stop - count.start)
+        if before is None:
+            entered[:, layout.patches] = torch.eye(entered.shape[-1], device=attn.device)
+        else:
+            for part in ("cls", "dist", "patches", "registers"):
+                if getattr(before, part) is not None:
+                    entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
+        shares, before = (attn.mean(dim=1) @ entered + entered) / 2, layout
+        if i in wanted:
+            maps[i] = _cut_maps(
+                layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)
+            )
+
+    trace(model, images, attention=attention, last=max(wanted))
+    return maps
+
+
+@torch.no_grad()
+def trace(model: nn.Module, images: Tensor, *, tokens=None, attention=None, output=None, last: int | None = None):
+    """The model's forward pass in evaluation mode, to be watched or changed.
+
+    Args:
+        tokens: called with (i, x): the input of block i, (B, N, D).
+        attention: called with (i, attn): its attention, (B, H, M, N), rows attend to columns.
+        output: called with (i, x): its output, (B, N, D).
+        last: the block to stop behind; by default, the whole model is run.
+            What a function returns is used in place of what it was given, unless that is None.
+
+    Returns:
+        (B, K) logits, or None if `last` is given.
+    """
+
+    def see(i, call):
+        new = None if attention is None else attention(i, call.weights())
+        return None if new is None else new @ call.value
+
+    last = -1 if last is None else check_block(last, len(blocks_of(model)))
+    return _forward(model, images, see, last, tokens, output)

@@ -45,7 +45,7 @@ def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str
     """
     if "model_args" in checkpoint:  # of this project
         return dict(checkpoint["model"])
-    everything = {name: (weights, rest) for name, weights, rest in _sets(checkpoint, anchor)}
+    everything = {name or "the file itself": (weights, rest) for name, weights, rest in _sets(checkpoint, anchor)}
     if not everything:
         shapes = [f"{name} {shape_text(t)}" for name, t in _tensors(checkpoint)]
         found = f"its tensors are {listed(shapes)}" if shapes else "it has no tensors with names"
@@ -56,13 +56,15 @@ def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str
         raise ValueError(f"there are no weights in {weights_key!r}, but in {listed(everything)}; correct weights_key")
     averaged = [n for n in wanted if {"ema", "teacher"} & set(re.split(r"[._]", n.lower()))]
     if len(wanted) > 1 and not averaged:
-        raise ValueError(f"there are several sets of weights, {listed(wanted)}; choose one with weights_key")
+        raise ValueError(
+            f"there are several sets of weights, {listed(wanted)}; choose one with weights_key (--weights_key)"
+        )
     taken = (averaged or wanted)[0]
     weights, rest = everything[taken]
     rest = [n for n in everything if n != taken] + rest
     if rest:
         chooses = "; --weights_key chooses" * (len(everything) > 1)
-        utils.say(utils.printable(f"note: the weights in {taken or 'the file'} are taken, not {listed(rest)}{chooses}"))
+        utils.say(utils.printable(f"note: the weights in {taken} are taken, not {listed(rest)}{chooses}"))
     wrong = [str(n) for n, t in weights.items() if not (isinstance(n, str) and isinstance(t, Tensor))]
     if wrong:
         raise ValueError(f"this is no state dict: not all of its values are tensors, with names; see {listed(wrong)}")

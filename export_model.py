@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 import utils
 from checkpoints.models import load_model
 from models_dynamic import SIZES, DynamicViT
+from training.teachers import WHOLE
 from utils import BadInput, RunFailed
 
 BATCHES = (2, 5)  # that an ONNX file is checked with
@@ -34,15 +35,10 @@ def from_factory(model):
 def write_folder(model, data, folder):
     """Weights and configuration, as timm writes them; `data`: the description of the training data."""
     about = {"input_size": (3, *data["input_size"]), "mean": tuple(data["mean"]), "std": tuple(data["std"])}
-    about |= {"crop_pct": data.get("crop_pct", 1.0), "interpolation": data.get("interpolation", "bicubic")}
+    about |= WHOLE | {key: data[key] for key in WHOLE if key in data}
+    classes = {"label_names": list(data["classes"])}
     try:
-        save_for_hf(
-            from_factory(model),
-            folder,
-            {"label_names": list(data["classes"])},
-            safe_serialization=True,
-            data_config=about,
-        )
+        save_for_hf(from_factory(model), folder, classes, safe_serialization=True, data_config=about)
     except OSError as error:
         raise RunFailed(f"cannot write to {folder}: {error.strerror or error}") from None
 

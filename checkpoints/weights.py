@@ -98,7 +98,10 @@ def _timm_state(state: dict, model: nn.Module) -> tuple[dict, list[str], list[st
         positions = getattr(model, "pos_embed", None)
         if "pos_embed" in state and isinstance(positions, Tensor) and positions.dim() == 3:
             _check_timm_resamples(state["pos_embed"], model)
-        state = convert(state, model)
+        try:
+            state = convert(state, model)
+        except Exception as error:  # many kinds, where names or shapes are not as timm expects
+            raise ValueError(f"timm cannot convert these weights for the model: {error!r}") from None
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     names = [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]

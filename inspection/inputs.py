@@ -22,7 +22,13 @@ from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read
 from models_dynamic import DynamicViT
 from utils import BadInput, RunFailed, number
 
-STATE_DICT_FLAGS = ("num_heads", "cls_pos", "reg_pos", "dist_pos")  # flags that only a bare state dict needs
+STATE_DICT_FLAGS = (
+    "num_heads",
+    "cls_pos",
+    "reg_pos",
+    "dist_pos",
+    "weights_key",
+)  # flags that only a bare state dict needs
 DISPLAY_SIDE = 512  # pixels of the longer side of an image on a page
 NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
 
@@ -60,6 +66,7 @@ def add_checkpoint_flags(parser, several=False):
     group.add_argument(
         "--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing
     )
+    group.add_argument("--weights_key", help="which of several sets of weights, as in teacher.backbone", **missing)
     group.add_argument("--data_set", choices=DATA_SETS, type=str.upper, help="take the images from this data set")
     group.add_argument("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
     group.add_argument("--std", type=number(float, above=0), nargs=3, help="of its normalisation")

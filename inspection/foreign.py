@@ -137,7 +137,7 @@ def create(source: str, weights=None, img_size=None, key=None) -> nn.Module:
         ) from None
     if weights is not None:
         try:
-            report = load_weights(model, load_checkpoint(weights))
+            report = load_weights(model, load_checkpoint(weights), key)
         except ValueError as error:
             raise BadInput(f"--weights {weights}: {error}") from None
         if report.left_out:

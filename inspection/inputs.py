@@ -22,13 +22,7 @@ from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read
 from models_dynamic import DynamicViT
 from utils import BadInput, RunFailed, number
 
-STATE_DICT_FLAGS = (
-    "num_heads",
-    "cls_pos",
-    "reg_pos",
-    "dist_pos",
-    "weights_key",
-)  # flags that only a bare state dict needs
+STATE_DICT_FLAGS = ("num_heads", "cls_pos", "reg_pos", "dist_pos", "weights_key")  # only a bare state dict needs them
 DISPLAY_SIDE = 512  # pixels of the longer side of an image on a page
 NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
 
@@ -124,10 +118,10 @@ def load(path, args, one_of_several=False) -> tuple[DynamicViT | ForeignViT, dic
     `one_of_several`: a checkpoint of this project ignores flags for bare state dicts, which are for the other files.
     """
     if str(path).startswith(SOURCES):
-        given = [f"--{flag}" for flag in STATE_DICT_FLAGS if hasattr(args, flag)]
+        given = [f"--{flag}" for flag in STATE_DICT_FLAGS if hasattr(args, flag) and flag != "weights_key"]
         if given and not one_of_several:
             raise BadInput(f"{path} is a model of timm's, which knows its tokens; leave out {', '.join(given)}")
-        model = create(path, args.weights, args.input_size)
+        model = create(path, args.weights, args.input_size, getattr(args, "weights_key", None))
         return *_foreign(model, str(path), args), {}
     if args.weights and not one_of_several:
         raise BadInput(f"--weights is for a model of timm's, as in --model_path timm:NAME; {path} has weights")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -33,13 +34,17 @@ def load_checkpoint(path) -> dict:
         schema.check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on foreign pickles; the error below says enough
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(schema.DROPPED):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = schema.plain(checkpoint, path.stat().st_size)
     except schema.Suspicious as error:
         raise BadInput(f"{path} {error}") from None
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise BadInput(f"{path} carries code or Python objects, which are not loaded; keep only tensors") from None
+        if refused := re.search(r"GLOBAL ([\w.]{1,200})", str(error)):
+            raise BadInput(
+                f"{path} carries code or Python objects, which are not loaded: {refused[1]}; "
+                "save only the weights, as in torch.save(model.state_dict(), FILE)"
+            ) from None
         raise BadInput(f"{path} is no checkpoint, or a damaged one; give another file") from None
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or error}") from None

@@ -1,5 +1,6 @@
 """A model from a checkpoint: one of this project, one of timm's, or read off the shapes of a bare state dict."""
 
+import math
 import os
 from functools import partial
 
@@ -9,9 +10,11 @@ from timm import create_model
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 
+import utils
 from checkpoints.files import load_checkpoint
+from checkpoints.names import PATCHES, find_weights, listed, shape_text
 from checkpoints.schema import MODEL_ARGS, TIMM_ARGS, first_wrong
-from checkpoints.weights import convert_keys, load_weights, match_to_model, resample_positions, shape_text, unwrap
+from checkpoints.weights import convert_keys, load_weights, match_to_model, resample_positions
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -82,14 +85,15 @@ _ABSENT = object()
 
 
 def model_from_checkpoint(
-    checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None, img_size=None
+    checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None, img_size=None, weights_key=None
 ) -> nn.Module:
     """The model that a checkpoint describes, with its weights, in eval mode.
 
     A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The
-    other arguments are for a bare state dict from elsewhere, of which the rest is read off the shapes: `num_heads`
+    other arguments are for weights from elsewhere, of which the rest is read off the shapes: `num_heads`
     must be given, tokens enter at block 0 unless their position is. If its positions have the number of patches of
-    `img_size` (h, w), that is the size of the model, else they must be those of a square image.
+    `img_size` (h, w), that is the size of the model, else they must be those of a square image. `weights_key`: which
+    of several sets of weights, see `find_weights`. What is left out is printed.
 
     Raises:
         ValueError: the weights do not fit, an argument is missing or contradicts the checkpoint, or the positions
@@ -100,12 +104,14 @@ def model_from_checkpoint(
     if cls_pos is not _ABSENT:
         given["cls_pos"] = cls_pos
     if "model_args" in checkpoint:
-        if given:
-            raise ValueError(f"the checkpoint itself says how its model is built; leave out {', '.join(given)}")
-        build = validated_builder(checkpoint["model_args"], _depth(unwrap(checkpoint)))
+        if given or weights_key is not None:
+            names = ", ".join([*given, *["weights_key"] * (weights_key is not None)])
+            raise ValueError(f"the checkpoint itself says how its model is built; leave out {names}")
+        build = validated_builder(checkpoint["model_args"], _depth(checkpoint["model"]))
     elif num_heads is None:
         raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
+        checkpoint = find_weights(checkpoint, weights_key)
         build = partial(DynamicViT, **(_args_from_shapes(checkpoint, img_size) | given))
     try:
         with torch.device("meta"):  # names and shapes: a model that the weights are not of takes no memory
@@ -113,13 +119,16 @@ def model_from_checkpoint(
     except (TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"there is no such model: {error}") from None
     if "model_args" in checkpoint:
-        check_same_shapes(unwrap(checkpoint), shapes.state_dict())
+        check_same_shapes(checkpoint["model"], shapes.state_dict())
     else:
         match_to_model(shapes, checkpoint)
     model = build()
     report = load_weights(model, checkpoint)
     if report.new:
         raise ValueError(f"the checkpoint lacks {', '.join(report.new)}")
+    if report.left_out:
+        names = listed(dict.fromkeys(n.split(".")[0] for n in report.left_out))
+        utils.say(utils.printable(f"note: left out of the weights, since no map needs it: {names}"))
     return model.eval()
 
 
@@ -128,8 +137,7 @@ def check_same_shapes(state: dict, own: dict):
     other = [f"{n} is {shape_text(t)}" for n, t in state.items() if n not in own or t.shape != own[n].shape]
     other += [f"{n} is missing" for n in own if n not in state]
     if other:
-        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-        raise ValueError(f"the weights are not those of the model in model_args: {'; '.join(other[:3])}{more}")
+        raise ValueError(f"the weights are not those of the model in model_args: {listed(other, 3, '; ')}")
 
 
 def validated_builder(args: dict, depth: int):
@@ -160,26 +168,42 @@ def _depth(state: dict) -> int:
     return sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in state)
 
 
-def _args_from_shapes(checkpoint: dict, img_size) -> dict:
+def _args_from_shapes(weights: dict, img_size) -> dict:
     """Arguments of DynamicViT as far as a bare state dict's shapes show them; see `model_from_checkpoint`."""
-    state, grid = convert_keys(checkpoint, img_size=img_size)
-    proj = state["patch_embed.proj.weight"]  # (D, C, patch, patch)
-    width, channels, *patch = proj.shape
-    if "pos_embed" not in state or "blocks.0.mlp.fc1.weight" not in state:
-        raise ValueError("these weights lack pos_embed or blocks.0.mlp.fc1.weight: not a plain Vision Transformer")
+    state, grid = convert_keys(weights, img_size=img_size)
+    width, channels, *patch = state[PATCHES].shape
     if channels != 3:
-        raise ValueError(f"these weights are for images of {channels} channels, not 3")
+        raise ValueError(
+            f"these weights are for images of {channels} channels, not 3: {PATCHES} is {shape_text(state[PATCHES])}"
+        )
+    swiglu = "blocks.0.mlp.fc1_g.weight" in state
+    first = f"blocks.0.mlp.fc1{'_g' * swiglu}.weight"
+    rope = "pos_embed" not in state  # DINOv3; others turn by other angles
+    lacking = [first, *(["register_tokens", "blocks.0.ls1.gamma"] if rope else [])]
+    lacking = [n for n in lacking if n not in state]
+    if lacking:
+        names = ", ".join(["pos_embed"] * rope + lacking)
+        raise ValueError(f"these weights lack {names}: not a plain Vision Transformer, or DINOv3")
+    hidden = state[first].shape[0]
+    ratio = hidden / width
+    known_head = "head.weight" in state and state["head.weight"].shape[1] == width
+    fc_norm = "fc_norm.weight" in state and "norm.weight" not in state
+    modern = dict(
+        fc_norm=fc_norm, global_pool="avg" if fc_norm else None, qk_norm="blocks.0.attn.q_norm.weight" in state,
+        rope=rope, norm_eps=1e-5 if rope else None, swiglu=swiglu,
+    )  # fmt: skip
     return dict(
-        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        img_size=(grid[0] * patch[0], grid[1] * patch[1]) if grid else tuple(max(224 // p, 1) * p for p in patch),
         patch_size=tuple(patch),
         in_chans=channels,
-        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        num_classes=state["head.weight"].shape[0] if known_head and "attn_pool.q.weight" not in state else 0,
         embed_dim=width,
         depth=_depth(state),
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         num_register_tokens=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         cls_pos=0 if "cls_token" in state else None,
         dist_pos=0 if "dist_token" in state else None,
         init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
+        **{name: value for name, value in modern.items() if value},
     )

@@ -12,6 +12,31 @@ class Suspicious(Exception):
     """What is wrong with a file, in words that follow its name."""
 
 
+class Beside:
+    """In place of an object that stands beside weights: takes what a pickle gives, keeps nothing, does nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def a_dictionary(*_):
+    """In place of a defaultdict."""
+    return {}
+
+
+# Objects that people save beside weights, in files that are read all the same: none of these classes is called.
+DROPPED = [
+    *((Beside, f"builtins.{name}") for name in ("list", "dict", "int", "float")),  # what a defaultdict begins with
+    *((Beside, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local")
+      for kind in ("", "Posix", "Windows", "PurePosix", "PureWindows")),
+    *((Beside, f"numpy.{name}") for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
+    (Beside, "argparse.Namespace"), (a_dictionary, "collections.defaultdict"),
+]  # fmt: skip
+
+
 def check_archive(path):
     """Refuse a zip archive that is damaged, or whose parts are larger than itself: compressed, or several in one place.
 
@@ -30,6 +55,8 @@ def check_archive(path):
 
 def plain(checkpoint, size_of_file):
     """What a file held, as dictionaries, lists and tuples that are no more than that, and whole tensors.
+
+    Objects of `DROPPED` become None.
 
     Without any code a file may still say that a tensor is one number 10^12 times, that a list contains itself, or that
     the method `get` of a dictionary is 3.
@@ -50,7 +77,7 @@ def plain(checkpoint, size_of_file):
             return {key: unpacked(item) for key, item in dict.items(value)}
         if isinstance(value, list | tuple):
             return (list if isinstance(value, list) else tuple)(map(unpacked, value))
-        return value
+        return None if isinstance(value, Beside) else value
 
     return unpacked(checkpoint)
 

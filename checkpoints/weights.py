@@ -1,14 +1,16 @@
-"""Weights from elsewhere (DeiT, timm, DINOv2, other checkpoints of this project) into a model."""
+"""Weights from elsewhere (DeiT, timm, DINO, Hugging Face, other checkpoints of this project) into a model."""
 
 import math
+import re
+import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from checkpoints.names import PATCHES, find_weights, listed, shape_text, to_this_project
 from models_dynamic import HEADS, TOKENS, DynamicViT
 
 
@@ -23,30 +25,37 @@ class LoadReport(NamedTuple):
 
 # What a model may lack or have in addition without being another model.
 _OPTIONAL = (*TOKENS, *HEADS)
+# Of pretraining, and what stands behind the blocks: no map needs it.
+_BESIDE = re.compile(
+    r"(mask_token$|decoder|predictor|projector|pooler|attn_pool|fc_norm|last_layer|dino|ibot|lm_head|local_cls_norm)"
+    r"|rope_embed\.periods$|head\.(?!(weight|bias)$)"
+)
 
 
-def load_weights(model: nn.Module, state_dict: dict) -> LoadReport:
-    """Load a checkpoint of this project, DeiT, timm or DINOv2 into `model`, wherever its tokens enter.
+def load_weights(model: nn.Module, checkpoint: dict, weights_key=None) -> LoadReport:
+    """Load a checkpoint of this project, or weights of a ViT as people save them, into `model`.
 
-    A class-position embedding is folded into the class token (the two are only ever used as a sum), `reg_token`
-    becomes `register_tokens`, and the patch positions are resampled to the model's grid (timm's bicubic). A head
-    for another number of classes is left as initialised, as are tokens that the file does not have; of registers in
-    another number the first ones are taken over. Into one of timm's models goes a file of the same model; timm
-    resamples its positions.
+    They may stand in any wrapping (`find_weights`, also of `weights_key`) and under the names of timm, DINOv2, DINOv3
+    or Hugging Face, wherever the model's tokens enter. A class-position embedding is folded into the class token (the
+    two are only ever used as a sum), and the patch positions are resampled to the model's grid (timm's bicubic). A
+    head for another number of classes is left as initialised, as are tokens that the file does not have; of registers
+    in another number the first ones are taken over. Decoders, and other heads, are left out. Into one of timm's models
+    goes a file of the same model, as timm itself converts it.
 
     Raises:
         ValueError: anything else does not fit; it lists the names and shapes, and nothing is loaded.
     """
-    state, report = match_to_model(model, state_dict)
+    state, report = match_to_model(model, checkpoint, weights_key)
     model.load_state_dict(state, strict=False)
     return report
 
 
-def match_to_model(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport]:
+def match_to_model(model: nn.Module, checkpoint: dict, weights_key=None) -> tuple[dict, LoadReport]:
     """What of a file's weights goes into `model`, under its names and in its shapes. See `load_weights`."""
     own = model.state_dict()
     if isinstance(model, DynamicViT):
-        state, resampled = resample_positions(*convert_keys(state_dict, model.grid_size), model.grid_size)
+        state, old_grid = convert_keys(checkpoint, model.grid_size, weights_key=weights_key)
+        state, resampled = resample_positions(state, old_grid, model.grid_size)
         if "register_tokens" in state and "register_tokens" in own:
             theirs, mine = state["register_tokens"], own["register_tokens"]
             if theirs.shape[1] != mine.shape[1] and theirs.shape[2] == mine.shape[2]:
@@ -54,9 +63,10 @@ def match_to_model(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport
                 resampled = [*resampled, "register_tokens"]
         heads, optional = HEADS, _OPTIONAL
     else:
-        state, resampled, heads = _timm_state(state_dict, model)
+        state = find_weights(checkpoint, weights_key, PATCHES if PATCHES in own else next(iter(own)))
+        state, resampled, heads = _timm_state(state, model)
         optional = heads
-    left_out = [n for n in state if n == "mask_token" or (n in optional and n not in own)]
+    left_out = [n for n in state if n not in own and (n in optional or _BESIDE.match(n))]
     left_out += [n for n in heads if n in state and n in own and state[n].shape != own[n].shape]
     state = {n: t for n, t in state.items() if n not in left_out}
     misfits = [f"{n} {shape_text(t)} is unknown here" for n, t in state.items() if n not in own]
@@ -68,8 +78,7 @@ def match_to_model(model: nn.Module, state_dict: dict) -> tuple[dict, LoadReport
     new = [n for n in own if n not in state]
     misfits += [f"{n} {shape_text(own[n])} is missing" for n in new if n not in optional]
     if misfits:
-        shown = misfits[:20] + [f"and {len(misfits) - 20} more"] * (len(misfits) > 20)
-        raise ValueError("these weights do not fit the model: " + "; ".join(shown))
+        raise ValueError(f"these weights do not fit the model: {listed(misfits, 20, '; ')}")
     return state, LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
 
 
@@ -81,21 +90,25 @@ def resample_positions(state, old_grid, grid) -> tuple[dict, list[str]]:
     return state | {"pos_embed": positions}, ["pos_embed"]
 
 
-def _timm_state(checkpoint: dict, model: nn.Module) -> tuple[dict, list[str], list[str]]:
+def _timm_state(state: dict, model: nn.Module) -> tuple[dict, list[str], list[str]]:
     """(weights for a model of timm's, names that timm resampled, names of the model's heads)."""
-    state = unwrap(checkpoint)
     shapes = {n: t.shape for n, t in state.items()}
-    if isinstance(model, VisionTransformer):
-        if "pos_embed" in state and model.pos_embed is not None:
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        positions = getattr(model, "pos_embed", None)
+        if "pos_embed" in state and isinstance(positions, Tensor) and positions.dim() == 3:
             _check_timm_resamples(state["pos_embed"], model)
-        state = checkpoint_filter_fn(state, model)
+        try:
+            state = convert(state, model)
+        except Exception as error:  # many kinds, where names or shapes are not as timm expects
+            raise ValueError(f"timm cannot convert these weights for the model: {error!r}") from None
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     names = [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
     return state, [n for n, t in state.items() if n in shapes and t.shape != shapes[n]], names
 
 
-def _check_timm_resamples(positions: Tensor, model: VisionTransformer):
+def _check_timm_resamples(positions: Tensor, model: nn.Module):
     """Raise ValueError for positions of another grid that is not square: timm would take them for square."""
     theirs, own = positions.shape[1] if positions.dim() == 3 else 0, model.pos_embed.shape[1]
     patches = theirs - (own - model.patch_embed.num_patches)
@@ -103,45 +116,28 @@ def _check_timm_resamples(positions: Tensor, model: VisionTransformer):
         raise ValueError(f"pos_embed has {theirs} rows, here {own}, and timm resamples only those of square images")
 
 
-def shape_text(tensor) -> str:
-    return "x".join(map(str, tensor.shape))
-
-
-def unwrap(checkpoint: dict) -> dict:
-    """The state dict in a checkpoint, without the prefixes that wrappers leave."""
-    state = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
-        raise ValueError("this is no state dict: not all of its values are tensors, with names")
-    return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in state.items()}
-
-
-def convert_keys(checkpoint: dict, like=None, img_size=None) -> tuple[dict, tuple[int, int] | None]:
+def convert_keys(checkpoint: dict, like=None, img_size=None, weights_key=None) -> tuple[dict, tuple[int, int] | None]:
     """(weights under this project's names, grid of their position embedding).
 
     `like`, or the grid of `img_size`, is preferred if it fits; see `split_positions`.
     """
-    state = unwrap(checkpoint)
-    if "patch_embed.proj.weight" not in state:
-        raise ValueError("these are no weights of a Vision Transformer: there is no patch_embed.proj.weight")
-    if "reg_token" in state:
-        state["register_tokens"] = state.pop("reg_token")
+    state = to_this_project(find_weights(checkpoint, weights_key))
+    if PATCHES not in state:
+        raise ValueError(f"these are no weights of a Vision Transformer: there is no {PATCHES}")
     _check_shapes(state)
-    if "pos_embed" not in state:
-        return state, like
-    if "patch_size" in checkpoint.get("model_args", ()):
+    if "pos_embed" in state and "patch_size" in checkpoint.get("model_args", ()):
         size, patch = checkpoint["model_args"]["img_size"], checkpoint["model_args"]["patch_size"]
         return state, (size[0] // patch[0], size[1] // patch[1])
+    patch = tuple(state[PATCHES].shape[2:])
+    if img_size is not None and not any(side % p for side, p in zip(img_size, patch)):
+        like = (img_size[0] // patch[0], img_size[1] // patch[1])
+    if "pos_embed" not in state:
+        return state, like
 
     # Which rows of the position embedding belong to tokens: none, CLS (and DeiT's distillation token), or all.
     classes = ("cls_token" in state) + ("dist_token" in state)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     positions = state["pos_embed"]
-    patch = tuple(state["patch_embed.proj.weight"].shape[2:])
-    if img_size is not None and not any(side % p for side, p in zip(img_size, patch)):
-        like = (img_size[0] // patch[0], img_size[1] // patch[1])
     prefix, grid = split_positions(state, classes, registers, like)
     for row, name in enumerate(n for n in TOKENS[:2] if n in state):
         if prefix:
@@ -154,12 +150,12 @@ def convert_keys(checkpoint: dict, like=None, img_size=None) -> tuple[dict, tupl
 
 def _check_shapes(state: dict):
     """Raise ValueError unless what the rest is read off has the dimensions of its kind."""
-    proj = state["patch_embed.proj.weight"]
+    proj = state[PATCHES]
     width = proj.shape[0] if proj.dim() else None
     wanted = {
-        "patch_embed.proj.weight": (width, None, None, None), "cls_token": (1, 1, width), "dist_token": (1, 1, width),
+        PATCHES: (width, None, None, None), "cls_token": (1, 1, width), "dist_token": (1, 1, width),
         "register_tokens": (1, None, width), "pos_embed": (1, None, width), "blocks.0.mlp.fc1.weight": (None, None),
-        "head.weight": (None, None),
+        "blocks.0.mlp.fc1_g.weight": (None, None), "head.weight": (None, None),
     }  # fmt: skip
     for name, sides in wanted.items():
         found = tuple(state[name].shape) if name in state else sides
@@ -187,7 +183,7 @@ def split_positions(state: dict, classes: int, registers: int, like) -> tuple[in
         return found[0]
     found = found or [(n, grid) for n in prefixes for grid in _grids(length - n)]
     words = ", or ".join(f"{h}x{w} patches" + f" behind {n} for tokens" * bool(n) for n, (h, w) in found[:4])
-    (ph, pw), (h, w) = state["patch_embed.proj.weight"].shape[2:], found[-1][1] if found else (1, length)
+    (ph, pw), (h, w) = state[PATCHES].shape[2:], found[-1][1] if found else (1, length)
     raise ValueError(
         f"pos_embed has {length} rows, {f'which may be {words}' if words else 'of no usual grid'}; "
         f"give the size of the images that they are for, as in --input_size {h * ph}x{w * pw}"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # from the top; a folder stands for its files
+    "torch.hub": ["hubconf"],
     "scripts": ["cifar_main", "main_distillation", "visualize_attention", "position_sweep", "analyze_tokens",
-                "discover_objects", "run_with_submitit", "bench"],
+                "discover_objects", "export_model", "run_with_submitit", "bench"],
     "sweep": ["sweep"],
     "small images": ["cifar_train", "cifar_test"],
     "training": ["training"],

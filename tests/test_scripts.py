@@ -26,6 +26,7 @@ RUNS = {
     ),
     "analyze_tokens.py": ("--model_path MODEL --num_images 20 --device cpu".split(), "20 images of DIGITS"),
     "discover_objects.py": ("--model_path MODEL --device cpu".split(), "objects.pdf"),
+    "export_model.py": ("MODEL exported".split(), "wrote exported"),
     "position_sweep.py": (
         [*CELL, *"--data_set DIGITS --cls_pos 0 --reg_pos 0 --num_reg 0 --seeds 0 --epochs 1 --repeats 0.1".split()],
         "Test accuracy",
@@ -39,7 +40,7 @@ ELSEWHERE = ["run_with_submitit.py", "bench.py"]  # run in test_processes.py and
 def test_help(name, tmp_path):
     out, err = shell(name, "--help", cwd=tmp_path)
     assert out.startswith(f"usage: {name} ") and err == ""
-    assert ("--cluster" if name == "run_with_submitit.py" else "--device") in out
+    assert {"run_with_submitit.py": "--cluster", "export_model.py": "--onnx"}.get(name, "--device") in out
     assert "==SUPPRESS==" not in out
     assert "None" not in out
 

@@ -5,7 +5,6 @@ model's plain forward pass.
 """
 
 import copy
-import warnings
 
 import pytest
 import timm
@@ -16,7 +15,6 @@ from timm.utils import AttentionExtract
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from checkpoints.models import at_size
 from checkpoints.weights import load_weights
 from conftest import noise, tiny
 from inspection.attention import attention_rows
@@ -53,7 +51,7 @@ pytestmark = [
 
 
 def twin(kind):
-    """(model of timm's, DynamicViT with the same weights, images), in double precision, where rounding hides nothing."""
+    """(model of timm's, DynamicViT with the same weights, images), in double precision."""
     name, theirs, ours = TWINS[kind]
     args = dict(img_size=(16, 24), patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5)
     if name == VIT:

@@ -116,6 +116,26 @@ def test_wrapped_weights_are_the_plain_ones(kind, plain, tmp_path, capsys):
     assert torch.equal(theirs(IMAGES), expected)
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_convnext", "test_vit", "lcnet_035"])
+def test_any_model_of_timm(name):
+    """By its first tensor, whatever stands in its names: EfficientNet's blocks.0.1 are no chunks."""
+    theirs, again = timm.create_model(name, num_classes=5), timm.create_model(name, num_classes=5)
+    state = theirs.state_dict()
+    report = load_weights(again, {"epoch": 3, "state_dict": put("module.", state)})
+    assert not (report.new or report.left_out or report.resampled)
+    assert all(torch.equal(tensor, state[n]) for n, tensor in again.state_dict().items())
+    with pytest.raises(ValueError, match=r"no weights of .*: there is no \S+; its tensors are a.weight 2"):
+        load_weights(again, {"a.weight": torch.ones(2)})
+
+
+def test_what_timm_cannot_convert(plain):
+    theirs = VisionTransformer(**ARGS, reg_tokens=2)
+    with pytest.raises(ValueError, match="timm cannot convert these weights for the model: KeyError"):
+        load_weights(
+            theirs, without(plain, "pos_embed") | dict.fromkeys(("mask_token", "register_tokens"), torch.ones(1))
+        )
+
+
 def test_which_of_several_sets(plain, tmp_path, capsys):
     """By its name, or the first words of it; the flag does the same."""
     both = {"first": {"student": put("module.", plain)}, "second": put("a.", zeros(plain)) | put("b.", plain)}

@@ -59,6 +59,8 @@ def analyze(args) -> dict:
     """The content of analysis.json."""
     device = utils.pick_device(args.device)
     model, data, checkpoint = inputs.load(args.model_path, args)
+    if getattr(model, "cls_only", False):
+        raise BadInput(f"in {model.name} only CLS attends in the blocks that can be seen; see visualize_attention.py")
     if args.ablate:
         interventions.check(model, args.ablate)
     found = choose_images(args, data, checkpoint)

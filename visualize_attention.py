@@ -27,8 +27,10 @@ from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
 from utils import BadInput, number
 
-KINDS = ("cls", "dist", "reg")
-WORDS = {"cls": "the class token", "dist": "the distillation token", "reg": "the registers"}
+KINDS = ("cls", "dist", "reg", "pool")
+WORDS = {
+    "cls": "the class token", "dist": "the distillation token", "reg": "the registers", "pool": "the attention pooling",
+}  # fmt: skip
 ROLLOUT = "share of the token's content that came from each patch, in %, by attention rollout up to that block"
 
 
@@ -53,30 +55,44 @@ class ImageMaps:
 
 
 def entry_blocks(model) -> dict:
-    return {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos}
+    pool = getattr(model, "pool_pos", None)  # SigLIP's, behind the last block
+    return {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos, "pool": pool}
+
+
+def parts_at(model, block) -> set[str]:
+    """Which of `KINDS` attend at `block`."""
+    layout = model.token_layout(block)
+    parts = {"cls": layout.cls, "dist": layout.dist, "reg": layout.registers, "pool": layout.pool}
+    return {kind for kind, part in parts.items() if part is not None}
 
 
 def kinds_to_draw(model, blocks, asked) -> list[str]:
-    """Which of 'cls', 'dist' and 'reg' to draw: those asked for, else all that are present at one of `blocks`.
+    """Which of `KINDS` to draw: those asked for, else all that are present at one of `blocks`.
 
     Raises BadInput for a requested token that is present at none of them, and if there are no tokens at all.
     """
     enters, last = entry_blocks(model), max(blocks)
-    present = [kind for kind in KINDS if enters[kind] is not None and enters[kind] <= last]
+    tokens = set().union(*(parts_at(model, block) for block in blocks))
+    present = [kind for kind in KINDS if kind in tokens]
     at = f"at block {last}" if len(blocks) == 1 else f"at blocks {', '.join(map(str, blocks))}"
     for kind in asked or KINDS:
         if kind in present:
             continue
         if enters[kind] is None:
             problem = f"this model has no {WORDS[kind].removeprefix('the ')}"
-            instead = f"--tokens {present[0]}" if present else "a model with tokens, or --patch x,y"
+            pool = enters["pool"]
+            instead = "a model with tokens" if pool is None else f"the attention pooling, --layer_num {pool}"
+            instead = f"--tokens {present[0]}" if present else f"{instead}, or --patch x,y"
+        elif "pool" in (kind, *present):
+            problem = f"{WORDS[kind]} {'have' if kind == 'reg' else 'has'} no queries there"
+            instead = f"--layer_num {enters[kind]}"
         else:
             problem = f"{WORDS[kind]} only enter{'s' * (kind != 'reg')} at block {enters[kind]}"
             instead = f"--layer_num {enters[kind]} or later (to {model.depth - 1})"
             instead += f", or --tokens {present[0]}" if present else ""
         if asked or not present:
             raise BadInput(f"nothing to draw for {kind!r} {at}: {problem}; ask for {instead}")
-        if enters[kind] is not None:
+        if enters[kind] is not None and kind != "pool":
             utils.say(f"note: {problem}; it is not drawn {at}")
     return [kind for kind in present if kind in (asked or KINDS)]
 
@@ -84,14 +100,14 @@ def kinds_to_draw(model, blocks, asked) -> list[str]:
 def tokens_of(model, kinds, patches) -> list[Token]:
     """The rows of attention to draw, class token first, chosen patches last."""
     total, enters = model.num_register_tokens, entry_blocks(model)
-    keys = {"cls": ["cls"], "dist": ["dist"], "reg": [f"reg{r}" for r in range(total)]}
+    keys = {"cls": ["cls"], "dist": ["dist"], "reg": [f"reg{r}" for r in range(total)], "pool": ["pool"]}
     found = [Token(key, token_name(key, total), enters[kind]) for kind in KINDS if kind in kinds for key in keys[kind]]
     return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
 
 
 def image_maps(model, data, image, blocks, patches, rollout) -> ImageMaps:
     """Read an `InputImage`, and compute its maps and its caption."""
-    pixels, device = image.read(), model.pos_embed.device
+    pixels, device = image.read(), next(model.parameters()).device
     images = inputs.model_input([pixels], [image], data, device)
     with torch.no_grad():
         logits = model(images)[0].cpu() if model.num_classes else None
@@ -112,30 +128,37 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     def row(token, block, label):
         return Row(label, seen.shown, _cells(token, seen.maps[block]))
 
+    def there(token, block):  # attention pooling is a block of its own, and the tokens have no rows there
+        return ("pool" in seen.maps[block]) == (token.key == "pool")
+
     if "heads" in kinds_of_pages:
         for block in blocks:
             for token in tokens:
-                if token.enters <= block:
+                if token.enters <= block and there(token, block):
                     rows = [row(token, block, "")]
                     yield Page(f"block{block}_{token.key}", _title(token, block), rows, seen.caption)
     if "blocks" in kinds_of_pages:
         for token in tokens:
-            rows = [row(token, block, f"block {block}") for block in blocks]
+            rows = [row(token, block, f"block {block}") for block in blocks if there(token, block)]
             yield Page(f"blocks_{token.key}", f"{_title(token)} through the blocks", rows, seen.caption)
     if "tokens" in kinds_of_pages:
         for block in blocks:
-            rows = [row(token, block, token.name) for token in tokens]
+            rows = [row(token, block, token.name) for token in tokens if there(token, block)]
+            if not rows:
+                continue
             yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, seen.caption)
     if "rollout" in kinds_of_pages:
         rows = []
         for token in tokens:
-            maps = {f"block {block}": seen.rollout[block].get(token.key) for block in blocks}
+            maps = {f"block {block}": seen.rollout[block].get(token.key) for block in blocks if there(token, block)}
             cells = [MapCell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
             rows.append(Row(token.name, seen.shown, cells))
         yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, ROLLOUT)
 
 
 def _title(token, block=None):
+    if token.key == "pool":
+        return f"{token.name} behind the last block"
     entered = "" if token.mark else f" (entered at block {token.enters})"
     return token.name + ("" if block is None else f" at block {block}") + entered
 
@@ -195,6 +218,11 @@ def load_all(args):
     for model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
+        if getattr(model, "cls_only", False) and (args.patch or args.format == "html" or "rollout" in args.pages):
+            raise BadInput(
+                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, --pages rollout "
+                f"and --format html"
+            )
         for x, y in args.patch or ():
             if not (x < gw and y < gh):
                 raise BadInput(f"--patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
@@ -261,9 +289,10 @@ def draw(args, found, blocks, pages, failed):
 
 def write_html(args, model, data, found, blocks, failed):
     """All attention of all images that can be read, in one file; see `inputs.readable`."""
+    blocks = [i for i in blocks if model.token_layout(i).pool is None]
     layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
     check_size(len(found) * packed_size(layouts, heads))
-    folder, device = utils.writable_folder(args.output_dir), model.pos_embed.device
+    folder, device = utils.writable_folder(args.output_dir), next(model.parameters()).device
     for image in inputs.readable(found, failed):
         attention = {}
 
@@ -324,7 +353,7 @@ def parse(argv=None):
         "(default: 2; all for --format html and for --pages blocks and rollout)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=token_list, help="of cls, dist and reg, as in cls,reg (default: all that are present)"
+        "--tokens", type=token_list, help="of cls, dist, reg and pool, as in cls,reg (default: all that are present)"
     )
     parser.add_argument(
         "--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="also what these patches attend to (without "

@@ -212,6 +212,14 @@ def _recorded(model, images, blocks, keep) -> dict:
     return found
 
 
+@torch.no_grad()
+def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.Size, torch.Size]]:
+    """{block: shapes of its queries (B, H, M, d) and keys (B, H, N, d)} of the blocks whose attention can be seen."""
+    shapes: dict = {}
+    _forward(model, images, lambda i, call: shapes.update({i: (call.query.shape, call.key.shape)}), -1)
+    return shapes
+
+
 def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
     """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
 
@@ -234,7 +242,7 @@ def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
     parts = {name: getattr(layout, name) for name in ("cls", "dist", "registers", "pool")}
     rows = {name: [part] for name, part in parts.items() if part is not None}
     gh, gw = grid
-    for x, y in patches:
+    for x, y in patches if layout.pool is None else ():
         if not (0 <= x < gw and 0 <= y < gh):
             raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
         at = layout.patches.start + y * gw + x
@@ -267,15 +275,18 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
 
     def attention(i, attn):
         nonlocal shares, before
-        layout, count = model.token_layout(i), model.token_layout(0).patches
-        entered = attn.new_zeros(len(attn), layout.length, count.stop - count.start)
-        if before is None:
-            entered[:, layout.patches] = torch.eye(entered.shape[-1], device=attn.device)
+        layout = model.token_layout(i)
+        if layout.pool is not None:
+            shares = attn.mean(dim=1) @ shares[:, -layout.length :]
         else:
-            for part in ("cls", "dist", "patches", "registers"):
-                if getattr(before, part) is not None:
-                    entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
-        shares, before = (attn.mean(dim=1) @ entered + entered) / 2, layout
+            entered = attn.new_zeros(len(attn), layout.length, layout.patches.stop - layout.patches.start)
+            if before is None:
+                entered[:, layout.patches] = torch.eye(entered.shape[-1], device=attn.device)
+            else:
+                for part in ("cls", "dist", "patches", "registers"):
+                    if getattr(before, part) is not None:
+                        entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
+            shares, before = (attn.mean(dim=1) @ entered + entered) / 2, layout
         if i in wanted:
             maps[i] = _cut_maps(
                 layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)

@@ -17,17 +17,12 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, data_folder, model_from_checkpoint
 from datasets import DATA_SETS, check_classes, check_number, eval_transform, find_split, image_files, note_left_out
+from inspection.foreign import SOURCES, ForeignViT, create, data_of
 from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read_picture
 from models_dynamic import DynamicViT
 from utils import BadInput, RunFailed, number
 
-STATE_DICT_FLAGS = (
-    "num_heads",
-    "cls_pos",
-    "reg_pos",
-    "dist_pos",
-    "weights_key",
-)  # flags that only a bare state dict needs
+STATE_DICT_FLAGS = ("num_heads", "cls_pos", "reg_pos", "dist_pos", "weights_key")  # only a bare state dict needs them
 DISPLAY_SIDE = 512  # pixels of the longer side of an image on a page
 NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
 
@@ -47,7 +42,11 @@ class InputImage:
 
 def add_checkpoint_flags(parser, several=False):
     """Which checkpoint, and what a bare state dict lacks; `several`: flags take a value per file (`flags_for_file`)."""
-    parser.add_argument("--model_path", default="best_model.pth", help="checkpoint of this project, or a state dict")
+    parser.add_argument(
+        "--model_path", default="best_model.pth", metavar="MODEL", help="checkpoint of this project, state dict, or "
+        "a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER",
+    )  # fmt: skip
+    parser.add_argument("--weights", metavar="FILE", help="for timm:NAME, in place of the weights that timm downloads")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
         "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width); the position "
@@ -104,7 +103,7 @@ def patch(text):
 def chosen_blocks(model, wanted) -> list[int]:
     """Numbers of blocks in ascending order. Raises BadInput for one outside the model."""
     if "all" in wanted:
-        return list(range(model.depth))
+        return list(range(len(model.blocks)))
     try:
         for i in wanted:
             model.token_layout(i)
@@ -113,11 +112,19 @@ def chosen_blocks(model, wanted) -> list[int]:
     return sorted(set(wanted))
 
 
-def load(path, args, one_of_several=False) -> tuple[DynamicViT, dict, dict]:
+def load(path, args, one_of_several=False) -> tuple[DynamicViT | ForeignViT, dict, dict]:
     """(model in eval mode, description of its data, checkpoint) as the flags of `add_checkpoint_flags` say.
 
     `one_of_several`: a checkpoint of this project ignores flags for bare state dicts, which are for the other files.
     """
+    if str(path).startswith(SOURCES):
+        given = [f"--{flag}" for flag in STATE_DICT_FLAGS if hasattr(args, flag) and flag != "weights_key"]
+        if given and not one_of_several:
+            raise BadInput(f"{path} is a model of timm's, which knows its tokens; leave out {', '.join(given)}")
+        model = create(path, args.weights, args.input_size, getattr(args, "weights_key", None))
+        return *_foreign(model, str(path), args), {}
+    if args.weights and not one_of_several:
+        raise BadInput(f"--weights is for a model of timm's, as in --model_path timm:NAME; {path} has weights")
     checkpoint = load_checkpoint(path)
     given = {flag: getattr(args, flag) for flag in STATE_DICT_FLAGS if hasattr(args, flag)}
     if one_of_several and "model_args" in checkpoint:
@@ -127,8 +134,8 @@ def load(path, args, one_of_several=False) -> tuple[DynamicViT, dict, dict]:
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
     if not isinstance(model, DynamicViT):
-        name = model.model_args["timm_name"]
-        raise BadInput(f"{path} is timm's {name}; give a checkpoint of this project's models")
+        foreign, data = _foreign(model, model.model_args["timm_name"], args, checkpoint.get("data"))
+        return foreign, data, checkpoint
     gh, gw = model.grid_size
     if gh != gw and "model_args" not in checkpoint:
         utils.say(f"note: the position embedding in {path} is read as a grid of {gh}x{gw} patches, from --input_size")
@@ -140,6 +147,22 @@ def load(path, args, one_of_several=False) -> tuple[DynamicViT, dict, dict]:
             raise BadInput(f"--input_size: {error}") from None
         data = data | {"input_size": args.input_size}
     return model, data, checkpoint
+
+
+def _foreign(model, name, args, data=None) -> tuple[ForeignViT, dict]:
+    """(adapter, description of its data); `data` is that of a checkpoint."""
+    size = args.input_size or (data["input_size"] if data else model.pretrained_cfg["input_size"][1:])
+    try:
+        model = ForeignViT(model, name, size)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    if model.hidden:
+        utils.say(
+            f"note: {name}: the attention of its first {model.hidden} blocks is not torch's own and cannot be seen; "
+            f"block 0 is the first of the other {model.depth}"
+        )
+    changes = {"mean": args.mean, "std": args.std, "input_size": tuple(size)}
+    return model, (data or data_of(model.model, size)) | {key: value for key, value in changes.items() if value}
 
 
 def _describe_data(path, checkpoint, model, args, one_of_several) -> dict:

@@ -14,6 +14,7 @@ import utils
 from checkpoints.models import at_size
 from datasets import normalise
 from inspection.attention import projections
+from inspection.foreign import ForeignViT
 from utils import BadInput
 
 FEATURES = ("queries", "keys", "values")  # in the order of DynamicViT.projections
@@ -75,7 +76,7 @@ def model_sizes(model, args) -> Callable:
     @lru_cache(maxsize=4)
     def resized(size):
         try:
-            return at_size(model, size)
+            return model.at_size(size) if isinstance(model, ForeignViT) else at_size(model, size)
         except ValueError as error:
             raise BadInput(f"--max_side {longer}: {error}") from None
 
@@ -94,7 +95,7 @@ def patch_features(model, image, data, block, kind) -> Tensor:
 
     h, w = model.model_args["img_size"]
     image = image.resize((w, h), Image.Resampling[data.get("interpolation", "bicubic").upper()])
-    images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(model.pos_embed.device)
+    images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(next(model.parameters()).device)
     of_heads = projections(model, normalise(images, data["mean"], data["std"]), block)[FEATURES.index(kind)]
     features = of_heads[0, :, model.token_layout(block).patches].transpose(0, 1).flatten(1)
     if not features.isfinite().all():

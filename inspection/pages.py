@@ -25,13 +25,13 @@ LEFT, RIGHT, BOTTOM, SCALE = 0.35, 0.1, 0.45, 2.2  # inches: margins of a page, 
 
 def token_name(key, registers) -> str:
     """The title of 'cls', 'dist' or 'reg0', ... in a model with so many registers."""
-    names = {"cls": "Class token", "dist": "Distillation token"}
+    names = {"cls": "Class token", "dist": "Distillation token", "pool": "Attention pooling"}
     return names.get(key) or f"Register {key.removeprefix('reg')} (of {registers})"
 
 
 def by_token(maps: AttentionMaps, patches=()) -> dict[str, Tensor]:
     """{'cls', 'dist', 'reg0', 'patch3-5', ...: (B, H, gh, gw)} of the tokens that have entered, and of `patches`."""
-    found = {"cls": maps.cls, "dist": maps.dist}
+    found = {"cls": maps.cls, "dist": maps.dist, "pool": maps.pool}
     if maps.registers is not None:
         found |= {f"reg{r}": heads for r, heads in enumerate(maps.registers.unbind(dim=1))}
     if maps.patches is not None:

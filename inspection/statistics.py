@@ -51,6 +51,8 @@ class TokenStatistics:
         return logits
 
     def _add_attention(self, i, attn):
+        if i == self.model.depth:  # attention pooling
+            return
         layout = self.layouts[i]
         entropy = torch.special.entr(attn).sum(dim=-1)  # (B, H, N)
         for kind, part in parts_of(layout).items():
@@ -62,6 +64,8 @@ class TokenStatistics:
         self.moments["distance", i].add(mean.mean(dim=-1))
 
     def _add_output(self, i, x):
+        if i == self.model.depth:
+            return
         norms = x.norm(dim=-1)
         for kind, part in parts_of(self.layouts[i]).items():
             if (kind, i) not in self.norms:
@@ -124,7 +128,7 @@ def parts_of(layout: TokenLayout) -> dict[str, slice]:
 def _patch_distances(model) -> Tensor:
     """(P, P): pixels between the centres of patches."""
     (gh, gw), (ph, pw) = model.grid_size, model.model_args["patch_size"]
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     y, x = torch.meshgrid(torch.arange(gh, device=device) * ph, torch.arange(gw, device=device) * pw, indexing="ij")
     places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
     return torch.cdist(places, places)

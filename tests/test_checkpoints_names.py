@@ -116,9 +116,9 @@ def test_wrapped_weights_are_the_plain_ones(kind, plain, tmp_path, capsys):
     assert torch.equal(theirs(IMAGES), expected)
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_convnext", "test_vit", "lcnet_035"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "resnet18", "test_convnext", "test_vit", "lcnet_035"])
 def test_any_model_of_timm(name):
-    """By its first tensor, whatever stands in its names: EfficientNet's blocks.0.1 are no chunks."""
+    """By its first tensor, whatever its names have: a second conv1.weight in ResNet's blocks, or blocks.0.1."""
     theirs, again = timm.create_model(name, num_classes=5), timm.create_model(name, num_classes=5)
     state = theirs.state_dict()
     report = load_weights(again, {"epoch": 3, "state_dict": put("module.", state)})
@@ -204,8 +204,9 @@ def as_hf(state, names):
     return split
 
 
-def test_vit_of_hugging_face(plain):
+def test_vit_of_hugging_face(plain, capsys):
     model = model_from_checkpoint(as_hf(plain, HF_VIT), num_heads=3)
+    assert capsys.readouterr().out == ""  # the classifier beside vit. is its head
     assert torch.allclose(model(IMAGES), timm_vit()(IMAGES), atol=1e-5)
     theirs = VisionTransformer(**ARGS).eval()
     theirs.pretrained_cfg = {"classifier": "head"}

@@ -371,7 +371,15 @@ REFUSED = {
         lambda s: s | dict.fromkeys(("reg_token", "storage_tokens"), s["cls_token"]), "storage_tokens .* second name",
     ),
     "a part of the trunk": (lambda s: s | {"norm_pre.weight": s["norm.weight"]}, "norm_pre.weight 48 is unknown here"),
-    "no positions": (lambda s: without(s, "pos_embed"), "lack pos_embed, register_tokens, blocks.0.ls1.gamma: not a"),
+    "no positions": (
+        lambda s: without(s, "pos_embed"), "lack pos_embed, register_tokens, blocks.0.ls1.gamma; give",
+    ),
+    "rotary positions of another kind": (
+        lambda s: s | {"blocks.0.gamma_1": torch.ones(48)}, "both pos_embed and blocks.0.gamma_1; give --model_path",
+    ),
+    "rotary positions without CLS": (
+        lambda s: without(dinov3().state_dict(), "cls_token"), "lack pos_embed, cls_token; give --model_path",
+    ),
     "no MLP": (lambda s: without(s, "blocks.0.mlp.fc1.weight"), "lack blocks.0.mlp.fc1.weight"),
     "one channel": (
         lambda s: s | {"patch_embed.proj.weight": torch.ones(48, 1, 8, 8)}, "proj.weight is 48x1x8x8",

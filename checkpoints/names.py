@@ -71,12 +71,17 @@ def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str
     if any(n in weights for n in _HF_PATCHES):
         up = ".mlp.fc1_x." if any(".gate_proj." in n for n in weights) else ".mlp.fc1."
         weights = _with_qkv(_renamed(weights, (*_HF_NAMES, (r"\.mlp\.up_proj\.", up))))
-    return _renamed(weights, [(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1")])  # DINOv2's chunks of blocks
+    return dict(weights)
+
+
+def without_chunks(weights: dict) -> dict[str, Tensor]:
+    """DINOv2 saves its blocks in chunks, `blocks.0.5.`, but numbers them without."""
+    return _renamed(weights, [(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1")])
 
 
 def to_this_project(weights: dict) -> dict[str, Tensor]:
     """Weights of `find_weights` under the names of a DynamicViT; those for which it has none keep their own."""
-    state = _with_qkv(_renamed(weights, _NAMES))
+    state = _with_qkv(_renamed(without_chunks(weights), _NAMES))
     for name in [n for n in state if n.endswith(".attn.qkv.bias_mask")]:  # DINOv3's: the bias of keys is not used
         del state[name]
         bias = name.removesuffix("_mask")

@@ -97,6 +97,15 @@ class TokenBlock(Block):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
         """Shapes as of `TokenAttention`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles the rest of a condition
+            if rows is not None and isinstance(x, torch.fx.Proxy):
+                # A graph has both, and the same logits: its first softmax here, and the last value, are of all tokens.
+                every, some = self._output(x, rope, None), self._output(x, rope, rows)
+                every.contiguous()
+                return some
+        return self._output(x, rope, rows)
+
+    def _output(self, x: Tensor, rope: Tensor | None, rows: int | None) -> Tensor:
         x = x[:, :rows] + self.drop_path1(self.ls1(self.attn(self.norm1(x), rope, rows)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -173,7 +182,7 @@ class DynamicViT(nn.Module):
         self.global_pool = ("avg" if cls_pos is None else "token") if global_pool is None else global_pool
         if self.global_pool not in ("token", "avg", "") or (self.global_pool == "token" and cls_pos is None):
             raise ValueError(f"global_pool {global_pool!r} is none of 'token' (with a class token), 'avg' and ''")
-        self._model_args = args | dict(
+        self._args = args | dict(
             img_size=tuple(img_size), patch_size=tuple(patch_size), cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0,
             dist_pos=self.dist_pos,
         )  # fmt: skip
@@ -237,7 +246,7 @@ class DynamicViT(nn.Module):
         """Plain values from which `DynamicViT(**model_args)` builds this model again."""
         if self._own_norm:
             raise ValueError("a model with its own norm_layer cannot be described by plain values")
-        return {name: arg for name, arg in self._model_args.items() if name not in MODERN or arg != MODERN[name]}
+        return {name: arg for name, arg in self._args.items() if name not in MODERN or arg != MODERN[name]}
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -262,8 +271,8 @@ class DynamicViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         """New heads for `num_classes` (0: none), as timm's models have it."""
         if global_pool is not None:
-            self.global_pool = self._model_args["global_pool"] = global_pool
-        self.num_classes = self._model_args["num_classes"] = num_classes
+            self.global_pool = self._args["global_pool"] = global_pool
+        self.num_classes = self._args["num_classes"] = num_classes
         for name in ("head", "head_dist")[: 1 + (self.dist_pos is not None)]:
             like = self.patch_embed.proj.weight
             head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
@@ -273,9 +282,9 @@ class DynamicViT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]):
         """For images of another size, as in timm: the patch positions are resampled (bicubic)."""
         img_size, old_grid = to_2tuple(img_size), self.grid_size
-        self._check_sizes(self._model_args | {"img_size": img_size})
+        self._check_sizes(self._args | {"img_size": img_size})
         self.patch_embed.set_input_size(img_size)
-        self._model_args["img_size"] = tuple(img_size)
+        self._args["img_size"] = tuple(img_size)
         if self.rope is not None:
             self.rope.update_feat_shape(list(self.grid_size))
         elif self.grid_size != old_grid:
@@ -297,7 +306,7 @@ class DynamicViT(nn.Module):
         its attention; the last one has attention rows, projection and MLP only for the tokens that are classified.
         A formula, since sweeps ask for it often and without weights: torch's FlopCounterMode takes a forward pass.
         """
-        args, width, grid = self._model_args, self.embed_dim, self.patch_embed.num_patches
+        args, width, grid = self._args, self.embed_dim, self.patch_embed.num_patches
         mlp = (3 if args["swiglu"] else 2) * int(width * args["mlp_ratio"])
         flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
         for block in range(self.depth):
@@ -313,11 +322,11 @@ class DynamicViT(nn.Module):
         return self.num_prefix_tokens + patches if self.global_pool else None
 
     @torch.jit.unused
-    def _needed(self, images: Tensor) -> int | None:
-        """How many first tokens the last block has to compute; None: all, for hooks and graphs of torch.fx."""
+    def _needed(self) -> int | None:
+        """How many first tokens the last block has to compute; None: all, since somebody watches its modules."""
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         watched = any(getattr(module, kind) for module in self.blocks[-1].modules() for kind in hooks)
-        return None if watched or isinstance(images, torch.fx.Proxy) else self._classified()
+        return None if watched else self._classified()
 
     def _present(self, block: int) -> tuple[int, int, int]:
         """How many class, distillation and register tokens there are at the input of `block`."""
@@ -395,7 +404,7 @@ class DynamicViT(nn.Module):
         The last block computes only what is classified: CLS, or the patches where there is no CLS, and the
         distillation token.
         """
-        rows = None if torch.jit.is_scripting() else self._needed(images)
+        rows = None if torch.jit.is_scripting() else self._needed()
         return self.forward_head(self._features(images, rows))
 
     @torch.jit.ignore

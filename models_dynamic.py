@@ -26,7 +26,7 @@ from timm.layers import Attention, Mlp, PatchEmbed, SwiGLU, apply_rot_embed_cat,
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, _cfg
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -97,15 +97,6 @@ class TokenBlock(Block):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
         """Shapes as of `TokenAttention`."""
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles the rest of a condition
-            if rows is not None and isinstance(x, torch.fx.Proxy):
-                # A traced graph has both: its first softmax of this block, and the last value, are of all tokens.
-                every, some = self._output(x, rope, None), self._output(x, rope, rows)
-                every.contiguous()
-                return some
-        return self._output(x, rope, rows)
-
-    def _output(self, x: Tensor, rope: Tensor | None, rows: int | None) -> Tensor:
         x = x[:, :rows] + self.drop_path1(self.ls1(self.attn(self.norm1(x), rope, rows)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -114,24 +105,22 @@ class DynamicViT(nn.Module):
     """Vision Transformer with a chosen entry block for the class, the distillation and the register tokens.
 
     Args:
-        img_size: pixels, one number or (h, w); each must be a multiple of the patch size.
-        patch_size: pixels, one number or (h, w).
+        img_size, patch_size: pixels, one number or (h, w); the patches must tile the image.
         num_classes: K; 0 leaves out the head, and the forward pass returns the classified token.
         num_register_tokens: R; 0 means that there is no such parameter, and `reg_pos` is ignored.
-        cls_pos: CLS is present at the input of this block, 0..depth-1; None: no class token, the mean of the
-            patch tokens is classified.
+        cls_pos: CLS is present at the input of this block, 0..depth-1; None: no class token.
         reg_pos: the same for the registers.
         dist_pos: the same for DeiT's distillation token, which has a head of its own; None: there is none.
         drop_rate: dropout after the position embedding, after the attention's projection and in the MLP.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate at the last block.
-        init_values: initial LayerScale (CaiT, arXiv 2103.17239); None: no LayerScale.
+        init_values: initial LayerScale (CaiT); None: no LayerScale.
         norm_layer: a model with its own cannot be described by `model_args`; None: LayerNorm with `norm_eps`.
-        global_pool: what is classified: "token" (CLS), "avg" (the mean of the patches), or "" for all tokens, as in
-            timm; None: CLS if there is one, else the mean.
+        global_pool: "token" classifies CLS, "avg" the mean of the patches, "" all tokens, as in timm; None: CLS if
+            there is one, else the mean.
         fc_norm: normalise the mean of the patches rather than the patches, as timm's ViTs with global_pool="avg" do.
         qk_norm: LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442).
-        rope: rotary positions on the patches in DINOv3's form (arXiv 2508.10104), in place of a position embedding.
+        rope: rotary positions on the patches in DINOv3's form, in place of a position embedding.
         swiglu: SwiGLU in place of the MLP with GELU (arXiv 2002.05202; timm's layer).
 
     Raises:
@@ -324,11 +313,11 @@ class DynamicViT(nn.Module):
         return self.num_prefix_tokens + patches if self.global_pool else None
 
     @torch.jit.unused
-    def _needed(self) -> int | None:
-        """How many first tokens the last block has to compute; None: all, since somebody watches its modules."""
+    def _needed(self, images: Tensor) -> int | None:
+        """How many first tokens the last block has to compute; None: all, for hooks and graphs of torch.fx."""
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         watched = any(getattr(module, kind) for module in self.blocks[-1].modules() for kind in hooks)
-        return None if watched else self._classified()
+        return None if watched or isinstance(images, torch.fx.Proxy) else self._classified()
 
     def _present(self, block: int) -> tuple[int, int, int]:
         """How many class, distillation and register tokens there are at the input of `block`."""
@@ -406,7 +395,7 @@ class DynamicViT(nn.Module):
         The last block computes only what is classified: CLS, or the patches where there is no CLS, and the
         distillation token.
         """
-        rows = None if torch.jit.is_scripting() else self._needed()
+        rows = None if torch.jit.is_scripting() else self._needed(images)
         return self.forward_head(self._features(images, rows))
 
     @torch.jit.ignore
@@ -414,25 +403,24 @@ class DynamicViT(nn.Module):
         self, x: Tensor, indices=None, return_prefix_tokens=False, norm=False, stop_early=False, output_fmt="NCHW",
         intermediates_only=False, output_dict=False, attn_mask=None,
     ):  # fmt: skip
-        """Outputs of blocks, as timm's VisionTransformer gives them: the patches of each, (B, D, gh, gw) or (B, P, D).
+        """As timm's VisionTransformer has it: the patches that leave some blocks, (B, D, gh, gw) or (B, P, D).
 
-        `return_prefix_tokens`: with each, the other tokens that have entered by then, in their order.
+        `return_prefix_tokens`: with each, the other tokens that have entered by then. All blocks are always run.
         """
         if attn_mask is not None or output_fmt not in ("NCHW", "NLC"):
             raise ValueError("there is no attention mask here, and the formats are NCHW and NLC")
-        taken, _ = feature_take_indices(len(self.blocks), indices)
         outputs: list[Tensor] = []
-        last = self._features(x, None, outputs)
-        found, others = [], []
-        for i in taken:
+        last, found, others = self._features(x, None, outputs), [], []
+        for i in sorted(set(feature_take_indices(len(outputs), indices)[0])):
             y, patches = self.norm(outputs[i]) if norm else outputs[i], self.token_layout(i).patches
             others.append(torch.cat([y[:, : patches.start], y[:, patches.stop :]], dim=1))
             y = y[:, patches]
-            found.append(y.transpose(1, 2).unflatten(2, self.grid_size).contiguous() if output_fmt == "NCHW" else y)
+            found.append(y.mT.unflatten(2, self.grid_size).contiguous() if output_fmt == "NCHW" else y)
         if output_dict:
-            both = {"image_intermediates": found}
-            both |= {"image_intermediates_prefix": others} if return_prefix_tokens else {}
-            return both if intermediates_only else both | {"image_features": last}
+            every = dict(image_intermediates=found, image_intermediates_prefix=others, image_features=last)
+            left_out = ["image_intermediates_prefix"] * (not return_prefix_tokens)
+            left_out += ["image_features"] * intermediates_only
+            return {name: value for name, value in every.items() if name not in left_out}
         found = list(zip(found, others)) if return_prefix_tokens else found
         return found if intermediates_only else (last, found)
 
@@ -465,16 +453,13 @@ def plain_attention_on_cpu(model: nn.Module, device, amp_dtype):
 # Registered sizes: timm.create_model("dynamic_vit_small_patch16_224", cls_pos=6, reg_pos=3) ---------------------
 
 
-def _pretrained_cfg(size: dict) -> dict:
-    """What timm keeps of a model beside its arguments: input, normalisation, names of its first and last layers."""
-    return dict(
+default_cfgs = generate_default_cfgs({
+    name: _cfg(
         num_classes=size.get("num_classes", 1000), input_size=(3, size["img_size"], size["img_size"]),
-        fixed_input_size=True, pool_size=None, crop_pct=0.9, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD, first_conv="patch_embed.proj", classifier="head",
-    )  # fmt: skip
-
-
-default_cfgs = generate_default_cfgs({name: _pretrained_cfg(size) for name, size in SIZES.items()})
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+    )
+    for name, size in SIZES.items()
+})  # fmt: skip
 
 
 def _register(name: str):

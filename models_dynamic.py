@@ -171,7 +171,7 @@ class DynamicViT(nn.Module):
         self.global_pool = ("avg" if cls_pos is None else "token") if global_pool is None else global_pool
         if self.global_pool not in ("token", "avg", "") or (self.global_pool == "token" and cls_pos is None):
             raise ValueError(f"global_pool {global_pool!r} is none of 'token' (with a class token), 'avg' and ''")
-        self._model_args = args | dict(cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0, dist_pos=self.dist_pos)
+        self._args = args | dict(cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0, dist_pos=self.dist_pos)
         self._own_norm = norm_layer is not None
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
 
@@ -229,7 +229,7 @@ class DynamicViT(nn.Module):
         """Plain values from which `DynamicViT(**model_args)` builds this model again."""
         if self._own_norm:
             raise ValueError("a model with its own norm_layer cannot be described by plain values")
-        return {name: arg for name, arg in self._model_args.items() if name not in MODERN or arg != MODERN[name]}
+        return {name: arg for name, arg in self._args.items() if name not in MODERN or arg != MODERN[name]}
 
     @torch.jit.unused
     @property
@@ -251,8 +251,8 @@ class DynamicViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         """New heads for `num_classes` (0: none), as timm's models have it."""
         if global_pool is not None:
-            self.global_pool = self._model_args["global_pool"] = global_pool
-        self.num_classes = self._model_args["num_classes"] = num_classes
+            self.global_pool = self._args["global_pool"] = global_pool
+        self.num_classes = self._args["num_classes"] = num_classes
         for name in ("head", "head_dist")[: 1 + (self.dist_pos is not None)]:
             head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
             setattr(self, name, head.to(self.patch_embed.proj.weight))
@@ -260,9 +260,9 @@ class DynamicViT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]):
         """For images of another size, as in timm: the patch positions are resampled (bicubic)."""
         img_size, old_grid = to_2tuple(img_size), self.grid_size
-        self._check_sizes(self._model_args | {"img_size": img_size})
+        self._check_sizes(self._args | {"img_size": img_size})
         self.patch_embed.set_input_size(img_size)
-        self._model_args["img_size"] = tuple(img_size)
+        self._args["img_size"] = tuple(img_size)
         if self.rope is not None:
             self.rope.update_feat_shape(list(self.grid_size))
         elif self.grid_size != old_grid:
@@ -282,7 +282,7 @@ class DynamicViT(nn.Module):
 
         A formula, since sweeps ask for it often and without weights: torch's FlopCounterMode takes a forward pass.
         """
-        args, width, grid = self._model_args, self.embed_dim, self.patch_embed.num_patches
+        args, width, grid = self._args, self.embed_dim, self.patch_embed.num_patches
         mlp = (3 if args["swiglu"] else 2) * int(width * args["mlp_ratio"])
         flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
         for block in range(self.depth):

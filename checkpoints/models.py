@@ -178,12 +178,15 @@ def _args_from_shapes(weights: dict, img_size) -> dict:
         )
     swiglu = "blocks.0.mlp.fc1_g.weight" in state
     first = f"blocks.0.mlp.fc1{'_g' * swiglu}.weight"
-    rope = "pos_embed" not in state  # DINOv3; others turn by other angles
-    lacking = [first, *(["register_tokens", "blocks.0.ls1.gamma"] if rope else [])]
+    rope = "pos_embed" not in state  # DINOv3
+    lacking = [first, *(["cls_token", "register_tokens", "blocks.0.ls1.gamma"] if rope else [])]
     lacking = [n for n in lacking if n not in state]
-    if lacking:
-        names = ", ".join(["pos_embed"] * rope + lacking)
-        raise ValueError(f"these weights lack {names}: not a plain Vision Transformer, or DINOv3")
+    problem = f"they lack {', '.join(['pos_embed'] * rope + lacking)}" if lacking else None
+    if "blocks.0.gamma_1" in weights and not rope:  # timm's Eva: no buffer shows that it has rotary positions, too
+        problem = "they have both pos_embed and blocks.0.gamma_1"
+    if problem:
+        advice = "give --model_path timm:NAME --weights FILE"
+        raise ValueError(f"these weights are not of a plain Vision Transformer, or DINOv3: {problem}; {advice}")
     hidden = state[first].shape[0]
     ratio = hidden / width
     known_head = "head.weight" in state and state["head.weight"].shape[1] == width

@@ -9,6 +9,7 @@ import utils
 
 PATCHES = "patch_embed.proj.weight"
 _HF_PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
+MOST_SETS = 1000  # in one dictionary; a ResNet's first name ends many others
 _HF_HEAD = re.compile(r"(cls_|distillation_)?classifier\.(weight|bias)")
 # Hugging Face's ViT, DeiT, DINOv2 and DINOv3, in files and in state dicts of transformers 5.
 _HF_NAMES = (
@@ -71,12 +72,17 @@ def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str
     if any(n in weights for n in _HF_PATCHES):
         up = ".mlp.fc1_x." if any(".gate_proj." in n for n in weights) else ".mlp.fc1."
         weights = _with_qkv(_renamed(weights, (*_HF_NAMES, (r"\.mlp\.up_proj\.", up))))
-    return _renamed(weights, [(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1")])  # DINOv2's chunks of blocks
+    return dict(weights)
+
+
+def without_chunks(weights: dict) -> dict[str, Tensor]:
+    """DINOv2 saves its blocks in chunks, `blocks.0.5.`, but numbers them without."""
+    return _renamed(weights, [(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1")])
 
 
 def to_this_project(weights: dict) -> dict[str, Tensor]:
     """Weights of `find_weights` under the names of a DynamicViT; those for which it has none keep their own."""
-    state = _with_qkv(_renamed(weights, _NAMES))
+    state = _with_qkv(_renamed(without_chunks(weights), _NAMES))
     for name in [n for n in state if n.endswith(".attn.qkv.bias_mask")]:  # DINOv3's: the bias of keys is not used
         del state[name]
         bias = name.removesuffix("_mask")
@@ -103,6 +109,8 @@ def _sets(part: dict, anchor, path=()):
     names = [n for n, t in part.items() if isinstance(n, str) and isinstance(t, Tensor)]
     anchors = (anchor, *_HF_PATCHES) if anchor == PATCHES else (anchor,)
     prefixes = {n.removesuffix(a) for n in names for a in anchors if f".{n}".endswith(f".{a}")}
+    if len(prefixes) > MOST_SETS:  # each costs a pass over all names
+        raise ValueError(f"these are weights of {len(prefixes)} models in one dictionary; save those of one")
     # The outermost ones: the name conv1.weight stands at the beginning of a ResNet and in each of its blocks.
     prefixes = [p for p in sorted(prefixes) if not any(p != other and p.startswith(other) for other in prefixes)]
     for prefix in prefixes:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from checkpoints.names import PATCHES, find_weights, listed, shape_text, to_this_project
+from checkpoints.names import PATCHES, find_weights, listed, shape_text, to_this_project, without_chunks
 from models_dynamic import HEADS, TOKENS, DynamicViT
 
 
@@ -95,9 +96,10 @@ def _timm_state(state: dict, model: nn.Module) -> tuple[dict, list[str], list[st
     shapes = {n: t.shape for n, t in state.items()}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
-        positions = getattr(model, "pos_embed", None)
-        if "pos_embed" in state and isinstance(positions, Tensor) and positions.dim() == 3:
-            _check_timm_resamples(state["pos_embed"], model)
+        if isinstance(model, VisionTransformer):
+            state = without_chunks(state)
+            if "pos_embed" in state and model.pos_embed is not None:
+                _check_timm_resamples(state["pos_embed"], model)
         try:
             state = convert(state, model)
         except Exception as error:  # many kinds, where names or shapes are not as timm expects
@@ -108,7 +110,7 @@ def _timm_state(state: dict, model: nn.Module) -> tuple[dict, list[str], list[st
     return state, [n for n, t in state.items() if n in shapes and t.shape != shapes[n]], names
 
 
-def _check_timm_resamples(positions: Tensor, model: nn.Module):
+def _check_timm_resamples(positions: Tensor, model: VisionTransformer):
     """Raise ValueError for positions of another grid that is not square: timm would take them for square."""
     theirs, own = positions.shape[1] if positions.dim() == 3 else 0, model.pos_embed.shape[1]
     patches = theirs - (own - model.patch_embed.num_patches)

@@ -116,6 +116,26 @@ def test_wrapped_weights_are_the_plain_ones(kind, plain, tmp_path, capsys):
     assert torch.equal(theirs(IMAGES), expected)
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "resnet18", "test_convnext", "test_vit", "lcnet_035"])
+def test_any_model_of_timm(name):
+    """By its first tensor, whatever its names have: a second conv1.weight in ResNet's blocks, or blocks.0.1."""
+    theirs, again = timm.create_model(name, num_classes=5), timm.create_model(name, num_classes=5)
+    state = theirs.state_dict()
+    report = load_weights(again, {"epoch": 3, "state_dict": put("module.", state)})
+    assert not (report.new or report.left_out or report.resampled)
+    assert all(torch.equal(tensor, state[n]) for n, tensor in again.state_dict().items())
+    with pytest.raises(ValueError, match=r"no weights of .*: there is no \S+; its tensors are a.weight 2"):
+        load_weights(again, {"a.weight": torch.ones(2)})
+
+
+def test_what_timm_cannot_convert(plain):
+    theirs = VisionTransformer(**ARGS, reg_tokens=2)
+    with pytest.raises(ValueError, match="timm cannot convert these weights for the model: KeyError"):
+        load_weights(
+            theirs, without(plain, "pos_embed") | dict.fromkeys(("mask_token", "register_tokens"), torch.ones(1))
+        )
+
+
 def test_which_of_several_sets(plain, tmp_path, capsys):
     """By its name, or the first words of it; the flag does the same."""
     both = {"first": {"student": put("module.", plain)}, "second": put("a.", zeros(plain)) | put("b.", plain)}
@@ -184,8 +204,9 @@ def as_hf(state, names):
     return split
 
 
-def test_vit_of_hugging_face(plain):
+def test_vit_of_hugging_face(plain, capsys):
     model = model_from_checkpoint(as_hf(plain, HF_VIT), num_heads=3)
+    assert capsys.readouterr().out == ""  # the classifier beside vit. is its head
     assert torch.allclose(model(IMAGES), timm_vit()(IMAGES), atol=1e-5)
     theirs = VisionTransformer(**ARGS).eval()
     theirs.pretrained_cfg = {"classifier": "head"}
@@ -350,7 +371,15 @@ REFUSED = {
         lambda s: s | dict.fromkeys(("reg_token", "storage_tokens"), s["cls_token"]), "storage_tokens .* second name",
     ),
     "a part of the trunk": (lambda s: s | {"norm_pre.weight": s["norm.weight"]}, "norm_pre.weight 48 is unknown here"),
-    "no positions": (lambda s: without(s, "pos_embed"), "lack pos_embed, register_tokens, blocks.0.ls1.gamma: not a"),
+    "no positions": (
+        lambda s: without(s, "pos_embed"), "lack pos_embed, register_tokens, blocks.0.ls1.gamma; give",
+    ),
+    "rotary positions of another kind": (
+        lambda s: s | {"blocks.0.gamma_1": torch.ones(48)}, "both pos_embed and blocks.0.gamma_1; give --model_path",
+    ),
+    "rotary positions without CLS": (
+        lambda s: without(dinov3().state_dict(), "cls_token"), "lack pos_embed, cls_token; give --model_path",
+    ),
     "no MLP": (lambda s: without(s, "blocks.0.mlp.fc1.weight"), "lack blocks.0.mlp.fc1.weight"),
     "one channel": (
         lambda s: s | {"patch_embed.proj.weight": torch.ones(48, 1, 8, 8)}, "proj.weight is 48x1x8x8",

@@ -80,7 +80,8 @@ OF_BOTH = {
     ("model", "dynamic_vit_tiny_patch16_224"): REFUSED,
     **dict.fromkeys((
         ("num_reg", 1), ("cls_pos", 1), ("reg_pos", 1), ("embed_dim", 48), ("depth", 2), ("num_heads", 2),
-        ("mlp_ratio", 3), ("patch_size", 16), ("input_size", 64), ("init_values", 1e-4), ("drop_path", 0.3)), REFUSED),
+        ("mlp_ratio", 3), ("patch_size", 16), ("input_size", 64), ("init_values", 1e-4), ("drop_path", 0.3),
+        ("qk_norm", ""), ("rope", ""), ("swiglu", "")), REFUSED),
 }  # fmt: skip
 
 

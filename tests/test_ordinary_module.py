@@ -1,4 +1,4 @@
-"""What people do with a Vision Transformer of timm's works here: adapters, hooks, quantization, export, timm's own calls.
+"""The model under the tools that people use on modules: peft, hooks, quantization, export, fx, timm's own interfaces."""
 
 Expected values come from timm's models with the same weights where timm has such a model (`TWINS`), else from this
 model's plain forward pass.

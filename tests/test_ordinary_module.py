@@ -1,4 +1,4 @@
-"""The model under the tools that people use on modules: peft, hooks, quantization, export, fx, timm's own interfaces."""
+"""What people do with a ViT of timm's works here, too: adapters, hooks, quantization, export, timm's own calls.
 
 Expected values come from timm's models with the same weights where timm has such a model (`TWINS`), else from this
 model's plain forward pass.

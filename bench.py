@@ -414,7 +414,7 @@ def main(argv=None):
             show(rows[-1])
     if args.json:
         record = {"rows": rows, "rounds": args.rounds, "device": str(device), **environment(device)}
-        utils.write_atomically(args.json, lambda file: file.write(json.dumps(record, indent=1).encode()))
+        utils.write_text(args.json, json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

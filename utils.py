@@ -456,6 +456,11 @@ def write_atomically(path, write, make_room=None):
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def _flush_folder(folder):
     """A rename outlives a power cut only when its folder is on the disk, too. Not all systems can do that."""
     with suppress(OSError):

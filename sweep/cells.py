@@ -205,7 +205,7 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
         for file in folder.iterdir():
             if file.name not in ("lock", "running.json"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-    utils.write_atomically(saved, lambda file: file.write(json.dumps(current, indent=1).encode()))
+    utils.write_text(saved, json.dumps(current, indent=1))
     mine = cell_args(cell, args)
     mine.resume = resumable(folder)
     try:
@@ -218,8 +218,7 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_scores(mine, best, tested), **attention_and_artefacts(mine.model_path, data, device)}
-    text = json.dumps(record, indent=1)
-    utils.write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    utils.write_text(folder / "result.json", json.dumps(record, indent=1))
     for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
         file.unlink()
 

@@ -245,7 +245,7 @@ def write_tables(folder, about: dict) -> dict:
     writer.writerows(record | {"cls_pos": position_name(record["cls_pos"])} for record in records)
     everything = json.dumps({"about": about, "cells": records, **summary}, indent=1)
     for name, text in (("csv", lines.getvalue()), ("json", everything), ("md", markdown(summary))):
-        utils.write_atomically(folder / f"results.{name}", lambda file, text=text: file.write(text.encode()))
+        utils.write_text(folder / f"results.{name}", text)
     return summary
 
 

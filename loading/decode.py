@@ -3,14 +3,14 @@
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.contrib.concurrent import thread_map
 
 import utils
-from datasets import HEIF_NEEDS, MAX_PIXELS, Split, first_time, pillow
+from datasets import HEIF_NEEDS, MAX_PIXELS, Split, pillow
 from utils import BadInput, number
 
 SHOWN = 20  # images that one error names
@@ -18,7 +18,6 @@ SHOWN = 20  # images that one error names
 
 def failures(function, numbers, title) -> dict[int, BadInput]:
     """Call `function(number)` for all of them, several at once: the numbers of those that it refused, and why."""
-    from tqdm import tqdm
 
     def attempt(number):
         try:
@@ -26,9 +25,9 @@ def failures(function, numbers, title) -> dict[int, BadInput]:
         except BadInput as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = tqdm(pool.map(attempt, numbers), title, len(numbers), leave=False, disable=None)
-        return {number: error for number, error in zip(numbers, results) if error is not None}
+    threads = min(8, os.cpu_count() or 1)
+    results = thread_map(attempt, numbers, max_workers=threads, desc=title, leave=False, disable=None)
+    return {number: error for number, error in zip(numbers, results) if error is not None}
 
 
 def without_errors(split, errors, part, classes) -> Split:
@@ -173,7 +172,8 @@ def _value_range(image, values, path) -> tuple[float, float]:
         bits = _tag(image, BITS)
         declared = max(_tag(image, MAX_VALUE), 2**bits - 1 if 0 < bits < 16 else 0)
         return 0.0, float(_most(high, declared, path))
-    _note_once("range", f"the values of {path} are {low:g} to {high:g}, of no known range: scaled by their own")
+    values = f"the values of {path} are {low:g} to {high:g}, of no known range"
+    utils.note_once("range", f"{values}: scaled by their own (and other such images likewise)")
     return low, high
 
 
@@ -181,14 +181,9 @@ def _most(high, declared, path) -> int:
     """The largest value of as many bits as hold those that are there and what the file declares."""
     bits = next((bits for bits in (8, 10, 12, 14) if max(high, declared) < 2**bits), 16)
     if bits < 16 and not declared and high:
-        _note_once("bits", f"no value of {path}, of 16 bits, is above {high:.0f}: read as {bits} bits")
+        values = f"no value of {path}, of 16 bits, is above {high:.0f}"
+        utils.note_once("bits", f"{values}: read as {bits} bits (and other such images likewise)")
     return 2**bits - 1
-
-
-def _note_once(kind, text):
-    """Print a note, the first of its kind in this process."""
-    if first_time(kind):
-        print(f"note: {utils.printable(text)} (and other such images likewise)", flush=True)
 
 
 def _tag(image, number) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 import utils
@@ -315,7 +316,9 @@ def image_files(folder, left_out: Counter | None = None) -> list[Path]:
     Args:
         left_out: here the other files are counted, by their ending.
     """
-    endings, files, links = _endings(), {}, []
+    prepare_pillow()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, links = {}, []
     visited, waiting = set(map(str, Path(os.path.realpath(folder)).parents)), deque([os.fspath(folder)])
     while waiting:
         here = waiting.popleft()
@@ -360,23 +363,14 @@ HEIF_NEEDS = "HEIC takes a package: pip install pillow-heif"
 
 
 @cache
-def pillow():
-    """Pillow, once a process: with HEIC if its package is there, without PostScript, and quiet."""
-    from PIL import EpsImagePlugin, Image
-
+def prepare_pillow():
+    """Once a process: with HEIC if its package is there, without PostScript, and quiet."""
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
     EpsImagePlugin.gs_binary = False  # PostScript is a program, and Pillow would have it run by Ghostscript
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of a tag, or of many pixels; errors are reported
-    return Image
-
-
-def _endings() -> set[str]:
-    """Of the formats that are read."""
-    Image = pillow()
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def held_out(name, parts, classes, val_size) -> tuple[Split, Split | None]:

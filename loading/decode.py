@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
 import utils
-from datasets import HEIF_NEEDS, MAX_PIXELS, Split, pillow
+from datasets import HEIF_NEEDS, MAX_PIXELS, Split, prepare_pillow
 from utils import BadInput, number
 
 SHOWN = 20  # images that one error names
@@ -88,7 +89,7 @@ def read_image(path, max_pixels=MAX_PIXELS, draft=False):
     """
     if not os.path.isfile(path):  # a pipe or a device may never end
         raise BadInput(f"there is no image {path}; give a file")
-    Image = pillow()
+    prepare_pillow()
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow refuses twice as many wherever a file declares them
     try:
         with Image.open(path) as image:
@@ -115,8 +116,6 @@ def _why_unknown(path) -> str:
 
 
 def _as_seen(image, path):
-    from PIL import Image
-
     deep = _has_deep_colours(image)
     image.load()
     try:
@@ -137,8 +136,6 @@ def _as_seen(image, path):
 
 def _grey(image, path):
     """An image of mode I;16, I or F in 8 bits: L, or LA if one of its values is transparent."""
-    from PIL import Image
-
     values, transparent = np.asarray(image), image.info.get("transparency")
     if image.mode == "I" and _tag(image, BITS) == 32 and _tag(image, KIND) in (0, 1):
         values = values.view(np.uint32)  # Pillow takes them for signed
@@ -208,8 +205,6 @@ def _colours(image, path):
 
     As those of `_grey`; then the upper 8 are few or none. Unpacked in the other byte order, the file gives the lower 8.
     """
-    from PIL import Image
-
     if max(high for _, high in image.getextrema()[:3]) >= 64:  # of 256: at least 15 bits
         return image
     other = {"LA;16B": "RGBA", "B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -245,8 +240,6 @@ def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:
     The box that is cut out takes `crop_pct` of the shorter side: the usual "resize to 256, crop 224" is 0.875 of it,
     here in one step.
     """
-    from PIL import Image
-
     box = crop_box(image.width, image.height, size, crop_pct)
     if (image.height, image.width) != tuple(size) or box != (0, 0, image.width, image.height):
         image = image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()], box)
@@ -255,8 +248,6 @@ def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:
 
 def read_picture(split: Split, i):
     """Image `i` as a PIL image in RGB."""
-    from PIL import Image
-
     if isinstance(split.images, Tensor):
         return Image.fromarray(split.images[i].permute(1, 2, 0).numpy())
     return read_image(os.fsdecode(split.images[i]), split.max_pixels)

@@ -222,7 +222,7 @@ def test_heic(tmp_path):
 def test_heic_without_its_package(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(100))  # renamed, as telephones do
-    monkeypatch.setattr(datasets, "pillow", lambda: Image)
+    monkeypatch.setattr(datasets, "prepare_pillow", lambda: None)
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
     endings = {k: v for k, v in Image.registered_extensions().items() if v != "HEIF"}
     monkeypatch.setattr(Image, "EXTENSION", endings)

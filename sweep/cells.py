@@ -51,7 +51,7 @@ class GridCell:
     @property
     def name(self) -> str:
         where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
-        return f"cls{'none' if self.cls_pos is None else self.cls_pos}{where}_x{self.num_reg}_seed{self.seed}"
+        return f"cls{utils.flag_value(self.cls_pos)}{where}_x{self.num_reg}_seed{self.seed}"
 
     def __str__(self):
         return f"{describe_positions(self.cls_pos, self.reg_pos, self.num_reg)}, seed {self.seed}"
@@ -286,10 +286,8 @@ def seconds_left(cells, args, data: ImageData, device) -> float:
     left = [cell for cell in cells if not finished(cell, args)]
     if not left:
         return 0.0
-    rates = []
-    for file in Path(args.output_dir).glob("cells/*/result.json"):
-        record = read_record(file)
-        rates.append(record["train_seconds"] / (record["flops"] * record["repeats"]))
+    records = [read_record(file) for file in Path(args.output_dir).glob("cells/*/result.json")]
+    rates = [record["train_seconds"] / (record["flops"] * record["repeats"]) for record in records]
     work = sum(flops(cell, args) * cell_args(cell, args).repeats for cell in left)
     return work * (sum(rates) / len(rates) if rates else _seconds_per_flop(left[0], args, data, device))
 

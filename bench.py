@@ -10,8 +10,7 @@ the median of the ratios of single rounds. docs/PERFORMANCE.md explains the rows
 import contextlib
 import io
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,15 +173,16 @@ def maps_rows(args, device):
 
 def memory_rows(args, device):
     """The largest memory of a training step: the median of three processes that take nothing but one."""
-    took = []
-    for name in CHILDREN:
-        command = [sys.executable, __file__, "--child", name, "--device", str(device)]
-        done = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-        took.append(median(float(process.stdout) for process in done))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        took = [median(pool.starmap(step_memory, [(make, device)] * 3, chunksize=1)) for make in (ours, timms)]
     yield measured(f"memory of a training step {LABEL[SMALL]}, fp32, against timm", "MiB", *took, "<= 1")
 
 
-CHILDREN = {"ours": ours, "timm": timms}
+def step_memory(make, device) -> float:
+    """MiB, on top of the imports."""
+    before = utils.peak_memory(device)
+    training(make(SMALL, device), [random_batch(SMALL, 8, device)], device)()
+    return utils.peak_memory(device) - before
 
 
 def load_rows(args, device):
@@ -264,18 +264,9 @@ def main(argv=None):
     flag("--rounds", type=utils.number(int, 1), default=9)
     flag("--batch", type=utils.number(int, 1), help="images in training and inference (default: 8 to 1024)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    flag("--num_threads", type=utils.number(int, 1), help="CPU threads (default: torch's)")
     flag("--json", metavar="FILE", help="also write the rows there")
-    flag("--child", choices=CHILDREN, help="only print the memory that a training step of this model takes")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    if args.child:
-        before = utils.peak_memory(device)
-        training(CHILDREN[args.child](SMALL, device), [random_batch(SMALL, 8, device)], device)()
-        print(utils.peak_memory(device) - before)
-        return
     unknown = set(args.rows.split(",")) - set(ROWS)
     if unknown:
         raise utils.BadInput(f"--rows: there is no {', '.join(sorted(unknown))}; choose of {','.join(ROWS)}")

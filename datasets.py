@@ -120,24 +120,20 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     part, left_out = "train" if train else "test", Counter()
     folders = _folders(name, path, about)
     if "all" in folders:
-        parts, classes, origin = _split_classes(path, (about or {}).get("test_size"), left_out, max_pixels)
-        _check_same_files(path, classes, origin, about or {})
+        about = about or {}
+        parts, classes, origin = _split_classes(path, about.get("test_size"), left_out, max_pixels)
+        if about.get("classes"):
+            check_classes(classes, about["classes"], "the images", "the model")
+        if about.get("test_files", origin["test_files"]) != origin["test_files"]:
+            raise BadInput(
+                f"the files in {path} are not those of training, and some of them were trained on; give that folder by "
+                f"--data_path, or put the images to test on into {Path(path) / 'test'}/<class>/"
+            )
         split = parts[part]
     else:
         split, classes = _class_folders(_folder_of(part, folders, name, path), left_out, max_pixels)
     note_left_out(path, left_out)
     return split, classes
-
-
-def _check_same_files(path, classes, origin, about):
-    """Raise BadInput where test images were split off, and the images there are no longer those of training."""
-    if about.get("classes"):
-        check_classes(classes, about["classes"], "the images", "the model")
-    if "test_files" in about and about["test_files"] != origin["test_files"]:
-        raise BadInput(
-            f"the files in {path} are not those of training, and some of them were trained on; give that folder by "
-            f"--data_path, or put the images to test on into {Path(path) / 'test'}/<class>/"
-        )
 
 
 def check_number(i, count):
@@ -204,8 +200,7 @@ def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, S
     if val_size is not None and "val" in folders:
         raise BadInput(f"--val_size: {folders['val']} is what is held out; leave out that flag, or move that folder")
     if name not in FOLDERS:
-        (train, classes), (test, test_classes) = (_small_images(name, path, part) for part in (True, False))
-        check_classes(classes, test_classes, "the training images", "the test images")
+        (train, classes), (test, _) = (_small_images(name, path, part) for part in (True, False))
         return {"train": train, "test": test}, classes, {}
     left_out = Counter()
     if "all" in folders:

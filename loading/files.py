@@ -205,10 +205,7 @@ class SeededErasing:
     """timm's random erasing with draws that are a function of (seed, epoch, process, batch)."""
 
     def __init__(self, erasing, draws: SeededSampler, device):
-        self.erasing, self.draws, self.device = erasing, draws, device
-
-    def begin(self, batch):
-        self.batch = batch
+        self.erasing, self.draws, self.device, self.batch = erasing, draws, device, 0
 
     def __call__(self, images):
         seed = ((self.draws.epoch_seed * 1_009 + self.draws.rank) * 1_000_003 + self.batch) % 2**62
@@ -272,5 +269,5 @@ class FileLoader:
         if self.first >= len(self):  # timm's fails on a process's share of no images
             return iter(())
         if self.batches.random_erasing is not None:
-            self.batches.random_erasing.begin(self.first)
+            self.batches.random_erasing.batch = self.first
         return iter(self.batches)

@@ -1,7 +1,7 @@
 """What makes it fast, counted instead of timed; bench.py itself, on few rounds."""
 
 import json
-import subprocess
+import multiprocessing
 from unittest import mock
 
 import pytest
@@ -100,8 +100,8 @@ def test_bench(tmp_path, capsys, monkeypatch):
     """A row of each kind on tiny shapes: ours, the peer's, the ratio, and whether the target is met."""
     sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 10}
     monkeypatch.setattr(bench, "SIZES", {bench.SMALL: sizes, bench.CIFAR: sizes})
-    child = subprocess.CompletedProcess([], 0, stdout="3.0\n")
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: child)
+    processes = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: processes)  # which know the sizes above
     argv = ["--rows", "train,maps,memory,load", "--rounds", "1", "--batch", "2", "--device", "cpu"]
     argv += ["--json", tmp_path / "b.json"]
     status, out, err = run(bench.main, argv, capsys)
@@ -112,7 +112,7 @@ def test_bench(tmp_path, capsys, monkeypatch):
         assert row["name"] in out
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"], rel=1e-6)
     memory = next(row for row in rows if row["unit"] == "MiB")
-    assert memory["ours"] == memory["peer"] == 3 and bench.met(memory) == "met"
+    assert min(memory["ours"], memory["peer"]) > 0
     assert bench.met({"target": ">= 2", "ratio": 1.9}) == "MISSED"
     assert bench.met({"target": "<= 2", "ratio": 1.9}) == "met"
     assert "there is no nonsense" in run(bench.main, ["--rows", "nonsense"], capsys)[2]

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
 import utils
 from datasets import Split
@@ -185,25 +187,30 @@ def step_memory(make, device) -> float:
     return utils.peak_memory(device) - before
 
 
+def pil_transform():
+    """What `TrainTransform` does, image by image."""
+    return transforms.Compose([
+        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.TrivialAugmentWide(),
+        transforms.ToTensor(), transforms.Normalize(DATA["mean"], DATA["std"]),
+        transforms.RandomErasing(0.25, scale=(0.02, 0.4), ratio=(0.3, 3.3)),
+    ])  # fmt: skip
+
+
 def load_rows(args, device):
     """Images/s of the loader with one CPU core (or the GPU) against PIL with one; waiting in training."""
-    from torchvision.transforms.functional import to_pil_image
-
-    images, threads = smooth_images(1280), torch.get_num_threads()
-    pictures = [to_pil_image(image) for image in images]
+    coarse = torch.rand(1280, 3, 8, 8) * 255
+    images = F.interpolate(coarse, size=32, mode="bilinear").to(torch.uint8)  # of as many values as photographs
+    split = Split(images, torch.arange(len(images)) % 10).to(device)
+    loader, transform = MemoryLoader(split, DATA, 128, TrainTransform(DATA)), pil_transform()
+    pictures, threads = [to_pil_image(image) for image in images], torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, aug, reprob, target in (
-        ("crop, flip, normalise", "none", 0.0, ">= 8"), ("full default augmentation", "trivial", 0.25, ">= 4"),
-    ):  # fmt: skip
-        loader, transform = train_loader(images.to(device), aug, reprob), pil_transform(aug, reprob)
-        yield Race(
-            f"loading 32 px, one core, {name}, against PIL", lambda loader=loader: list(loader),
-            lambda transform=transform: [transform(picture) for picture in pictures],
-            target if device.type == "cpu" else ">= 100", len(images),
-        )  # fmt: skip
+    name, target = "loading 32 px, one core, full default augmentation, against PIL", ">= 4"
+    yield Race(
+        name, lambda: list(loader), lambda: [transform(picture) for picture in pictures],
+        target if device.type == "cpu" else ">= 100", len(images),
+    )  # fmt: skip
     torch.set_num_threads(threads)
-    model = ours(CIFAR, device, drop_path_rate=0.1)
-    run = training(model, train_loader(images.to(device)), device, utils.amp_dtype("auto", device))
+    run = training(ours(CIFAR, device, drop_path_rate=0.1), loader, device, utils.amp_dtype("auto", device))
     run()
     yield measured("waiting for data, share of the default CIFAR training", "", run()["data_wait"], 1.0, "<= 0.05")
 
@@ -212,31 +219,6 @@ ROWS = {
     "train": train_rows, "compile": compile_rows, "infer": infer_rows, "maps": maps_rows, "memory": memory_rows,
     "load": load_rows,
 }  # fmt: skip
-
-
-# Data --------------------------------------------------------------------------------------------------------------
-
-
-def smooth_images(count):
-    """Noise that was smoothed: as many different values as a photograph, drawn without a data set."""
-    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
-    return F.interpolate(coarse, size=32, mode="bilinear").to(torch.uint8)
-
-
-def pil_transform(aug, reprob):
-    """What `TrainTransform` does, image by image."""
-    from torchvision import transforms
-
-    policy = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    policy += [transforms.TrivialAugmentWide()] if aug == "trivial" else []
-    erasing = [transforms.RandomErasing(reprob, scale=(0.02, 0.4), ratio=(0.3, 3.3))] if reprob else []
-    tensor = [transforms.ToTensor(), transforms.Normalize(DATA["mean"], DATA["std"])]
-    return transforms.Compose([*policy, *tensor, *erasing])
-
-
-def train_loader(images, aug="trivial", reprob=0.25):
-    labels = torch.arange(len(images), device=images.device) % 10
-    return MemoryLoader(Split(images, labels), DATA, 128, TrainTransform(DATA, aug, 0.5, reprob))
 
 
 # Wiring ------------------------------------------------------------------------------------------------------------

@@ -467,9 +467,8 @@ def _flush_folder(folder):
 
 def remove_temporary(folder):
     """What processes that were killed while they wrote have left."""
-    for file in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
-            file.unlink(missing_ok=True)
+    for file in Path(folder).glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+        file.unlink(missing_ok=True)
 
 
 SIGNALS = [

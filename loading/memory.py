@@ -99,7 +99,7 @@ def check_images_fit(count, size):
 
 
 class TrainTransform:
-    """Random crop and flip, an augmentation policy, resize, normalise, random erasing; one draw for each image.
+    """Random crop (padded by an eighth) and flip, a policy, resize, normalise, random erasing; one draw for each image.
 
     The draws come from a CPU generator, so that no device is waited for.
 

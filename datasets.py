@@ -145,8 +145,9 @@ def check_number(i, count):
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
     if name == "DIGITS":
         images, labels, classes = _read_digits(train)
-    else:  # read, and downloaded, by the first process
-        images, labels, classes = utils.main_decides(lambda: _read_cifar(name, path, train))
+    else:
+        utils.main_decides(lambda: _read_cifar(name, path, train) and None)  # the first process downloads
+        images, labels, classes = _read_cifar(name, path, train)
     return Split(images, labels), classes
 
 

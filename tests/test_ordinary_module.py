@@ -46,7 +46,8 @@ OF_LAST_BLOCK = ("blocks.3", "blocks.3.norm1", "blocks.3.attn", "blocks.3.attn.q
 layouts = pytest.mark.parametrize("kind", LAYOUTS)
 twins = pytest.mark.parametrize("kind", TWINS)
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit, torch.ao and the older ONNX exporter
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.jit, torch.ao and the older ONNX exporter
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
@@ -249,10 +250,10 @@ def test_grad_cam_equals_that_of_timm(kind):
 # Tracing, export, compilation --------------------------------------------------------------------------------------
 
 
-def check_batches(run, model, tolerance=1e-5):
+def check_batches(run, model, batches=(1, 2, 5)):
     with torch.no_grad():
-        for batch in (1, 2, 5):
-            assert near(run(images_of(batch)), model(images_of(batch)), tolerance)
+        for batch in batches:
+            assert near(run(images_of(batch)), model(images_of(batch)))
 
 
 @layouts
@@ -286,7 +287,8 @@ def test_torchscript(kind):
 def test_torch_fx_and_compile(kind):
     model = tiny(**LAYOUTS[kind])
     check_batches(torch.fx.symbolic_trace(model), model)
-    check_batches(torch.compile(model, fullgraph=True, backend="eager", dynamic=True), model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    check_batches(compiled, model, (2, 5))  # one image takes another compilation
 
 
 @layouts

@@ -50,10 +50,10 @@ def check_same_model(args, data_given, everything):
     model, checkpoint = load_model(args.model_path)
     there = checkpoint["model_args"]
     wanted = build_model(args, there["num_classes"], "meta").model_args
+    names = wanted | there  # what is off in one of the two is missing there
     if not everything:
-        given = flags.given_model_args(args).keys() - {"drop_path_rate"}  # has a default, and tests do not feel it
-        wanted = {name: wanted[name] for name in given}
-    other = [f"{name} is {there.get(name)}, not {value}" for name, value in wanted.items() if there.get(name) != value]
+        names = flags.given_model_args(args).keys() - {"drop_path_rate"}  # has a default, and tests do not feel it
+    other = [f"{n} is {there.get(n)}, not {wanted.get(n)}" for n in names if there.get(n) != wanted.get(n)]
     if checkpoint["data"]["name"] != args.data_set and (everything or data_given):
         other.append(f"it is of {checkpoint['data']['name']}, not {args.data_set}")
     if other:

@@ -450,20 +450,20 @@ def test_features_only(kind):
 
 @layouts
 @torch.no_grad()
-def test_set_input_size_is_at_size(kind):
+def test_set_input_size_makes_the_model_of_that_size(kind):
     model = tiny(**LAYOUTS[kind])
     other = DynamicViT(**model.model_args | {"img_size": (32, 16)}).eval()
     load_weights(other, {"model": model.state_dict(), "model_args": model.model_args})
-    same_model = copy.deepcopy(model)
-    same_model.set_input_size((32, 16))
+    model_at_size = copy.deepcopy(model)
+    model_at_size.set_input_size((32, 16))
     images = torch.randn(2, 3, 32, 16)
-    assert same_model.grid_size == (8, 4) and same_model.model_args == other.model_args
-    assert same_model.state_dict().keys() == other.state_dict().keys()
-    assert torch.equal(same_model(images), other(images))
-    assert torch.equal(same_model.attention(images, 3), other.attention(images, 3))
-    again = DynamicViT(**same_model.model_args)
-    again.load_state_dict(same_model.state_dict())
-    assert torch.equal(again.eval()(images), same_model(images))
+    assert model_at_size.grid_size == (8, 4) and model_at_size.model_args == other.model_args
+    assert model_at_size.state_dict().keys() == other.state_dict().keys()
+    assert torch.equal(model_at_size(images), other(images))
+    assert torch.equal(model_at_size.attention(images, 3), other.attention(images, 3))
+    again = DynamicViT(**model_at_size.model_args)
+    again.load_state_dict(model_at_size.state_dict())
+    assert torch.equal(again.eval()(images), model_at_size(images))
     with pytest.raises(ValueError, match="not divisible into patches"):
         model.set_input_size(30)
     assert torch.equal(model(images_of()), tiny(**LAYOUTS[kind])(images_of()))

@@ -16,6 +16,7 @@ from timm.utils import AttentionExtract
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from checkpoints.models import at_size
 from checkpoints.weights import load_weights
 from conftest import noise, tiny
 from inspection.attention import attention_rows
@@ -460,6 +461,7 @@ def test_set_input_size_makes_the_model_of_that_size(kind):
     assert model_at_size.grid_size == (8, 4) and model_at_size.model_args == other.model_args
     assert model_at_size.state_dict().keys() == other.state_dict().keys()
     assert torch.equal(model_at_size(images), other(images))
+    assert torch.equal(at_size(model, (32, 16))(images), other(images))
     assert torch.equal(model_at_size.attention(images, 3), other.attention(images, 3))
     again = DynamicViT(**model_at_size.model_args)
     again.load_state_dict(model_at_size.state_dict())

@@ -266,6 +266,21 @@ def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
     return AttentionMaps(one.pop("cls", None), maps.get("registers"), patches=maps.get("patches"), **one)
 
 
+def enter(shares: Tensor | None, before, layout, like: Tensor) -> Tensor:
+    """(B, N, P): the patches' shares in each token at a block with `layout`, from those of the block `before` it.
+
+    A token that enters has none; in the first block (`before` is None) each patch has itself. `like`: (B, ...).
+    """
+    entered = like.new_zeros(len(like), layout.length, layout.patches.stop - layout.patches.start)
+    if before is None:
+        entered[:, layout.patches] = torch.eye(entered.shape[-1], device=like.device)
+        return entered
+    for part in ("cls", "dist", "patches", "registers"):
+        if getattr(before, part) is not None:
+            entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
+    return entered
+
+
 @torch.no_grad()
 def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
     """(B, 3, h, w) -> {block: AttentionMaps} of one "head": from which patches of the image a token's content has
@@ -288,14 +303,8 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
         if layout.pool is not None:
             shares = attn.mean(dim=1) @ shares[:, -layout.length :]
         else:
-            entered = attn.new_zeros(len(attn), layout.length, layout.patches.stop - layout.patches.start)
-            if before is None:
-                entered[:, layout.patches] = torch.eye(entered.shape[-1], device=attn.device)
-            else:
-                for part in ("cls", "dist", "patches", "registers"):
-                    if getattr(before, part) is not None:
-                        entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
-            shares, before = (attn.mean(dim=1) @ entered + entered) / 2, layout
+            shares = enter(shares, before, layout, attn)
+            shares, before = (attn.mean(dim=1) @ shares + shares) / 2, layout
         if i in wanted:
             maps[i] = _cut_maps(
                 layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)

@@ -4,6 +4,7 @@ or as one HTML file to explore by hand.
     python visualize_attention.py --model_path ./models/best_model.pth --layer_num 5 --output_dir ./attention_maps
     python visualize_attention.py --image_path my_photo.jpg --layer_num 0 5 11 --tokens cls --overlay
     python visualize_attention.py --img_num 0 3 7 --pages blocks tokens rollout --layer_num all
+    python visualize_attention.py --img_num 3 --pages class --target cat dog
     python visualize_attention.py --compare early.pth late.pth --layer_num 8 --img_num 3
     python visualize_attention.py --compare small.pth base.pth --num_heads 6 12 --image_path photo.jpg
     python visualize_attention.py --image_path my_photos --layer_num all --format html
@@ -14,7 +15,7 @@ columns of the patches.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 import utils
 from inspection import inputs
 from inspection.attention import attention_maps, attention_rollout, trace
+from inspection.class_maps import class_number, grad_cam, relevance
 from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
 from utils import BadInput, number
@@ -32,6 +34,7 @@ WORDS = {
     "cls": "the class token", "dist": "the distillation token", "reg": "the registers", "pool": "the attention pooling",
 }  # fmt: skip
 ROLLOUT = "share of the token's content that came from each patch, in %, by attention rollout up to that block"
+CLASS = "share of what speaks for the class, in % of the whole map, from gradients of its logit"
 
 
 @dataclass
@@ -52,6 +55,7 @@ class ImageMaps:
     caption: str
     maps: dict[int, dict[str, Tensor]]  # block -> key of a token -> (H, gh, gw)
     rollout: dict[int, dict[str, Tensor]]  # the same with H = 1
+    classes: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # class -> method -> (gh, gw)
 
 
 def entry_blocks(model) -> dict:
@@ -105,8 +109,8 @@ def tokens_of(model, kinds, patches) -> list[Token]:
     return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
 
 
-def image_maps(model, data, image, blocks, patches, rollout) -> ImageMaps:
-    """Read an `InputImage`, and compute its maps and its caption."""
+def image_maps(model, data, image, blocks, patches, rollout, targets=()) -> ImageMaps:
+    """Read an `InputImage`, and compute its maps and its caption; `targets`: classes, None for the predicted one."""
     pixels, device = image.read(), next(model.parameters()).device
     images = inputs.model_input([pixels], [image], data, device)
     with torch.no_grad():
@@ -119,7 +123,15 @@ def image_maps(model, data, image, blocks, patches, rollout) -> ImageMaps:
         return {b: {key: heads[0].cpu() for key, heads in by_token(m, patches).items()} for b, m in found.items()}
 
     shown, rolled_out = inputs.as_seen(pixels, image, data), maps(attention_rollout) if rollout else {}
-    return ImageMaps(shown, "\n".join(lines), maps(attention_maps), rolled_out)
+    classes = {}
+    for k in [int(logits.argmax()) if target is None else target for target in targets]:
+        by_class = {
+            "gradient x attention": relevance(model, images, k),
+            f"Grad-CAM, input of block {model.depth - 1}": grad_cam(model, images, model.depth - 1, k),
+        }
+        found = {method: m[0].cpu() / m.sum().clamp_min(1e-30).cpu() for method, m in by_class.items()}
+        classes[inputs.class_name(k, data["classes"])] = found
+    return ImageMaps(shown, "\n".join(lines), maps(attention_maps), rolled_out, classes)
 
 
 def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
@@ -154,6 +166,12 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
             cells = [MapCell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
             rows.append(Row(token.name, seen.shown, cells))
         yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, ROLLOUT)
+    if "class" in kinds_of_pages:
+        rows = [
+            Row(name if len(seen.classes) > 1 else "", seen.shown, [MapCell(n, m) for n, m in maps.items()])
+            for name, maps in seen.classes.items()
+        ]
+        yield Page("class", f"What speaks for: {', '.join(seen.classes)}", rows, seen.caption, CLASS)
 
 
 def _title(token, block=None):
@@ -205,6 +223,8 @@ def check(args):
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
         raise BadInput("--compare needs at least two checkpoints: --compare A.pth B.pth")
+    if args.target and "class" not in (args.pages or ()):
+        raise BadInput("--target is the class of --pages class; add that, or leave out --target")
     if args.compare and args.pages:
         raise BadInput("--compare has pages of its own; leave out --pages")
 
@@ -218,11 +238,14 @@ def load_all(args):
     for model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
-        if getattr(model, "cls_only", False) and (args.patch or args.format == "html" or "rollout" in args.pages):
+        all_rows = args.patch or args.format == "html" or {"rollout", "class"} & set(args.pages)
+        if getattr(model, "cls_only", False) and all_rows:
             raise BadInput(
                 f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, --pages rollout "
-                f"and --format html"
+                f"and class, and --format html"
             )
+        if "class" in args.pages and not model.num_classes:
+            raise BadInput("--pages class: this model has no head, so no classes; leave out class")
         for x, y in args.patch or ():
             if not (x < gw and y < gh):
                 raise BadInput(f"--patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
@@ -245,9 +268,15 @@ def page_maker(args, loaded, blocks):
 
         return compared
     model, data, _ = loaded[0]
-    kinds = [] if patches and not args.tokens else kinds_to_draw(model, blocks, args.tokens)
-    tokens = tokens_of(model, kinds, patches)
-    return lambda image: pages_of(args.pages, image_maps(model, data, image, blocks, patches, rollout), tokens, blocks)
+    no_rows = args.pages == ["class"] or (patches and not args.tokens)
+    tokens = tokens_of(model, [] if no_rows else kinds_to_draw(model, blocks, args.tokens), patches)
+    targets = [class_number(text, data["classes"], model.num_classes) for text in args.target or ()]
+    targets = (targets or [None]) if "class" in args.pages else []
+
+    def pages(image):
+        return pages_of(args.pages, image_maps(model, data, image, blocks, patches, rollout, targets), tokens, blocks)
+
+    return pages
 
 
 def _short_names(paths) -> list[str]:
@@ -321,8 +350,8 @@ def visualize(args):
     model, data, checkpoint = loaded[0]
     least_depth = min((model for model, _, _ in loaded), key=lambda model: model.depth)
     blocks = inputs.chosen_blocks(least_depth, args.layer_num)
-    pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []
+    pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     if args.format == "html":
         write_html(args, model, data, found, blocks, failed)
     else:
@@ -360,9 +389,13 @@ def parse(argv=None):
         "--tokens: only that); column and row in the grid of patches, counted from 0",
     )  # fmt: skip
     parser.add_argument(
-        "--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout"), help="heads: a page for each token and "
-        "block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention rollout "
-        "(default: heads)",
+        "--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout", "class"), help="heads: a page for each "
+        "token and block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention "
+        "rollout; class: which patches speak for a class (default: heads)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", nargs="+", metavar="CLASS", help="names or numbers of the classes of --pages class (default: the "
+        "predicted one)",
     )  # fmt: skip
     parser.add_argument(
         "--scale", choices=("map", "page", "shared"), help="a colour scale for each map, for each page, or one for all "

@@ -11,6 +11,7 @@ from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
 from datasets import eval_transform
 from inspection.attention import attention_rollout
+from inspection.class_maps import grad_cam, relevance
 from inspection.pages import MapCell, Page, Row, draw_page
 from loading.decode import fit_image, read_image
 from visualize_attention import main
@@ -495,6 +496,8 @@ def test_one_scale_for_models_of_other_numbers_of_patches(checkpoint, photo, tmp
         ("--input_size 17", "not divisible into patches"),
         ("--layer_num 0 1 --tokens cls", "ask for --layer_num 2 or later"),
         ("--tokens dist", "this model has no distillation token"),
+        ("--target b", "--target is the class of --pages class"),
+        ("--pages class --target f", "no class f; give a number, 0..4 or a name, as in a"),
     ],
 )
 def test_what_does_not_go_together(checkpoint, photo, tmp_path, capsys, flags, words):
@@ -512,3 +515,34 @@ def test_another_input_size(checkpoint, photo, tmp_path, capsys, drawn):
     page = drawn["block2_cls"][0]
     assert page.rows[0].cells[0].map.shape == (5, 8)
     assert page.rows[0].shown.shape == (3, 45, 72)  # the part of the photo that has that shape
+
+
+def test_pages_of_classes(checkpoint, photo, tmp_path, capsys, drawn):
+    argv = ["--model_path", checkpoint, "--image_path", photo, "--output_dir", tmp_path, "--device", "cpu"]
+    status, _, err = run(main, [*argv, "--pages", "class", "--target", "b", "4", "--scale", "page"], capsys)
+    assert status == 0, err
+    assert list(drawn) == ["class"]
+    rows = drawn["class"][0].rows
+    assert [row.label for row in rows] == ["b", "e"]
+    model = model_from_checkpoint(load_checkpoint(checkpoint))
+    images = eval_transform(fit_image(read_image(photo), (16, 24))[None], {"input_size": (16, 24), **MEAN})
+    for row, target in zip(rows, (1, 4)):
+        assert [cell.name for cell in row.cells] == ["gradient x attention", "Grad-CAM, input of block 3"]
+        for cell, expected in zip(row.cells, (relevance(model, images, target), grad_cam(model, images, 3, target))):
+            assert torch.allclose(cell.map, expected[0] / expected.sum().clamp_min(1e-30), atol=1e-6)
+    predicted = "abcde"[int(model(images).argmax())]
+    assert run(main, [*argv, "--pages", "class"], capsys)[0] == 0
+    (page,) = words(tmp_path / "attention_photo_blocks0-1-2-3.pdf")
+    assert f"What speaks for: {predicted}" in page and f"predicted: {predicted}" in page
+
+
+def test_pages_of_classes_of_a_model_without_tokens_or_head(photo, tmp_path, capsys, drawn):
+    argv = ["--num_heads", "3", "--image_path", photo, "--output_dir", tmp_path, "--device", "cpu", "--pages", "class"]
+    for classes, expected in ((5, 0), (0, 2)):
+        model = tiny(img_size=16, cls_pos=None, num_register_tokens=0, num_classes=classes)
+        torch.save(model.state_dict(), tmp_path / "bare.pth")
+        size = ["--input_size", "16"] if not classes else []
+        status, _, err = run(main, ["--model_path", tmp_path / "bare.pth", *argv, *size], capsys)
+        assert status == expected, err
+    assert drawn["class"][0].rows[0].cells[0].map.shape == (4, 4)
+    assert "this model has no head" in err

@@ -9,7 +9,7 @@ from conftest import noise, tiny
 from inspection.attention import set_fused_attention
 from inspection.class_maps import class_number, grad_cam, relevance
 from inspection.foreign import ForeignViT
-from models_dynamic import TokenLayout
+from models_dynamic import DynamicViT, TokenLayout
 from utils import BadInput
 
 
@@ -169,3 +169,35 @@ def test_names_and_numbers_of_classes():
     for text in ("5", "-1", "wasp", "²"):
         with pytest.raises(BadInput, match=r"no class .*; give a number, 0\.\.4 or a name, as in ant"):
             class_number(text, ["ant"], 5)
+
+
+def coloured(count, chance, others=0):
+    """Noise with one patch of 16 in one of three colours, which is the class: images, classes, places.
+
+    `others`: 1 for images that have a patch of the next class too, five places on."""
+    images = torch.randn(count, 3, 4, 8, 4, 8, generator=chance) * 0.3  # rows, pixels, columns, pixels
+    labels, places = (torch.randint(n, (count,), generator=chance) for n in (3, 16))
+    for k in range(1 + others):
+        place = (places + 5 * k) % 16
+        images[torch.arange(count), (labels + k) % 3, place // 4, :, place % 4] += 2
+    return images.reshape(count, 3, 32, 32), labels, places
+
+
+@pytest.mark.parametrize("cls_pos", [0, None])
+def test_of_two_objects_each_class_has_its_own(cls_pos):
+    torch.manual_seed(0)
+    model = DynamicViT(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=3, cls_pos=cls_pos,
+        num_register_tokens=2, reg_pos=1, mlp_ratio=2.0,
+    )  # fmt: skip
+    chance, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(120):
+        images, labels, _ = coloured(32, chance)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    images, labels, places = coloured(200, chance, others=1)
+    for k in (0, 1):
+        found = relevance(model, images, (labels + k) % 3).flatten(1)
+        own, other = (found.gather(1, ((places + 5 * n) % 16)[:, None]) for n in (k, 1 - k))
+        assert (own > other).float().mean() > 0.8

@@ -338,7 +338,7 @@ def test_flags_of_the_data_reach_the_loader(tmp_path, capsys, monkeypatch):
 
 
 def test_a_model_of_timms_under_the_same_command(tmp_path, capsys):
-    """Trained, tested, read back; only its maps are not drawn."""
+    """Trained, tested, read back, drawn."""
     model = ["--model", "vit_tiny_patch16_224", "--input_size", "32"]
     argv = ["--data_set", "DIGITS", *model, "--num_workers", "0", "--device", "cpu", "--output_dir", tmp_path]
     status, out, err = run(main_distillation.main, [*argv, "--max_steps", "1", "--batch_size", "16"], capsys)
@@ -348,8 +348,9 @@ def test_a_model_of_timms_under_the_same_command(tmp_path, capsys):
     said = re.search(PRINTED, out)[0]
     assert said in run(main_distillation.main, ["--eval", "--resume", path, "--num_workers", "0"], capsys)[1]
     assert run(cifar_test.main, ["--model_path", path], capsys)[0] == 0
-    err = run(visualize_attention.main, ["--model_path", path], capsys)[2]
-    assert "is timm's vit_tiny_patch16_224; give a checkpoint of this project's models" in err
+    argv = ["--model_path", path, "--layer_num", "3", "--device", "cpu", "--output_dir", tmp_path / "maps"]
+    status, out, err = run(visualize_attention.main, argv, capsys)
+    assert status == 0 and "block3.pdf" in out, err
 
 
 def test_evaluation_tells_the_ema_apart(tmp_path, capsys):

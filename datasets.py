@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 import utils
@@ -119,24 +120,20 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     part, left_out = "train" if train else "test", Counter()
     folders = _folders(name, path, about)
     if "all" in folders:
-        parts, classes, origin = _split_classes(path, (about or {}).get("test_size"), left_out, max_pixels)
-        _check_same_files(path, classes, origin, about or {})
+        about = about or {}
+        parts, classes, origin = _split_classes(path, about.get("test_size"), left_out, max_pixels)
+        if about.get("classes"):
+            check_classes(classes, about["classes"], "the images", "the model")
+        if about.get("test_files", origin["test_files"]) != origin["test_files"]:
+            raise BadInput(
+                f"the files in {path} are not those of training, and some of them were trained on; give that folder by "
+                f"--data_path, or put the images to test on into {Path(path) / 'test'}/<class>/"
+            )
         split = parts[part]
     else:
         split, classes = _class_folders(_folder_of(part, folders, name, path), left_out, max_pixels)
     note_left_out(path, left_out)
     return split, classes
-
-
-def _check_same_files(path, classes, origin, about):
-    """Raise BadInput where test images were split off, and the images there are no longer those of training."""
-    if about.get("classes"):
-        check_classes(classes, about["classes"], "the images", "the model")
-    if "test_files" in about and about["test_files"] != origin["test_files"]:
-        raise BadInput(
-            f"the files in {path} are not those of training, and some of them were trained on; give that folder by "
-            f"--data_path, or put the images to test on into {Path(path) / 'test'}/<class>/"
-        )
 
 
 def check_number(i, count):
@@ -146,7 +143,11 @@ def check_number(i, count):
 
 
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
-    images, labels, classes = _read_digits(train) if name == "DIGITS" else _read_cifar(name, path, train)
+    if name == "DIGITS":
+        images, labels, classes = _read_digits(train)
+    else:
+        utils.main_decides(lambda: _read_cifar(name, path, train) and None)  # the first process downloads
+        images, labels, classes = _read_cifar(name, path, train)
     return Split(images, labels), classes
 
 
@@ -157,21 +158,18 @@ def _read_cifar(name, path, train):
         raise BadInput(f"there is no data set {name}; it is one of {', '.join(DATA_SETS)}")
     path = path or f"./data/{name}"
     kind = getattr(torchvision.datasets, name)
-    there = (Path(path) / kind.base_folder).is_dir()
+    folder = Path(path) / kind.base_folder
+    there = folder.is_dir()
     if not there and set(visible(path)) - {*ARCHIVES, *CIFAR.values()}:
         raise BadInput(
             f"there is no {name} in {path} ({_listing(path)}), and nothing is downloaded to where other files are; "
             "give --data_path the folder that has it, or an empty or absent one to download to"
         )
     try:
-        with utils.main_first():
-            there = (Path(path) / kind.base_folder).is_dir()
-            data = kind(path, train=train, download=not there)
+        data = kind(path, train=train, download=not there)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a cut archive is a RuntimeError
         if there:
-            raise BadInput(
-                f"{Path(path) / kind.base_folder} is damaged ({error}); remove it to download again"
-            ) from None
+            raise BadInput(f"{folder} is damaged ({error}); remove it to download again") from None
         raise BadInput(
             f"no {name} under {path}, and it cannot be downloaded ({getattr(error, 'reason', error)}); "
             "put it there, or try --data_set DIGITS, which needs no download"
@@ -203,8 +201,7 @@ def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, S
     if val_size is not None and "val" in folders:
         raise BadInput(f"--val_size: {folders['val']} is what is held out; leave out that flag, or move that folder")
     if name not in FOLDERS:
-        (train, classes), (test, test_classes) = (_small_images(name, path, part) for part in (True, False))
-        check_classes(classes, test_classes, "the training images", "the test images")
+        (train, classes), (test, _) = (_small_images(name, path, part) for part in (True, False))
         return {"train": train, "test": test}, classes, {}
     left_out = Counter()
     if "all" in folders:
@@ -315,25 +312,25 @@ def image_files(folder, left_out: Counter | None = None) -> list[Path]:
     Args:
         left_out: here the other files are counted, by their ending.
     """
-    endings, files, links = _endings(), {}, []
-    waiting, behind_links = deque([os.fspath(folder)]), deque()
-    visited = {_identity(parent) for parent in Path(os.path.realpath(folder)).parents}
-    while waiting or behind_links:
-        here = (waiting or behind_links).popleft()
-        if (identity := _identity(here)) in visited:
-            continue
-        visited.add(identity)
+    prepare_pillow()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, links = {}, []
+    visited, waiting = set(map(str, Path(os.path.realpath(folder)).parents)), deque([os.fspath(folder)])
+    while waiting:
+        here = waiting.popleft()
         place = os.path.realpath(here)
-        with os.scandir(here) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name[0] == ".":
-                    continue
-                if entry.is_dir():
-                    (behind_links if entry.is_symlink() else waiting).append(entry.path)
-                elif entry.is_symlink():
-                    links.append(entry.path)
-                else:
-                    files[os.path.join(place, entry.name)] = entry.path
+        if place in visited:
+            continue
+        visited.add(place)
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir():  # those that links lead to come last: they may also have a place of their own
+                (waiting.append if entry.is_symlink() else waiting.appendleft)(entry.path)
+            elif entry.is_symlink():
+                links.append(entry.path)
+            else:
+                files[os.path.join(place, entry.name)] = entry.path
     for link in sorted(links):
         files.setdefault(os.path.realpath(link), link)
     found = sorted(map(Path, files.values()))
@@ -342,19 +339,14 @@ def image_files(folder, left_out: Counter | None = None) -> list[Path]:
     return [file for file in found if file.suffix.lower() in endings]
 
 
-def _identity(folder):
-    about = os.stat(folder)
-    return about.st_dev, about.st_ino
-
-
 def note_left_out(place, left_out: Counter):
     """Print what `image_files` left out in a folder, once a process."""
-    if left_out and first_time(os.path.abspath(place)):
-        utils.say(f"note: {_words(left_out)}")
+    if left_out:
+        utils.note_once(os.path.abspath(place), _words(left_out))
 
 
 def _words(left_out) -> str:
-    counts = ", ".join(f"{utils.printable(ending) or 'no ending'}: {n}" for ending, n in left_out.most_common())
+    counts = ", ".join(f"{ending or 'no ending'}: {n}" for ending, n in left_out.most_common())
     heif = f", and {HEIF_NEEDS}" if any(ending in HEIF_ENDINGS for ending in left_out) else ""
     return f"left out for their ending: {counts}{heif}"
 
@@ -367,32 +359,14 @@ HEIF_NEEDS = "HEIC takes a package: pip install pillow-heif"
 
 
 @cache
-def pillow():
-    """Pillow, once a process: with HEIC if its package is there, without PostScript, and quiet."""
-    from PIL import EpsImagePlugin, Image
-
+def prepare_pillow():
+    """Once a process: with HEIC if its package is there, without PostScript, and quiet."""
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
     EpsImagePlugin.gs_binary = False  # PostScript is a program, and Pillow would have it run by Ghostscript
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of a tag, or of many pixels; errors are reported
-    return Image
-
-
-def _endings() -> set[str]:
-    """Of the formats that are read."""
-    Image = pillow()
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-_NOTED = {}
-
-
-def first_time(what) -> bool:
-    """Whether this process asks for the first time; of several threads, one is the first."""
-    me = object()
-    return _NOTED.setdefault(what, me) is me
 
 
 def held_out(name, parts, classes, val_size) -> tuple[Split, Split | None]:
@@ -446,25 +420,23 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), std.tolist()
 
 
-def _channels(values, images):
-    return _constant(tuple(values), images.device)
-
-
 @cache
-def _constant(values, device):
+def _channels(values, device):
     """(3, 1, 1); made once, since the way to a GPU waits for it."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def normalise(images: Tensor, mean, std) -> Tensor:
     """uint8 or float images in 0..255 -> float, mean 0 and standard deviation 1 over the training set."""
-    scale = 1 / (255 * _channels(std, images))
-    return images.float().mul_(scale).sub_(_channels(mean, images) * 255 * scale)
+    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    scale = 1 / (255 * std)
+    return images.float().mul_(scale).sub_(mean * 255 * scale)
 
 
 def denormalise(images: Tensor, mean, std) -> Tensor:
     """The inverse of `normalise`: uint8, as a person would see them."""
-    images = (images * _channels(std, images) + _channels(mean, images)) * 255
+    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    images = (images * std + mean) * 255
     return images.round().clamp(0, 255).to(torch.uint8)
 
 

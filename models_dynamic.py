@@ -16,13 +16,13 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, Mlp, PatchEmbed, SwiGLU, apply_rot_embed_cat, resample_abs_pos_embed, to_2tuple
+from timm.layers.pool1d import global_pool_nlc
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -33,9 +33,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from inspection.attention import AttentionMaps, attention_maps, attention_rows, check_block, set_fused_attention
 
 # register_model appends the registered sizes (and would make a list of them alone).
-__all__ = [
-    "SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz",
-]  # fmt: skip
+__all__ = ["SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz"]
 
 TOKENS = ("cls_token", "dist_token", "register_tokens")
 MODERN = dict(global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6)  # if it is used
@@ -64,13 +62,10 @@ class TokenLayout:
     pool: slice | None = None  # queries of an attention pooling, which are no tokens of the sequence
 
     def __str__(self) -> str:
-        names = {"cls": "CLS", "dist": "distillation", "patches": "patches", "registers": "registers", "pool": "pool"}
-        parts = [(getattr(self, part), word) for part, word in names.items() if getattr(self, part) is not None]
-        spans = [
-            f"{word} {part.start}" + f"..{part.stop - 1}" * (part.stop - part.start > 1)
-            for part, word in sorted(parts, key=lambda pair: pair[0].start)
-        ]
-        return f"{' | '.join(spans)} ({self.length} tokens)"
+        names = {"cls": "CLS", "dist": "distillation"}
+        parts = sorted((p.start, p.stop - 1, names.get(n, n)) for n, p in vars(self).items() if isinstance(p, slice))
+        words = [f"{name} {first}" + f"..{last}" * (last > first) for first, last, name in parts]
+        return f"{' | '.join(words)} ({self.length} tokens)"
 
 
 class TokenAttention(Attention):
@@ -97,6 +92,15 @@ class TokenBlock(Block):
 
     def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
         """Shapes as of `TokenAttention`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles the rest of a condition
+            if rows is not None and isinstance(x, torch.fx.Proxy):
+                # In a graph, the first softmax and the last value are of all tokens, and the logits those of `forward`.
+                every, some = self._output(x, rope, None), self._output(x, rope, rows)
+                every.contiguous()
+                return some
+        return self._output(x, rope, rows)
+
+    def _output(self, x: Tensor, rope: Tensor | None, rows: int | None) -> Tensor:
         x = x[:, :rows] + self.drop_path1(self.ls1(self.attn(self.norm1(x), rope, rows)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -109,26 +113,20 @@ class DynamicViT(nn.Module):
         num_classes: K; 0 leaves out the head, and the forward pass returns the classified token.
         num_register_tokens: R; 0 means that there is no such parameter, and `reg_pos` is ignored.
         cls_pos: CLS is present at the input of this block, 0..depth-1; None: no class token.
-        reg_pos: the same for the registers.
-        dist_pos: the same for DeiT's distillation token, which has a head of its own; None: there is none.
-        drop_rate: dropout after the position embedding, after the attention's projection and in the MLP.
-        attn_drop_rate: dropout of attention weights.
+        reg_pos, dist_pos: the same for the registers, and for DeiT's distillation token, which has a head of its own.
+        drop_rate, attn_drop_rate: dropout of positions, projections and MLPs; of attention weights.
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate at the last block.
         init_values: initial LayerScale (CaiT); None: no LayerScale.
         norm_layer: a model with its own cannot be described by `model_args`; None: LayerNorm with `norm_eps`.
-        global_pool: "token" classifies CLS, "avg" the mean of the patches, "" all tokens, as in timm; None: CLS if
-            there is one, else the mean.
+        global_pool: "token" (CLS), "avg" (the mean of the patches) or "", as in timm; None: CLS, if there is one.
         fc_norm: normalise the mean of the patches rather than the patches, as timm's ViTs with global_pool="avg" do.
         qk_norm: LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442).
         rope: rotary positions on the patches in DINOv3's form, in place of a position embedding.
         swiglu: SwiGLU in place of the MLP with GELU (arXiv 2002.05202; timm's layer).
 
     Raises:
-        ValueError: a position outside the blocks, a width that the heads do not divide, an image that the
-            patches do not tile.
+        ValueError: a position outside the blocks, or sizes that do not go together.
     """
-
-    __jit_unused_properties__: ClassVar = ["model_args", "grid_size"]
 
     def __init__(
         self,
@@ -159,9 +157,9 @@ class DynamicViT(nn.Module):
     ):
         args = {name: value for name, value in locals().items() if name not in ("self", "__class__", "norm_layer")}
         super().__init__()
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        self._check_sizes(args | dict(img_size=img_size, patch_size=patch_size))
-        self.depth, self.embed_dim, self.num_classes = depth, embed_dim, num_classes
+        args |= {name: tuple(to_2tuple(args[name])) for name in ("img_size", "patch_size")}
+        self._check_sizes(args)
+        self.depth, self.embed_dim = depth, embed_dim
         self.num_features = self.head_hidden_size = embed_dim  # timm's names
         self.num_register_tokens = num_register_tokens
         self.cls_pos = None if cls_pos is None else check_block(cls_pos, depth, "cls_pos")
@@ -173,17 +171,13 @@ class DynamicViT(nn.Module):
         self.global_pool = ("avg" if cls_pos is None else "token") if global_pool is None else global_pool
         if self.global_pool not in ("token", "avg", "") or (self.global_pool == "token" and cls_pos is None):
             raise ValueError(f"global_pool {global_pool!r} is none of 'token' (with a class token), 'avg' and ''")
-        self._model_args = args | dict(
-            img_size=tuple(img_size), patch_size=tuple(patch_size), cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0,
-            dist_pos=self.dist_pos,
-        )  # fmt: skip
+        self._args = args | dict(cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0, dist_pos=self.dist_pos)
         self._own_norm = norm_layer is not None
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        counts = {"pos_embed": 0 if rope else self.patch_embed.num_patches, "cls_token": int(cls_pos is not None)}
-        counts |= {"dist_token": int(dist_pos is not None), "register_tokens": num_register_tokens}
-        for name, count in counts.items():
+        self.patch_embed = PatchEmbed(args["img_size"], args["patch_size"], in_chans, embed_dim)
+        counts = (0 if rope else self.patch_embed.num_patches, cls_pos is not None, dist_pos is not None)
+        for name, count in zip(("pos_embed", *TOKENS), (*counts, num_register_tokens)):
             if count:
                 setattr(self, name, nn.Parameter(torch.empty(1, count, embed_dim)))
         self.rope = RotaryEmbeddingDinoV3(embed_dim // num_heads, feat_shape=list(self.grid_size)) if rope else None
@@ -199,12 +193,9 @@ class DynamicViT(nn.Module):
         )  # fmt: skip
         self.norm = nn.Identity() if fc_norm else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if fc_norm else nn.Identity()
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        if self.dist_pos is not None:
-            self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.feature_info = [
-            dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(patch_size)) for i in range(depth)
-        ]
+        self.reset_classifier(num_classes)
+        info = dict(num_chs=embed_dim, reduction=max(args["patch_size"]))
+        self.feature_info = [dict(module=f"blocks.{i}", **info) for i in range(depth)]
         self.grad_checkpointing = False
         self._init_weights()
 
@@ -232,50 +223,46 @@ class DynamicViT(nn.Module):
         for name in sorted(self.no_weight_decay()):  # a set's order differs from process to process
             nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
+    @torch.jit.unused
     @property
     def model_args(self) -> dict:
         """Plain values from which `DynamicViT(**model_args)` builds this model again."""
         if self._own_norm:
             raise ValueError("a model with its own norm_layer cannot be described by plain values")
-        return {name: arg for name, arg in self._model_args.items() if name not in MODERN or arg != MODERN[name]}
+        return {name: arg for name, arg in self._args.items() if name not in MODERN or arg != MODERN[name]}
 
+    @torch.jit.unused
     @property
     def grid_size(self) -> tuple[int, int]:
         """(gh, gw)."""
         return self.patch_embed.grid_size
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are tokens or positions; timm's optimizers ask for them."""
         return {name for name in ("pos_embed", *TOKENS) if hasattr(self, name)}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True):
         """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
+    def get_classifier(self):
+        return self.head if self.dist_pos is None else (self.head, self.head_dist)  # as timm's DeiT
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         """New heads for `num_classes` (0: none), as timm's models have it."""
         if global_pool is not None:
-            self.global_pool = self._model_args["global_pool"] = global_pool
-        self.num_classes = self._model_args["num_classes"] = num_classes
+            self.global_pool = self._args["global_pool"] = global_pool
+        self.num_classes = self._args["num_classes"] = num_classes
         for name in ("head", "head_dist")[: 1 + (self.dist_pos is not None)]:
-            like = self.patch_embed.proj.weight
-            head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-            setattr(self, name, head if num_classes else nn.Identity())
+            head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+            setattr(self, name, head.to(self.patch_embed.proj.weight))
 
-    @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]):
         """For images of another size, as in timm: the patch positions are resampled (bicubic)."""
         img_size, old_grid = to_2tuple(img_size), self.grid_size
-        self._check_sizes(self._model_args | {"img_size": img_size})
+        self._check_sizes(self._args | {"img_size": img_size})
         self.patch_embed.set_input_size(img_size)
-        self._model_args["img_size"] = tuple(img_size)
+        self._args["img_size"] = tuple(img_size)
         if self.rope is not None:
             self.rope.update_feat_shape(list(self.grid_size))
         elif self.grid_size != old_grid:
@@ -293,11 +280,9 @@ class DynamicViT(nn.Module):
     def forward_flops(self) -> int:
         """Multiplications and additions in the matrix products of `forward` for one image.
 
-        A block of N tokens takes 2 N D^2 (4 + 2 r) for its products with weights (r: the MLP's ratio) and 4 N^2 D for
-        its attention; the last one has attention rows, projection and MLP only for the tokens that are classified.
         A formula, since sweeps ask for it often and without weights: torch's FlopCounterMode takes a forward pass.
         """
-        args, width, grid = self._model_args, self.embed_dim, self.patch_embed.num_patches
+        args, width, grid = self._args, self.embed_dim, self.patch_embed.num_patches
         mlp = (3 if args["swiglu"] else 2) * int(width * args["mlp_ratio"])
         flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
         for block in range(self.depth):
@@ -313,11 +298,11 @@ class DynamicViT(nn.Module):
         return self.num_prefix_tokens + patches if self.global_pool else None
 
     @torch.jit.unused
-    def _needed(self, images: Tensor) -> int | None:
-        """How many first tokens the last block has to compute; None: all, for hooks and graphs of torch.fx."""
+    def _needed(self) -> int | None:
+        """How many first tokens the last block has to compute; None: all, since somebody watches its modules."""
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         watched = any(getattr(module, kind) for module in self.blocks[-1].modules() for kind in hooks)
-        return None if watched or isinstance(images, torch.fx.Proxy) else self._classified()
+        return None if watched else self._classified()
 
     def _present(self, block: int) -> tuple[int, int, int]:
         """How many class, distillation and register tokens there are at the input of `block`."""
@@ -372,12 +357,7 @@ class DynamicViT(nn.Module):
 
         With a distillation token, training gives the logits of both heads, and evaluation their mean (DeiT).
         """
-        pooled = x
-        if self.global_pool == "avg":
-            first = self.num_prefix_tokens
-            pooled = x[:, first : first + self.patch_embed.num_patches].mean(dim=1)
-        elif self.global_pool == "token":
-            pooled = x[:, 0]
+        pooled = global_pool_nlc(x[:, : self._classified()], self.global_pool, self.num_prefix_tokens)
         pooled = self.fc_norm(pooled)
         if pre_logits:
             return pooled
@@ -390,15 +370,10 @@ class DynamicViT(nn.Module):
         return (logits + of_dist) / 2
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, K) logits; see `forward_head`.
-
-        The last block computes only what is classified: CLS, or the patches where there is no CLS, and the
-        distillation token.
-        """
-        rows = None if torch.jit.is_scripting() else self._needed(images)
+        """(B, 3, h, w) -> (B, K) logits; see `forward_head`, for which alone the last block computes."""
+        rows = None if torch.jit.is_scripting() else self._needed()
         return self.forward_head(self._features(images, rows))
 
-    @torch.jit.ignore
     def forward_intermediates(
         self, x: Tensor, indices=None, return_prefix_tokens=False, norm=False, stop_early=False, output_fmt="NCHW",
         intermediates_only=False, output_dict=False, attn_mask=None,
@@ -417,25 +392,19 @@ class DynamicViT(nn.Module):
             y = y[:, patches]
             found.append(y.mT.unflatten(2, self.grid_size).contiguous() if output_fmt == "NCHW" else y)
         if output_dict:
-            every = dict(image_intermediates=found, image_intermediates_prefix=others, image_features=last)
-            left_out = ["image_intermediates_prefix"] * (not return_prefix_tokens)
-            left_out += ["image_features"] * intermediates_only
-            return {name: value for name, value in every.items() if name not in left_out}
+            parts = {"image_intermediates": found}
+            parts |= {"image_intermediates_prefix": others} if return_prefix_tokens else {}
+            return parts if intermediates_only else parts | {"image_features": last}
         found = list(zip(found, others)) if return_prefix_tokens else found
         return found if intermediates_only else (last, found)
 
-    get_intermediate_layers = torch.jit.ignore(VisionTransformer.get_intermediate_layers)
-    prune_intermediate_layers = torch.jit.ignore(VisionTransformer.prune_intermediate_layers)
+    get_intermediate_layers = VisionTransformer.get_intermediate_layers
+    prune_intermediate_layers = VisionTransformer.prune_intermediate_layers
 
-    @torch.jit.ignore
     def attention(self, images: Tensor, block: int) -> Tensor:
-        """(B, 3, h, w) -> (B, H, N, N): the softmaxed attention of `block`, rows attend to columns, without dropout.
-
-        Raises ValueError outside 0..depth-1.
-        """
+        """(B, 3, h, w) -> (B, H, N, N): softmaxed, rows attend to columns; see `attention_rows`."""
         return attention_rows(self, images, [block])[block]
 
-    @torch.jit.ignore
     def attention_maps(self, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
         """(B, 3, h, w) -> {block: AttentionMaps}; see `inspection.attention.attention_maps`."""
         return attention_maps(self, images, blocks, patches)

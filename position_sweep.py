@@ -64,9 +64,10 @@ def get_parser():
     group.add_argument("--mix", action="store_true", help="allow cells of other settings in one table")
     group.add_argument("--dry_run", action="store_true", help="only list the cells, and estimate the time left")
     group = parser.add_argument_group("several processes (they may also be started by hand in the same folder)")
-    group.add_argument("--shard", type=shard, metavar="I/N", help="only cells I, I + N, I + 2 N, ..., counted from 0")
-    group.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
-    group.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array, each with a "
+    divided = group.add_mutually_exclusive_group()
+    divided.add_argument("--shard", type=shard, metavar="I/N", help="only cells I, I + N, I + 2 N, ..., counted from 0")
+    divided.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
+    divided.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array, each with a "
                        "GPU unless --device cpu")  # fmt: skip
     group.add_argument("--jobs", type=number(int, 1), default=1, help="shards to submit")
     group.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
@@ -87,10 +88,8 @@ def parse(argv=None):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.val_size == 0:
         raise BadInput("--val_size 0 holds nothing out, but the best cell is chosen on held-out images; leave it out")
-    if utils.world_size() > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("a cell is trained by one process; start without torchrun, and give --gpus N for N GPUs")
-    if bool(args.shard) + bool(args.gpus) + bool(args.launcher) > 1:
-        raise BadInput("--shard, --gpus and --launcher each divide the work; give one of them")
     if (args.gpus or args.launcher) and args.device.startswith("cuda:"):
         raise BadInput(f"--device {args.device} is one GPU, but each process has its own; leave it out")
     if args.gpus and args.gpus > len(visible_gpus()):

@@ -28,7 +28,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 
 class BadInput(Exception):
-    """Something that the user can fix. One line: what is wrong; what to do. Exit status 2."""
+    """Something that the user can fix. One line: what is wrong; what to do."""
+
+    status = 2
 
     @property
     def problem(self) -> str:
@@ -37,7 +39,9 @@ class BadInput(Exception):
 
 
 class RunFailed(Exception):
-    """A run that failed. One line. Exit status 1."""
+    """A run that failed. One line."""
+
+    status = 1
 
 
 class Stopped(Exception):
@@ -56,14 +60,10 @@ def run_script(main, *args):
     """
     try:
         main(*args)
-    except BadInput as error:
-        _fail(error, 2)
-    except RunFailed as error:
-        _fail(error, 1)
-    except Stopped as error:
-        _fail(error, error.status, kind="")
+    except (BadInput, RunFailed, Stopped) as error:
+        _fail(error, error.status)
     except KeyboardInterrupt:
-        _fail("interrupted; what was saved is whole", 130, kind="")
+        _fail("interrupted; what was saved is whole", 130)
     except OSError as error:
         if error.filename is None:
             raise
@@ -94,7 +94,8 @@ def printable(text) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _fail(message, status, kind="error: "):
+def _fail(message, status):
+    kind = "error: " if status in (1, 2) else ""  # not for what a user has stopped
     line = printable(" ".join(str(message).split()))
     if _is_first_to_print(line):
         several = status == 1 and os.environ.get("WORLD_SIZE", "1") != "1"  # others are of what all were given
@@ -237,6 +238,16 @@ def init_distributed(device):
         )  # fmt: skip
 
 
+_NOTED = {}
+
+
+def note_once(kind, text):
+    """Print a note, the first of its `kind` in this process; of several threads, one is the first."""
+    me = object()
+    if _NOTED.setdefault(kind, me) is me:
+        say(f"note: {printable(text)}")
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -261,23 +272,8 @@ def barrier():
         dist.barrier()
 
 
-@contextmanager
-def main_first():
-    """The first process goes ahead alone, so that only it downloads; the others follow.
-
-    For downloads only: NCCL waits ten minutes for the first one.
-    """
-    if not is_main():
-        barrier()
-    try:
-        yield
-    finally:
-        if is_main():
-            barrier()
-
-
 def main_decides(function):
-    """What `function()` returns or refuses in the first process, in all of them."""
+    """What `function()` returns or refuses in the first process, in all of them. NCCL waits ten minutes for that."""
     if not dist.is_initialized():
         return function()
     outcome = [None, None]
@@ -365,11 +361,9 @@ def peak_memory(device) -> float:
     """MiB: the largest amount that tensors took on a GPU since `reset_peak_memory`, elsewhere that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:  # a process that was just started by a large one has the other's size as its maximum below, not here
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
-    except (OSError, StopIteration):
-        pass
+    with suppress(OSError):  # a process that was just started by a large one has the other's size below, not here
+        if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+            return int(found[1]) / 2**10
     import resource  # not there on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -456,6 +450,11 @@ def write_atomically(path, write, make_room=None):
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def _flush_folder(folder):
     """A rename outlives a power cut only when its folder is on the disk, too. Not all systems can do that."""
     with suppress(OSError):
@@ -468,15 +467,15 @@ def _flush_folder(folder):
 
 def remove_temporary(folder):
     """What processes that were killed while they wrote have left."""
-    for file in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
-            file.unlink(missing_ok=True)
+    for file in Path(folder).glob(f".*.{'[0-9a-f]' * 8}.tmp"):
+        file.unlink(missing_ok=True)
 
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-
-
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # not all of them on Windows
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # not all of them on Windows
+]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import utils
 
 PATCHES = "patch_embed.proj.weight"
 _HF_PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
+MOST_SETS = 1000  # in one dictionary; a ResNet's first name ends many others
 _HF_HEAD = re.compile(r"(cls_|distillation_)?classifier\.(weight|bias)")
 # Hugging Face's ViT, DeiT, DINOv2 and DINOv3, in files and in state dicts of transformers 5.
 _HF_NAMES = (
@@ -108,6 +109,8 @@ def _sets(part: dict, anchor, path=()):
     names = [n for n, t in part.items() if isinstance(n, str) and isinstance(t, Tensor)]
     anchors = (anchor, *_HF_PATCHES) if anchor == PATCHES else (anchor,)
     prefixes = {n.removesuffix(a) for n in names for a in anchors if f".{n}".endswith(f".{a}")}
+    if len(prefixes) > MOST_SETS:  # each costs a pass over all names
+        raise ValueError(f"these are weights of {len(prefixes)} models in one dictionary; save those of one")
     # The outermost ones: the name conv1.weight stands at the beginning of a ResNet and in each of its blocks.
     prefixes = [p for p in sorted(prefixes) if not any(p != other and p.startswith(other) for other in prefixes)]
     for prefix in prefixes:

@@ -18,10 +18,11 @@ from timm.layers import to_2tuple
 from timm.models import is_model
 
 from checkpoints.files import load_checkpoint
+from checkpoints.names import listed
 from checkpoints.weights import load_weights
 from inspection.attention import attention_shapes, blocks_of
 from models_dynamic import TokenLayout
-from utils import BadInput, say
+from utils import BadInput, printable, say
 
 SOURCES = ("timm:", "hf-hub:", "local-dir:")
 
@@ -140,8 +141,9 @@ def create(source: str, weights=None, img_size=None, key=None) -> nn.Module:
             report = load_weights(model, load_checkpoint(weights), key)
         except ValueError as error:
             raise BadInput(f"--weights {weights}: {error}") from None
-        if report.left_out:
-            say(f"note: {weights}: left out {', '.join(report.left_out)}")
+        for names, problem in ((report.left_out, "left out of the file"), (report.new, "not in the file, so random")):
+            if names:
+                say(printable(f"note: {weights}: {problem}: {listed(names)}"))
     return model.eval()
 
 
@@ -158,7 +160,8 @@ def _hub_is_there() -> bool:
 def data_of(model: nn.Module, img_size) -> dict:
     """What a checkpoint says of its data: input and normalisation as timm has them, names of ImageNet's classes."""
     config, subset = model.pretrained_cfg, infer_imagenet_subset(model)
-    classes = [words.partition(",")[0] for words in ImageNetInfo(subset).label_descriptions()] if subset else []
+    classes = list(config.get("label_names") or (ImageNetInfo(subset).label_descriptions() if subset else []))
+    classes = [words.partition(",")[0] for words in classes]  # of synonyms the first
     return {
         "name": None, "classes": classes, "input_size": tuple(img_size), "mean": config["mean"], "std": config["std"],
         "crop_pct": config.get("crop_pct") or 1.0, "interpolation": config.get("interpolation") or "bicubic",

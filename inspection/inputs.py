@@ -149,9 +149,13 @@ def load(path, args, one_of_several=False) -> tuple[DynamicViT | ForeignViT, dic
     return model, data, checkpoint
 
 
-def _foreign(model, name, args, data=None) -> tuple[ForeignViT, dict]:
+def _foreign(model, name, args, data=None) -> tuple[DynamicViT | ForeignViT, dict]:
     """(adapter, description of its data); `data` is that of a checkpoint."""
     size = args.input_size or (data["input_size"] if data else model.pretrained_cfg["input_size"][1:])
+    changes = {"mean": args.mean, "std": args.std, "input_size": tuple(size)}
+    data = (data or data_of(model, size)) | {key: value for key, value in changes.items() if value}
+    if isinstance(model, DynamicViT):  # that export_model.py wrote
+        return at_size(model, size), data
     try:
         model = ForeignViT(model, name, size)
     except ValueError as error:
@@ -161,8 +165,7 @@ def _foreign(model, name, args, data=None) -> tuple[ForeignViT, dict]:
             f"note: {name}: the attention of its first {model.hidden} blocks is not torch's own and cannot be seen; "
             f"block 0 is the first of the other {model.depth}"
         )
-    changes = {"mean": args.mean, "std": args.std, "input_size": tuple(size)}
-    return model, (data or data_of(model.model, size)) | {key: value for key, value in changes.items() if value}
+    return model, data
 
 
 def _describe_data(path, checkpoint, model, args, one_of_several) -> dict:

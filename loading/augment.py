@@ -8,19 +8,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
 
 
 def draw(generator, like: Tensor, low=0.0, high=1.0) -> Tensor:
     """(B,) uniform numbers on the device of the images `like`."""
     numbers = torch.rand(len(like), generator=generator) * (high - low) + low
     return numbers.to(like.device, non_blocking=True)
-
-
-def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixels (rows[b, y, x], columns[b, y, x]) of each image b; the index is shared by the channels."""
-    B, C, h, w = images.shape
-    index = (rows * w + columns).view(B, 1, -1).expand(B, C, -1)
-    return images.reshape(B, C, -1).gather(2, index).view(B, C, *rows.shape[1:])
 
 
 def crop_and_flip(images: Tensor, generator, pad, hflip) -> Tensor:
@@ -97,9 +91,9 @@ def apply_operation(name: str, images: Tensor, magnitude: Tensor) -> Tensor:
     if name == "brightness":
         return _blend(images, 0, 1 + magnitude)
     if name == "color":
-        return _blend(images, _grey(images), 1 + magnitude)
+        return _blend(images, TF.rgb_to_grayscale(images), 1 + magnitude)
     if name == "contrast":
-        return _blend(images, _grey(images).mean(dim=(2, 3), keepdim=True), 1 + magnitude)
+        return _blend(images, TF.rgb_to_grayscale(images).float().mean(dim=(2, 3), keepdim=True), 1 + magnitude)
     if name == "sharpness":
         return _blend(images, _blur(images), 1 + magnitude)
     if name == "posterize":  # the number of bits that are cleared
@@ -107,12 +101,12 @@ def apply_operation(name: str, images: Tensor, magnitude: Tensor) -> Tensor:
         return images & kept.to(torch.uint8)
     if name == "solarize":  # inverted from 255 - magnitude on
         return torch.where(images >= 255 - magnitude, 255 - images, images)
-    return {"autocontrast": _autocontrast, "equalize": _equalize}[name](images)
+    return TF.equalize(images) if name == "equalize" else _autocontrast(images)
 
 
 def _warp(images, name, magnitude):
     """Move pixels, nearest neighbour, black from outside; shears keep the upper left corner."""
-    _, _, h, w = images.shape
+    B, C, h, w = images.shape
     m = magnitude[:, 0]  # (B, 1, 1)
     y = torch.arange(h, device=images.device, dtype=torch.float32)[None, :, None]
     x = torch.arange(w, device=images.device, dtype=torch.float32)[None, None, :]
@@ -124,18 +118,15 @@ def _warp(images, name, magnitude):
     else:
         from_x = x + m * (y + 0.5) if name == "shear_x" else x - m.trunc() if name == "translate_x" else x + 0 * m
         from_y = y + m * (x + 0.5) if name == "shear_y" else y - m.trunc() if name == "translate_y" else y + 0 * m
-    from_y, from_x = torch.broadcast_tensors(from_y.round().long(), from_x.round().long())
-    inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)
-    return _take(images, from_y.clamp(0, h - 1), from_x.clamp(0, w - 1)) * inside[:, None]
+    from_y, from_x = from_y.round().long(), from_x.round().long()
+    inside = (from_y >= 0) & (from_y < h) & (from_x >= 0) & (from_x < w)  # (B, h, w)
+    index = from_y.clamp(0, h - 1) * w + from_x.clamp(0, w - 1)
+    index = index.view(B, 1, -1).expand(B, C, -1)
+    return images.flatten(2).gather(2, index).view_as(images) * inside[:, None]
 
 
 def _blend(images, other, ratio):
     return (ratio * images + (1 - ratio) * other).clamp_(0, 255).to(torch.uint8)
-
-
-def _grey(images):
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
 
 
 def _blur(images):
@@ -153,14 +144,3 @@ def _autocontrast(images):
     flat = low == high
     scale = torch.where(flat, 1.0, 255 / (high - low))
     return ((images - torch.where(flat, 0.0, low)) * scale).clamp_(0, 255).to(torch.uint8)
-
-
-def _equalize(images):
-    values = images.flatten(2).long()  # (B, 3, h * w)
-    histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
-    histogram.scatter_add_(2, values, torch.ones_like(values))
-    last = histogram.gather(2, values.amax(dim=2, keepdim=True))
-    step = (values.shape[2] - last) // 255  # (B, 3, 1)
-    table = (histogram.cumsum(2) - histogram + step // 2) // step.clamp_min(1)
-    equal = table.clamp_(0, 255).gather(2, values).to(torch.uint8).view_as(images)
-    return torch.where(step[..., None] == 0, images, equal)

@@ -3,14 +3,15 @@
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm.contrib.concurrent import thread_map
 
 import utils
-from datasets import HEIF_NEEDS, MAX_PIXELS, Split, first_time, pillow
+from datasets import HEIF_NEEDS, MAX_PIXELS, Split, prepare_pillow
 from utils import BadInput, number
 
 SHOWN = 20  # images that one error names
@@ -18,7 +19,6 @@ SHOWN = 20  # images that one error names
 
 def failures(function, numbers, title) -> dict[int, BadInput]:
     """Call `function(number)` for all of them, several at once: the numbers of those that it refused, and why."""
-    from tqdm import tqdm
 
     def attempt(number):
         try:
@@ -26,9 +26,9 @@ def failures(function, numbers, title) -> dict[int, BadInput]:
         except BadInput as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = tqdm(pool.map(attempt, numbers), title, len(numbers), leave=False, disable=None)
-        return {number: error for number, error in zip(numbers, results) if error is not None}
+    threads = min(8, os.cpu_count() or 1)
+    results = thread_map(attempt, numbers, max_workers=threads, desc=title, leave=False, disable=None)
+    return {number: error for number, error in zip(numbers, results) if error is not None}
 
 
 def without_errors(split, errors, part, classes) -> Split:
@@ -89,7 +89,7 @@ def read_image(path, max_pixels=MAX_PIXELS, draft=False):
     """
     if not os.path.isfile(path):  # a pipe or a device may never end
         raise BadInput(f"there is no image {path}; give a file")
-    Image = pillow()
+    prepare_pillow()
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow refuses twice as many wherever a file declares them
     try:
         with Image.open(path) as image:
@@ -116,8 +116,6 @@ def _why_unknown(path) -> str:
 
 
 def _as_seen(image, path):
-    from PIL import Image
-
     deep = _has_deep_colours(image)
     image.load()
     try:
@@ -138,8 +136,6 @@ def _as_seen(image, path):
 
 def _grey(image, path):
     """An image of mode I;16, I or F in 8 bits: L, or LA if one of its values is transparent."""
-    from PIL import Image
-
     values, transparent = np.asarray(image), image.info.get("transparency")
     if image.mode == "I" and _tag(image, BITS) == 32 and _tag(image, KIND) in (0, 1):
         values = values.view(np.uint32)  # Pillow takes them for signed
@@ -173,7 +169,8 @@ def _value_range(image, values, path) -> tuple[float, float]:
         bits = _tag(image, BITS)
         declared = max(_tag(image, MAX_VALUE), 2**bits - 1 if 0 < bits < 16 else 0)
         return 0.0, float(_most(high, declared, path))
-    _note_once("range", f"the values of {path} are {low:g} to {high:g}, of no known range: scaled by their own")
+    values = f"the values of {path} are {low:g} to {high:g}, of no known range"
+    utils.note_once("range", f"{values}: scaled by their own (and other such images likewise)")
     return low, high
 
 
@@ -181,14 +178,9 @@ def _most(high, declared, path) -> int:
     """The largest value of as many bits as hold those that are there and what the file declares."""
     bits = next((bits for bits in (8, 10, 12, 14) if max(high, declared) < 2**bits), 16)
     if bits < 16 and not declared and high:
-        _note_once("bits", f"no value of {path}, of 16 bits, is above {high:.0f}: read as {bits} bits")
+        values = f"no value of {path}, of 16 bits, is above {high:.0f}"
+        utils.note_once("bits", f"{values}: read as {bits} bits (and other such images likewise)")
     return 2**bits - 1
-
-
-def _note_once(kind, text):
-    """Print a note, the first of its kind in this process."""
-    if first_time(kind):
-        print(f"note: {utils.printable(text)} (and other such images likewise)", flush=True)
 
 
 def _tag(image, number) -> int:
@@ -213,8 +205,6 @@ def _colours(image, path):
 
     As those of `_grey`; then the upper 8 are few or none. Unpacked in the other byte order, the file gives the lower 8.
     """
-    from PIL import Image
-
     if max(high for _, high in image.getextrema()[:3]) >= 64:  # of 256: at least 15 bits
         return image
     other = {"LA;16B": "RGBA", "B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -250,8 +240,6 @@ def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:
     The box that is cut out takes `crop_pct` of the shorter side: the usual "resize to 256, crop 224" is 0.875 of it,
     here in one step.
     """
-    from PIL import Image
-
     box = crop_box(image.width, image.height, size, crop_pct)
     if (image.height, image.width) != tuple(size) or box != (0, 0, image.width, image.height):
         image = image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()], box)
@@ -260,8 +248,6 @@ def fit_image(image, size, crop_pct=1.0, interpolation="bicubic") -> Tensor:
 
 def read_picture(split: Split, i):
     """Image `i` as a PIL image in RGB."""
-    from PIL import Image
-
     if isinstance(split.images, Tensor):
         return Image.fromarray(split.images[i].permute(1, 2, 0).numpy())
     return read_image(os.fsdecode(split.images[i]), split.max_pixels)

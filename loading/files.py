@@ -12,7 +12,12 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.transforms import ResizeKeepRatio
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torchvision import transforms
 
 import utils
 from datasets import FOLDERS, MAX_PIXELS, ImageData, Split, channel_statistics, find_parts, held_out
@@ -32,15 +37,12 @@ def load_file_data(
         val_size: as there, but 1 % for IMNET, as in big_vision.
         crop_pct, interpolation: of evaluation, see `fit_image`.
     """
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
     parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels)
     if bad_images == "skip":
         parts |= {part: _readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
     train, val = held_out(name, parts, classes, val_size)
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if name not in FOLDERS:
-        mean, std = channel_statistics(train.images)
+    imagenets = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = imagenets if name in FOLDERS else channel_statistics(train.images)
     crop = {"crop_pct": crop_pct, "interpolation": interpolation}
     return ImageData(name, classes, input_size, mean, std, train, val, parts["test"], crop, origin)
 
@@ -73,10 +75,6 @@ def picture_transform(size, aa, color_jitter, hflip, interpolation, three_augmen
             pixels are reflected at each border, and a window is cut out.
         none: no augmentation at all, the whole image.
     """
-    from timm.data import create_transform
-    from timm.data.transforms import ResizeKeepRatio
-    from torchvision import transforms
-
     if none:
         return partial(fit_image, size=size, interpolation="bicubic" if interpolation == "random" else interpolation)
     policy = "3a" if three_augment else None if aa == "none" else aa
@@ -114,7 +112,7 @@ def _seeded(seed, device=None):
             np.random.set_state(states[1])
 
 
-class _ImageFiles(torch.utils.data.Dataset):
+class _ImageFiles(Dataset):
     """Item (number, seed) is an image as the transform makes it, and its label; the error for an unreadable one."""
 
     def __init__(self, split: Split, transform):
@@ -175,13 +173,11 @@ def _end_workers():
 
 def _collate(items, training):
     """A batch, or one error that names all images that cannot be read."""
-    from timm.data.loader import fast_collate
-
     errors = [item for item in items if isinstance(item, BadInput)]
     return joined(errors, training) if errors else fast_collate(items)
 
 
-class SeededSampler(torch.utils.data.Sampler):
+class SeededSampler(Sampler):
     """(number, seed) of one image after another, from place `first` on; with `seed` None nothing is drawn."""
 
     def __init__(self, numbers, seed, rank):
@@ -209,10 +205,7 @@ class SeededErasing:
     """timm's random erasing with draws that are a function of (seed, epoch, process, batch)."""
 
     def __init__(self, erasing, draws: SeededSampler, device):
-        self.erasing, self.draws, self.device = erasing, draws, device
-
-    def begin(self, batch):
-        self.batch = batch
+        self.erasing, self.draws, self.device, self.batch = erasing, draws, device, 0
 
     def __call__(self, images):
         seed = ((self.draws.epoch_seed * 1_009 + self.draws.rank) * 1_000_003 + self.batch) % 2**62
@@ -241,10 +234,6 @@ class FileLoader:
         self, split: Split, data, batch_size, device, transform=None, *, repeats=1, reprob=0.0, seed=0, rank=0,
         world_size=1, workers=0,
     ):  # fmt: skip
-        from timm.data.distributed_sampler import RepeatAugSampler
-        from timm.data.loader import PrefetchLoader
-        from torch.utils.data import DistributedSampler
-
         self.split, share = split, dict(num_replicas=world_size, rank=rank)
         if transform is None:
             crop = {key: data[key] for key in ("crop_pct", "interpolation")}
@@ -280,5 +269,5 @@ class FileLoader:
         if self.first >= len(self):  # timm's fails on a process's share of no images
             return iter(())
         if self.batches.random_erasing is not None:
-            self.batches.random_erasing.begin(self.first)
+            self.batches.random_erasing.batch = self.first
         return iter(self.batches)

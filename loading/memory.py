@@ -99,7 +99,7 @@ def check_images_fit(count, size):
 
 
 class TrainTransform:
-    """Random crop and flip, an augmentation policy, resize, normalise, random erasing; one draw for each image.
+    """Random crop (padded by an eighth) and flip, a policy, resize, normalise, random erasing; one draw for each image.
 
     The draws come from a CPU generator, so that no device is waited for.
 
@@ -109,14 +109,13 @@ class TrainTransform:
             9 of 30, 1909.13719) or 'none'.
         hflip: probability of a horizontal flip.
         reprob: probability of random erasing (1708.04896).
-        pad: pixels of black around the image before the crop; by default an eighth of its height.
     """
 
-    def __init__(self, data, aug="trivial", hflip=0.5, reprob=0.25, pad=None):
-        self.data, self.aug, self.hflip, self.reprob, self.pad = data, aug, hflip, reprob, pad
+    def __init__(self, data, aug="trivial", hflip=0.5, reprob=0.25):
+        self.data, self.aug, self.hflip, self.reprob = data, aug, hflip, reprob
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        images = crop_and_flip(images, generator, images.shape[2] // 8 if self.pad is None else self.pad, self.hflip)
+        images = crop_and_flip(images, generator, images.shape[2] // 8, self.hflip)
         if self.aug == "trivial":
             images = random_operation(images, generator, TRIVIAL, level=None)
         elif self.aug == "rand":

@@ -51,7 +51,7 @@ class GridCell:
     @property
     def name(self) -> str:
         where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
-        return f"cls{'none' if self.cls_pos is None else self.cls_pos}{where}_x{self.num_reg}_seed{self.seed}"
+        return f"cls{utils.flag_value(self.cls_pos)}{where}_x{self.num_reg}_seed{self.seed}"
 
     def __str__(self):
         return f"{describe_positions(self.cls_pos, self.reg_pos, self.num_reg)}, seed {self.seed}"
@@ -205,7 +205,7 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
         for file in folder.iterdir():
             if file.name not in ("lock", "running.json"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-    utils.write_atomically(saved, lambda file: file.write(json.dumps(current, indent=1).encode()))
+    utils.write_text(saved, json.dumps(current, indent=1))
     mine = cell_args(cell, args)
     mine.resume = resumable(folder)
     try:
@@ -218,8 +218,7 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_scores(mine, best, tested), **attention_and_artefacts(mine.model_path, data, device)}
-    text = json.dumps(record, indent=1)
-    utils.write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    utils.write_text(folder / "result.json", json.dumps(record, indent=1))
     for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
         file.unlink()
 
@@ -287,10 +286,8 @@ def seconds_left(cells, args, data: ImageData, device) -> float:
     left = [cell for cell in cells if not finished(cell, args)]
     if not left:
         return 0.0
-    rates = []
-    for file in Path(args.output_dir).glob("cells/*/result.json"):
-        record = read_record(file)
-        rates.append(record["train_seconds"] / (record["flops"] * record["repeats"]))
+    records = [read_record(file) for file in Path(args.output_dir).glob("cells/*/result.json")]
+    rates = [record["train_seconds"] / (record["flops"] * record["repeats"]) for record in records]
     work = sum(flops(cell, args) * cell_args(cell, args).repeats for cell in left)
     return work * (sum(rates) / len(rates) if rates else _seconds_per_flop(left[0], args, data, device))
 

@@ -33,58 +33,44 @@ def draw_sweep(folder, data: ImageData, about: str):
 
 def heat_maps(summary, about):
     """Test accuracy over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
 
     rows = summary["groups"]
     counts = sorted({row["num_reg"] for row in rows})
     means = [row["test_top1"]["mean"] for row in rows]
     scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
     panels = {c: [row for row in rows if row["num_reg"] == c] for c in counts}
-    columns = {c: sorted({row["cls_pos"] for row in panels[c]}, key=results.absent_last) for c in counts}
-    lines = {c: sorted({row["reg_pos"] for row in panels[c]}, key=results.absent_last) for c in counts}
-    side, gap = (0.95, 0.7), 0.75  # inches: of a cell (width, height), around the panels
-    width = max(7.5, sum(side[0] * len(columns[c]) + gap for c in counts) + 1.6)
-    height = side[1] * max(map(len, lines.values())) + 2.9
+    columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
+    lines = {c: results.in_order(row["reg_pos"] for row in panels[c]) for c in counts}
+    widths = [len(columns[c]) for c in counts]
+    width = max(7.5, sum(widths) + 0.75 * len(counts) + 1.2)  # inches
+    height = 0.7 * max(map(len, lines.values())) + 2.9
     reading = (
         "Accuracy on the test images in %: mean over seeds ± standard deviation, and the number of seeds. "
         f"Frame: the best cell on the held-out images. {summary['verdict']}"
     )
-    figure, left = headed_figure((width, height), "Where the tokens enter, and the accuracy", about, reading), 0.8
-    for c in counts:
-        w, h = side[0] * len(columns[c]), side[1] * len(lines[c])
-        axes = figure.add_axes((left / width, (height - 1.35 - h) / height, w / width, h / height))
-        left += w + gap
+    figure = headed_figure((width, height), "Where the tokens enter, and the accuracy", about, reading)
+    inside = dict(left=0.8 / width, right=1 - 0.2 / width, top=1 - 1.35 / height, bottom=1.55 / height)
+    panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
+    for c, axes in zip(counts, panes):
+        shown = np.full((len(lines[c]), len(columns[c])), np.nan)
         for row in panels[c]:
-            _draw_cell(
-                axes, row, columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"]), scale, summary["best"]
-            )
-        axes.set(xlim=(-0.5, len(columns[c]) - 0.5), ylim=(len(lines[c]) - 0.5, -0.5), facecolor="0.94")
-        axes.set_xticks(range(len(columns[c])), map(results.position_name, columns[c]))
+            x, y = columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"])
+            shown[y, x] = row["test_top1"]["mean"]
+            words = results.mean_and_sd(row["test_top1"]).replace(" ", "\n", 1) + f"\nn = {row['test_top1']['n']}"
+            colour = "black" if scale(shown[y, x]) > 0.55 else "white"
+            axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
+            if results.position_of(row) == summary["best"]:
+                axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2))
+        image = axes.imshow(shown, COLOURS, scale, aspect="auto")
+        axes.set(facecolor="0.94", xlabel="CLS enters at block", ylabel="registers at block" if c else "")
+        axes.set_xticks(range(len(columns[c])), map(utils.flag_value, columns[c]))
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
-        axes.set_xlabel("CLS enters at block")
-        axes.set_ylabel("registers at block" if c else "")
         axes.set_title(describe_registers(c), fontsize=10, loc="left")
-    bar = figure.add_axes(((left - gap + 0.25) / width, 1.4 / height, 0.14 / width, (height - 2.75) / height))
-    figure.colorbar(ScalarMappable(scale, colormaps[COLOURS]), cax=bar, label="test accuracy (%)")
+    figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)")
     return figure
-
-
-def _draw_cell(axes, row, x, y, scale, best):
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    tested = row["test_top1"]
-    level = float(scale(tested["mean"]))
-    box = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colormaps[COLOURS](level), edgecolor="white", linewidth=1)
-    axes.add_patch(box)
-    if results.position_of(row) == best:
-        axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2))
-    spread = "" if tested["sd"] is None else f"\n± {tested['sd']:.2f}"
-    words = f"{tested['mean']:.2f}{spread}\nn = {tested['n']}"
-    axes.text(x, y, words, ha="center", va="center", fontsize=8, color="black" if level > 0.55 else "white")
 
 
 def marginal_curves(records, about):
@@ -99,13 +85,13 @@ def marginal_curves(records, about):
     figure.subplots_adjust(left=0.08, right=0.97, top=0.8, bottom=0.27, wspace=0.08)
     for ax, along, title in zip(axes, ("cls_pos", "reg_pos"), ("class token", "registers")):
         found = {c: curve for c, curve in results.margins(records, along).items() if c or along == "cls_pos"}
-        order = sorted({x for curve in found.values() for x in curve}, key=results.absent_last)
+        order = results.in_order(x for curve in found.values() for x in curve)
         for i, (count, curve) in enumerate(found.items()):
             xs = np.array([order.index(x) for x in curve]) + 0.06 * (i - (len(found) - 1) / 2)
             means = [point["mean"] for point in curve.values()]
             half = [0 if point["low"] is None else point["mean"] - point["low"] for point in curve.values()]
             ax.errorbar(xs, means, yerr=half, marker="o", capsize=3, label=describe_registers(count))
-        ax.set_xticks(range(len(order)), map(results.position_name, order))
+        ax.set_xticks(range(len(order)), map(utils.flag_value, order))
         ax.set(xlabel=f"{title} enter{'s' if title == 'class token' else ''} at block")
         ax.set_title(f"Over the position of the {title}", fontsize=10, loc="left")
         ax.grid(alpha=0.3)
@@ -126,7 +112,7 @@ def accuracy_and_flops(summary, about):
     figure = headed_figure((9.5, 5.2), "Accuracy against cost", about, reading)
     ax = figure.add_axes((0.08, 0.24, 0.7, 0.58))
     rows = summary["groups"]
-    positions = sorted({row["cls_pos"] for row in rows}, key=results.absent_last)
+    positions = results.in_order(row["cls_pos"] for row in rows)
     counts = sorted({row["num_reg"] for row in rows})
     colours = colormaps["plasma"](np.linspace(0, 0.9, len(positions)))
     for row in rows:

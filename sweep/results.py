@@ -15,7 +15,7 @@ from scipy import stats
 
 import utils
 from sweep.cells import describe_positions, hits_of, read_record
-from utils import counted
+from utils import counted, flag_value
 
 COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
@@ -34,13 +34,14 @@ def collect(folder) -> list[dict]:
     return sorted(records, key=lambda r: (r["num_reg"], *map(absent_last, key_of(r)[:2]), r["seed"]))
 
 
+def in_order(positions) -> list:
+    """Each once, an absent token last."""
+    return sorted(set(positions), key=absent_last)
+
+
 def absent_last(position) -> float:
     """A sort key."""
     return math.inf if position is None else position
-
-
-def position_name(position) -> str:
-    return "none" if position is None else str(position)
 
 
 def key_of(record) -> tuple:
@@ -218,7 +219,7 @@ def margins(records, along) -> dict[int, dict]:
     other, found = {"cls_pos": "reg_pos", "reg_pos": "cls_pos"}[along], {}
     for count in sorted({r["num_reg"] for r in records}):
         mine = [r for r in records if r["num_reg"] == count]
-        xs = sorted({r[along] for r in mine}, key=absent_last)
+        xs = in_order(r[along] for r in mine)
         ys = {r[other] for r in mine}
         there = {(r[along], r[other], r["seed"]): r for r in mine}
         whole = [s for s in sorted({r["seed"] for r in mine}) if all((x, y, s) in there for x in xs for y in ys)]
@@ -242,10 +243,10 @@ def write_tables(folder, about: dict) -> dict:
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(record | {"cls_pos": position_name(record["cls_pos"])} for record in records)
+    writer.writerows(record | {"cls_pos": flag_value(record["cls_pos"])} for record in records)
     everything = json.dumps({"about": about, "cells": records, **summary}, indent=1)
     for name, text in (("csv", lines.getvalue()), ("json", everything), ("md", markdown(summary))):
-        utils.write_atomically(folder / f"results.{name}", lambda file, text=text: file.write(text.encode()))
+        utils.write_text(folder / f"results.{name}", text)
     return summary
 
 
@@ -259,7 +260,7 @@ def markdown(summary) -> str:
     for row in summary["groups"]:
         is_best = position_of(row) == summary["best"]
         cells = [
-            position_name(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
+            flag_value(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
             str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %",

@@ -20,6 +20,8 @@ from training import loop, run_log
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# The first backward pass decides whether autograd may be forked; after a torch.export it would decide against it.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # A model of a few thousand parameters, trained for seconds.
 TINY = "--embed_dim 24 --depth 3 --num_heads 3 --num_reg 2 --patch_size 8 --device cpu --num_threads 1".split()

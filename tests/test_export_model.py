@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
 
 import export_model
@@ -13,6 +14,7 @@ import hubconf
 from checkpoints.files import save_checkpoint
 from checkpoints.models import timm_model
 from conftest import ROOT, noise, run, shell, tiny
+from images import picture
 
 DATA = {
     "name": "FOLDER", "classes": ["ant", "bee", "cow", "dog", "elk"], "input_size": (16, 24), "mean": (0.1, 0.2, 0.3),
@@ -53,6 +55,17 @@ def test_timm_loads_the_folder(kind, tmp_path, capsys):
     other = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3)
     assert other.head.out_features == 3
     assert torch.equal(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+def test_the_folder_is_looked_at_like_the_checkpoint(tmp_path):
+    model = tiny(cls_pos=2)
+    shell("export_model.py", saved(model, tmp_path), "out", cwd=tmp_path)
+    picture(size=(48, 32)).save(tmp_path / "a.png")
+    flags = ["--image_path", "a.png", "--layer_num", "3", "--tokens", "cls", "--format", "png"]
+    for n, path in enumerate(("model.pth", "local-dir:out")):
+        shell("visualize_attention.py", "--model_path", path, *flags, "--output_dir", str(n), cwd=tmp_path)
+    first, second = (Image.open(tmp_path / n / "attention_a_block3_cls.png") for n in "01")
+    assert first.tobytes() == second.tobytes()
 
 
 @torch.no_grad()

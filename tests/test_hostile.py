@@ -223,6 +223,13 @@ def test_shapes_of_a_bare_state_dict(good):
             model_from_checkpoint(state | change, num_heads=3)
 
 
+def test_weights_of_very_many_models():
+    """Of each, all names would be read: 4 x 10^10."""
+    tensor = torch.zeros(1)
+    with pytest.raises(ValueError, match="weights of 200000 models in one dictionary"):
+        model_from_checkpoint({f"{i}.patch_embed.proj.weight": tensor for i in range(200_000)}, num_heads=3)
+
+
 @pytest.mark.parametrize("part", [None, "data", "model_args", "args"])
 def test_each_entry_damaged(part, good, tmp_path, capsys):
     """Whatever stands in its place or is missing, a reader tests the model or says one line."""

@@ -13,6 +13,7 @@ import cifar_main
 import cifar_test
 import datasets
 import main_distillation
+import utils
 import visualize_attention
 from conftest import STUDENT, TINY, run
 from datasets import image_files
@@ -115,7 +116,7 @@ def deep_tiff(values, path, order):
 )
 def test_a_ramp_is_a_ramp_in_any_depth(values, ending, note, tmp_path, capsys, monkeypatch):
     """And a note is printed once where its range is not known."""
-    monkeypatch.setattr(datasets, "_NOTED", {})
+    monkeypatch.setattr(utils, "_NOTED", {})
     for name in ("a", "b"):
         Image.fromarray(values).save(tmp_path / f"{name}.{ending}")
         seen = np.array(read_image(tmp_path / f"{name}.{ending}"))[0, :, 1].astype(int)
@@ -221,7 +222,7 @@ def test_heic(tmp_path):
 def test_heic_without_its_package(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(100))  # renamed, as telephones do
-    monkeypatch.setattr(datasets, "pillow", lambda: Image)
+    monkeypatch.setattr(datasets, "prepare_pillow", lambda: None)
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
     endings = {k: v for k, v in Image.registered_extensions().items() if v != "HEIF"}
     monkeypatch.setattr(Image, "EXTENSION", endings)

@@ -1,10 +1,12 @@
 """What makes it fast, counted instead of timed; bench.py itself, on few rounds."""
 
 import json
+import multiprocessing
 from unittest import mock
 
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -78,8 +80,8 @@ def test_training_does_not_wait_for_the_gpu():
     split = Split(images, torch.zeros(1280, dtype=torch.long, device=device))
     loader, model = MemoryLoader(split, DATA, 128, TrainTransform(DATA)), bench.ours(bench.CIFAR, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    loss = torch.nn.CrossEntropyLoss()
-    parts = TrainingStep(model, loss, optimizer, bench.ConstantRate(), amp_dtype=torch.bfloat16)
+    loss, schedule = torch.nn.CrossEntropyLoss(), CosineLRScheduler(optimizer, t_initial=2)
+    parts = TrainingStep(model, loss, optimizer, schedule, amp_dtype=torch.bfloat16)
     train_one_epoch(parts, loader)  # makes its constants
     steps = iter(range(100))
 
@@ -96,18 +98,21 @@ def test_training_does_not_wait_for_the_gpu():
 
 def test_bench(tmp_path, capsys, monkeypatch):
     """A row of each kind on tiny shapes: ours, the peer's, the ratio, and whether the target is met."""
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 5}
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 10}
     monkeypatch.setattr(bench, "SIZES", {bench.SMALL: sizes, bench.CIFAR: sizes})
-    monkeypatch.setattr(bench, "in_child", lambda name, device: 3.0)
-    argv = ["--rows", "train,memory", "--rounds", "1", "--batch", "2", "--device", "cpu", "--json", tmp_path / "b.json"]
+    processes = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: processes)  # which know the sizes above
+    argv = ["--rows", "train,maps,memory,load", "--rounds", "1", "--batch", "2", "--device", "cpu"]
+    argv += ["--json", tmp_path / "b.json"]
     status, out, err = run(bench.main, argv, capsys)
     assert status == 0, err
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert rows[0]["name"] == "training 224/16 width 384, fp32, against timm"
     for row in rows:
         assert row["name"] in out
-        assert row["unit"] == "MiB" or row["ratio"] == pytest.approx(row["ours"] / row["peer"], rel=1e-6)
-    assert rows[-1]["ratio"] == 1 and bench.met(rows[-1]) == "met"
+        assert row["ratio"] == pytest.approx(row["ours"] / row["peer"], rel=1e-6)
+    memory = next(row for row in rows if row["unit"] == "MiB")
+    assert min(memory["ours"], memory["peer"]) > 0
     assert bench.met({"target": ">= 2", "ratio": 1.9}) == "MISSED"
     assert bench.met({"target": "<= 2", "ratio": 1.9}) == "met"
     assert "there is no nonsense" in run(bench.main, ["--rows", "nonsense"], capsys)[2]
@@ -116,10 +121,9 @@ def test_bench(tmp_path, capsys, monkeypatch):
 def test_the_peers_are_the_same_model():
     """As many parameters, the same logits from the same weights: what is raced is the arithmetic alone."""
     size, device = "dynamic_vit_cifar", torch.device("cpu")
-    mine, textbook, its = bench.ours(size, device), bench.textbook(size, device), bench.timms(size, device)
-    assert len({sum(p.numel() for p in model.parameters()) for model in (mine, textbook, its)}) == 1
+    mine, its = bench.ours(size, device), bench.timms(size, device)
     state = mine.state_dict()
     state["reg_token"] = state.pop("register_tokens")
-    textbook.load_state_dict(state)
+    its.load_state_dict(state)
     images = torch.randn(2, 3, 32, 32)
-    assert torch.allclose(textbook(images), mine.eval()(images), atol=1e-5)
+    assert torch.allclose(its.eval()(images), mine.eval()(images), atol=1e-5)

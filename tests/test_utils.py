@@ -44,22 +44,29 @@ def test_advice_names_flags_that_the_script_has(monkeypatch, capsys, main, argv,
     assert status == 1 and word in err and "--batch_size" not in err
 
 
-def test_nobody_waits_while_a_folder_is_decoded(monkeypatch, photos):
+def test_nobody_waits_while_a_folder_is_decoded(monkeypatch, photos, tmp_path):
     """NCCL waits ten minutes for the first process: that is for downloads."""
 
-    def entered():
-        raise AssertionError
+    def asked(_):
+        raise utils.RunFailed("the first process")
 
-    monkeypatch.setattr(utils, "main_first", entered)
+    monkeypatch.setattr(utils, "main_decides", asked)
     assert len(load_data("FOLDER", photos, (8, 8), 0).train) == 20
+    with pytest.raises(utils.RunFailed):
+        load_data("CIFAR10", tmp_path, (32, 32))
 
 
 def test_others_are_released_when_the_first_process_fails(monkeypatch):
-    released = []
-    monkeypatch.setattr(utils, "barrier", lambda: released.append(1))
-    with pytest.raises(utils.BadInput), utils.main_first():
+    def refuses():
         raise utils.BadInput("planted")
-    assert released == [1]
+
+    released = []
+    monkeypatch.setattr(utils.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(utils.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(utils.dist, "broadcast_object_list", released.append)
+    with pytest.raises(utils.BadInput, match="planted"):
+        utils.main_decides(refuses)
+    assert [str(error) for _, error in released] == ["planted"]
 
 
 def test_a_line_is_printed_by_the_first_process_that_has_it(monkeypatch, tmp_path, capsys):

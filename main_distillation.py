@@ -17,7 +17,6 @@ from statistics import median
 
 import timm
 import torch
-from timm.layers import to_2tuple
 
 import utils
 from checkpoints.files import load_checkpoint
@@ -31,6 +30,7 @@ from training.loop import Run, run_epochs, wrap
 from training.scoring import score
 from training.setup import (
     build_model,
+    check_same_model,
     check_timm_model,
     describe,
     load_finetune,
@@ -270,53 +270,45 @@ def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
     return train, FileLoader(data.val, data.description(), **share) if data.val else None
 
 
-def test(path, args, device, data_path=None):
+def test(path, args, device):
     """Print the accuracy of a checkpoint on the test images; of its EMA weights too, if it is one to resume from."""
     model, checkpoint = load_model(path)
-    if args.data_set not in (None, checkpoint["data"]["name"]):
-        raise BadInput(f"{path} is of {checkpoint['data']['name']}, not {args.data_set}; leave out --data_set")
     if args.eval:
-        check_asked(path, checkpoint, args)
+        check_same_model(path, checkpoint, asked_model(args), "leave these flags out")
         if args.asked_crop:
             checkpoint["data"] = WHOLE | checkpoint["data"] | args.asked_crop
-    _print_scores(model, checkpoint, args, device, data_path)
+    _print_score("Accuracy", model, checkpoint, args, device)
+    if checkpoint.get("ema"):
+        model.load_state_dict(checkpoint["ema"])
+        _print_score("EMA accuracy", model, checkpoint, args, device)
 
 
-def check_asked(path, checkpoint, args):
-    """Raise BadInput where flags describe another model than that of a checkpoint, which needs none of them."""
-    there = {"img_size": checkpoint["data"]["input_size"]} | checkpoint["model_args"]
+def asked_model(args) -> dict:
+    """What --eval asks of a checkpoint's model, which needs no flag: see `check_same_model`."""
     asked = flags.given_model_args(args)
     if args.model not in SIZES:
         asked["timm_name"] = args.model
     elif args.model != get_parser().get_default("model"):
         asked = SIZES[args.model] | asked
-    for name in ("drop_path_rate", "init_values", "num_classes"):  # of training, perhaps a recipe's; the data's
-        asked.pop(name, None)
-    asked |= {name: to_2tuple(asked[name]) for name in ("img_size", "patch_size") if name in asked}
-    other = [f"{name} is {there.get(name)}, not {value}" for name, value in asked.items() if there.get(name) != value]
-    if other:
-        raise BadInput(f"{path} is another model than the flags ask for ({'; '.join(other)}); leave these flags out")
+    if args.data_set:
+        asked["data_set"] = args.data_set
+    # Those left out are of training, perhaps a recipe's, or of the data.
+    return {n: value for n, value in asked.items() if n not in ("drop_path_rate", "init_values", "num_classes")}
 
 
-def _print_scores(model, checkpoint, args, device, data_path):
-    for title, weights in (("Accuracy", None), ("EMA accuracy", checkpoint.get("ema"))):
-        if title == "EMA accuracy":
-            if weights is None:
-                return
-            model.load_state_dict(weights)
-        result, _ = score(
-            model, checkpoint, data_path, device, args.batch_size, args.num_workers, max_pixels=args.max_pixels
-        )  # fmt: skip
-        say(f"{title}: top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} on {result['images']} images")
+def _print_score(title, model, checkpoint, args, device):
+    result, _ = score(
+        model, checkpoint, args.data_path, device, args.batch_size, args.num_workers, max_pixels=args.max_pixels
+    )  # fmt: skip
+    say(f"{title}: top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} on {result['images']} images")
 
 
 def evaluate_only(args, device):
     if args.finetune and not args.resume:
-        data = read_data(args)
-        model, description = _finetuned(args, data)
-        _print_scores(model, {"data": description}, args, device, args.data_path)
+        model, description = _finetuned(args, read_data(args))
+        _print_score("Accuracy", model, {"data": description}, args, device)
     else:
-        test(args.resume or Path(args.output_dir) / BEST, args, device, args.data_path)
+        test(args.resume or Path(args.output_dir) / BEST, args, device)
 
 
 def _finetuned(args, data):

@@ -549,6 +549,7 @@ def test_a_checkpoint_of_another_model_than_asked_for_is_not_tested(capsys, trai
         (["--input_size", "64"], "img_size is (32, 32), not (64, 64)"),
         (["--model", "dynamic_vit_small_patch16_224"], "embed_dim is 24, not 384"),
         (["--model", "resnet10t"], "timm_name is None, not resnet10t"),
+        (["--data_set", "CIFAR10"], "data_set is DIGITS, not CIFAR10"),
     ):
         status, out, err = run(main_distillation.main, [*argv, *asked], capsys)
         assert status == 2 and wrong in err and out == ""

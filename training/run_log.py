@@ -59,13 +59,9 @@ def plain_args(args) -> dict:
 
 def git_revision() -> str:
     """Of this code; '-dirty' if files were changed since, 'unknown' if it is no repository."""
-
-    def git(*command):
-        here = Path(__file__).parent
-        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
-
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:  # no git here
         return "unknown"
 

@@ -161,11 +161,8 @@ def describe(model) -> str:
     if not isinstance(model, DynamicViT):
         return f"{model.model_args['timm_name']} of timm, {size:.2f} M parameters"
     cls = "no class token" if model.cls_pos is None else f"CLS enters at block {model.cls_pos}"
-    registers = (
-        f"{model.num_register_tokens} registers at block {model.reg_pos}"
-        if model.num_register_tokens
-        else "no registers"
-    )
+    count = model.num_register_tokens
+    registers = f"{count} registers at block {model.reg_pos}" if count else "no registers"
     dist = "" if model.dist_pos is None else f", distillation token at block {model.dist_pos}"
     return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
 

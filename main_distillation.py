@@ -117,9 +117,8 @@ def get_parser():
     group = flags.add_model_flags(parser)
     group.add_argument("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
     group.add_argument(
-        "--dist_pos", type=utils.position, default=argparse.SUPPRESS,
-        help="block that DeiT's distillation token enters at (none)",
-    )  # fmt: skip
+        "--dist_pos", type=utils.position, default=argparse.SUPPRESS, help="block of DeiT's distillation token (none)"
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--opt", help="timm's name of an optimizer")
@@ -128,17 +127,14 @@ def get_parser():
     group.add_argument("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
     group.add_argument("--min_lr", type=number(float, 0), help="where the cosine ends")
     group.add_argument("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
-    group.add_argument(
-        "--attn_only", action="store_true", help='train attention, head and positions only ("Three things", 2203.09795)'
-    )
+    group.add_argument("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
     flags.add_training_flags(group)
 
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher_model", metavar="NAME", help="one of timm's models")
     group.add_argument(
-        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project, which names its model "
-        "(default: timm downloads them)",
-    )  # fmt: skip
+        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project (default: timm's download)"
+    )
     group.add_argument("--distillation_type", choices=("none", "soft", "hard"), default="none")
     group.add_argument("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
     group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")

@@ -52,9 +52,8 @@ def add_training_flags(group):
     )
     group.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
     group.add_argument(
-        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0,
-        help="decay of averaged weights, 0: none",
-    )  # fmt: skip
+        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0, help="decay of averaged weights"
+    )
     group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
     group.add_argument("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
     group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
@@ -62,10 +61,7 @@ def add_training_flags(group):
         "--skip_bad_steps", type=number(int, 0), default=0, metavar="N",
         help="leave out so many steps whose loss or gradient is not finite, before one ends the run",
     )  # fmt: skip
-    group.add_argument(
-        "--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too, not only after "
-        "each epoch",
-    )  # fmt: skip
+    group.add_argument("--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too")
     group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
     group.add_argument(
@@ -89,9 +85,8 @@ def add_data_flags(group):
         f"folders lie in --data_path itself, without train/ and test/ (default: {TEST_SIZE})",
     )  # fmt: skip
     group.add_argument(
-        "--bad_images", choices=BAD_IMAGES, default="error", help="what training does with images that cannot be read; "
-        "skip: list them and leave them out",
-    )  # fmt: skip
+        "--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out"
+    )
     add_max_pixels(group)
     group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for DIGITS)")
     group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")

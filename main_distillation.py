@@ -300,19 +300,13 @@ def _print_score(title, model, checkpoint, args, device):
 
 
 def evaluate_only(args, device):
-    if args.finetune and not args.resume:
-        model, description = _finetuned(args, read_data(args))
-        _print_score("Accuracy", model, {"data": description}, args, device)
-    else:
-        test(args.resume or Path(args.output_dir) / BEST, args, device)
+    """`test` a checkpoint, or the model of the flags with the weights of --finetune, on images as that file wants them.
 
-
-def _finetuned(args, data):
-    """(the model of the flags with the weights of --finetune, a description of the data as it wants them).
-
-    Raises BadInput unless the file has all of that model, for the classes of the data.
+    Raises BadInput unless that file has all of the model, for the classes of the data.
     """
-    checkpoint, whose = load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
+    if args.resume or not args.finetune:
+        return test(args.resume or Path(args.output_dir) / BEST, args, device)
+    data, checkpoint, whose = read_data(args), load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
     about = images_of(checkpoint, args.model, data, whose)
     model = build_model(args, len(data.classes))
     for name, value in checkpoint.get("model_args", {}).items():  # what the shapes of weights do not show
@@ -321,7 +315,8 @@ def _finetuned(args, data):
             raise BadInput(f"{whose}: its {name} is {value}, here {here}; give the flags of its model")
     check_whole(load_finetune(model, args.finetune), whose, len(data.classes))
     wanted = {key: about[key] for key in ("mean", "std", "crop_pct", "interpolation") if key in about}
-    return on_channels_last(model), data.description() | wanted | args.asked_crop
+    description = data.description() | wanted | args.asked_crop
+    _print_score("Accuracy", on_channels_last(model), {"data": description}, args, device)
 
 
 def throughput(args, device, rounds=5, steps=5):

@@ -170,7 +170,7 @@ def maps_rows(args, device):
     """All attention maps in one pass, against a forward pass."""
     images, model = random_batch(SMALL, 8, device)[0], ours(SMALL, device).eval()
     name, forward = "maps of 12 blocks at 224 px, against a forward pass", inference(model, images, device)
-    yield Race(name, lambda: model.attention_maps(images, range(model.depth)), forward, "<= 1.35")
+    yield Race(name, lambda: model.attention_maps(images, range(model.depth)), forward, "<= 1.15")
 
 
 def memory_rows(args, device):

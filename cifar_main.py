@@ -48,10 +48,12 @@ def resolve(args):
 def check_is_asked_for(args, data_given):
     """Refuse to test a model that is not what the flags ask for; all of them, or with --eval those that were given."""
     model, checkpoint = load_model(args.model_path)
-    wanted = build_model(args, checkpoint["model_args"]["num_classes"], "meta").model_args
+    there = checkpoint["model_args"]
+    wanted = build_model(args, there["num_classes"], "meta").model_args
+    names = wanted | there  # what is off in one of the two is missing there
     if args.eval:
-        given = flags.given_model_args(args).keys() - {"drop_path_rate"}  # has a default, and tests do not feel it
-        wanted = {name: wanted[name] for name in given}
+        names = flags.given_model_args(args).keys() - {"drop_path_rate"}  # has a default, and tests do not feel it
+    wanted = {name: wanted.get(name) for name in names}
     if data_given or not args.eval:
         wanted["data_set"] = args.data_set
     advice = "give another --model_path, or --overwrite to train anew"

@@ -1,5 +1,6 @@
 """A model from a checkpoint: one of this project, one of timm's, or read off the shapes of a bare state dict."""
 
+import copy
 import math
 import os
 from functools import partial
@@ -14,7 +15,7 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.names import PATCHES, find_weights, listed, shape_text
 from checkpoints.schema import MODEL_ARGS, TIMM_ARGS, first_wrong
-from checkpoints.weights import convert_keys, load_weights, match_to_model, resample_positions
+from checkpoints.weights import convert_keys, load_weights, match_to_model
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -53,15 +54,14 @@ def at_size(model: DynamicViT, img_size) -> DynamicViT:
 
     Raises ValueError for a size that the patches do not tile, or whose positions do not fit into the memory.
     """
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    other = copy.deepcopy(model, shared)
     try:
-        with torch.device("meta"):
-            other = DynamicViT(**(model.model_args | {"img_size": img_size}))
-        state, _ = resample_positions(model.state_dict(), model.grid_size, other.grid_size)
-    except (RuntimeError, TypeError):  # torch's, for what it cannot allocate and for what it cannot even count
+        other.set_input_size(img_size)
+    except (RuntimeError, TypeError, OverflowError):  # torch's, for what it cannot allocate or count
         h, w = to_2tuple(img_size)
         raise ValueError(f"images of {h} x {w} pixels are too large") from None
-    other.load_state_dict(state, assign=True)
-    return other.requires_grad_(False).eval()
+    return other.eval()
 
 
 def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.Module:

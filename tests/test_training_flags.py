@@ -80,7 +80,8 @@ OF_BOTH = {
     ("model", "dynamic_vit_tiny_patch16_224"): REFUSED,
     **dict.fromkeys((
         ("num_reg", 1), ("cls_pos", 1), ("reg_pos", 1), ("embed_dim", 48), ("depth", 2), ("num_heads", 2),
-        ("mlp_ratio", 3), ("patch_size", 16), ("input_size", 64), ("init_values", 1e-4), ("drop_path", 0.3)), REFUSED),
+        ("mlp_ratio", 3), ("patch_size", 16), ("input_size", 64), ("init_values", 1e-4), ("drop_path", 0.3),
+        ("qk_norm", ""), ("rope", ""), ("swiglu", "")), REFUSED),
 }  # fmt: skip
 
 
@@ -221,3 +222,14 @@ def test_thawed_weights_begin_with_a_fresh_optimizer(tmp_path, capsys, trained):
     assert status == 2 and "but the weights are those of" in err
     status, out, _, seen = begun(main_distillation.main, [*argv, *frozen], capsys)
     assert seen["optimizer"].state and "fresh" not in out
+
+
+def test_a_model_with_more_than_the_flags_ask_for_is_refused(tmp_path, capsys):
+    argv = [*DIGITS, "--model_path", tmp_path / "m.pth"]
+    status, _, err = run(cifar_main.main, [*argv, "--qk_norm", "--rope", "--swiglu"], capsys)
+    assert status == 0, err
+    saved = load_checkpoint(tmp_path / "m.pth")["model_args"]
+    assert saved["qk_norm"] and saved["rope"] and saved["swiglu"]
+    for more in ([], ["--epochs", "3", "--resume", "--overwrite"]):
+        status, _, err = run(cifar_main.main, [*argv, "--rope", "--qk_norm", *more], capsys)
+        assert status == 2 and "swiglu is True" in err and "rope is" not in err and len(err.splitlines()) == 1

@@ -13,6 +13,7 @@ MODEL_FLAGS = {
     "num_reg": "num_register_tokens", "cls_pos": "cls_pos", "reg_pos": "reg_pos", "dist_pos": "dist_pos",
     "embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "mlp_ratio": "mlp_ratio",
     "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
+    "qk_norm": "qk_norm", "rope": "rope", "swiglu": "swiglu",
 }  # fmt: skip
 OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
 
@@ -36,6 +37,9 @@ def add_model_flags(parser):
     group.add_argument(
         "--drop_path", type=number(float, 0, 0.99), default=0.1, help="stochastic depth at the last block"
     )
+    group.add_argument("--qk_norm", action="store_true", help="normalise queries and keys", **missing)
+    group.add_argument("--rope", action="store_true", help="rotary positions on the patches, as in DINOv3", **missing)
+    group.add_argument("--swiglu", action="store_true", help="SwiGLU in place of the MLP", **missing)
     group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
     return group
 

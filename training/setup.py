@@ -140,7 +140,7 @@ def check_same_model(path, checkpoint, wanted: dict, advice):
     """Raise BadInput, with `advice`, unless a checkpoint's model and `data_set` have the values `wanted`."""
     about = checkpoint["data"]
     there = {"img_size": about["input_size"], "data_set": about["name"]} | checkpoint["model_args"]
-    wanted = wanted | {name: to_2tuple(wanted[name]) for name in ("img_size", "patch_size") if name in wanted}
+    wanted = wanted | {name: to_2tuple(wanted[name]) for name in ("img_size", "patch_size") if wanted.get(name)}
     other = [f"{name} is {there.get(name)}, not {value}" for name, value in wanted.items() if there.get(name) != value]
     if other:
         raise BadInput(f"{path} is another model than the flags ask for ({'; '.join(other)}); {advice}")

@@ -90,7 +90,8 @@ class TrainingState:
             ("data", saved["data"], self.description),
             ("--ema", {"ema": bool(saved["ema"])}, {"ema": bool(self.ema)}),
         ):
-            other = [f"{k} is {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]
+            names = here | there  # what is off in one of the two is missing there
+            other = [f"{k} is {there.get(k)} there, {here.get(k)} here" for k in names if there.get(k) != here.get(k)]
             if other:
                 raise BadInput(f"the {what} of {path} differs: {'; '.join(other)}; give the same flags")
         run_folder.check_same_run(path, saved, self.args)

@@ -127,7 +127,8 @@ def _resumed(model, images, block, x) -> tuple[Tensor, Tensor]:
 
     def output(i, y):
         new = x if i == block else None
-        last[:] = [y if new is None else new] if i < model.depth else last
+        if i == model.depth - 1:
+            last.append(y if new is None else new)
         return new
 
     return trace(model, images[:1], output=output), last[0]
@@ -140,102 +141,99 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def compare(model, intact, changed, labels) -> np.ndarray:
-    """(B, 5): cost, change of the prediction, divergence, cosines of final patches and of outputs, for each image."""
+    """(B, 5): cost, agreement, divergence in bits, cosines of the final patches and of the outputs, for each image."""
     (a, x), (b, y) = intact, changed
     part = model.token_layout(model.depth - 1).patches
-    differ = (a.argmax(dim=-1) != b.argmax(dim=-1)).float()
-    hit = [None if labels is None else (logits.argmax(dim=-1) == labels).float() for logits in (a, b)]
+    predicted = [logits.argmax(dim=-1) for logits in (a, b)]
+    right = [(some == (predicted[0] if labels is None else labels)).float() for some in predicted]
     probabilities = [logits.cpu().double().softmax(dim=-1) for logits in (a, b)]
     found = (
-        differ if labels is None else hit[0] - hit[1], differ, divergence(*probabilities),
+        right[0] - right[1], predicted[0] == predicted[1], divergence(*probabilities),
         F.cosine_similarity(x[:, part], y[:, part], dim=-1).mean(dim=1), F.cosine_similarity(a, b, dim=-1),
     )  # fmt: skip
     return torch.stack([values.cpu().double() for values in found], dim=1).numpy()
 
 
 def _summary(rows, epsilon, head) -> dict:
-    """Lists with an entry for each block from `rows`, whose entries are lists of what `compare` returns.
+    """Lists with an entry for each block, from the lists of what `compare` returned there; None without a head.
 
-    "cost": top-1 lost, in points (without labels: predictions changed, in per cent), with "cost_interval";
-    "harmless_until": see there, with its interval, in which None is "not even at the first block".
+    "cost": top-1 lost, in points (without labels, predictions changed, in per cent), with a paired interval;
+    "harmless_until": the last block up to which that is at most `epsilon`; None in it and in its interval: at none.
     """
     entry = next(i for i, parts in enumerate(rows) if parts)
     values = np.stack([np.concatenate(parts) for parts in rows[entry:]], axis=1)  # (images, blocks, 5)
-    cost, changed, bits, patches, outputs = np.moveaxis(values, 2, 0)
-    absent = [None] * entry
-
-    def listed(numbers):
-        return absent + numbers.tolist()
-
-    found = {"patch_cosine": listed(mean(patches)), "output_cosine": listed(mean(outputs))}
-    names = ("cost", "cost_interval", "agreement", "divergence_bits", "harmless_until", "harmless_interval")
+    cost, agreement, *others = np.moveaxis(values * [100, 100, 1, 1, 1], 2, 0)
+    names = ("agreement", "divergence_bits", "patch_cosine", "output_cosine")
+    found = {name: [None] * entry + mean(each).tolist() for name, each in zip(names, (agreement, *others))}
+    judged = ("cost", "cost_interval", "harmless_until", "harmless_interval")
     if not head:
-        return found | dict.fromkeys(names)
-    cost = 100 * cost
-    last = harmless_until(mean(cost), epsilon)
-    ends = bootstrap(cost, lambda some: harmless_until(mean(some), epsilon))
-    until = [None if i < 0 else entry + int(i) for i in (last, math.floor(ends[0]), math.ceil(ends[1]))]
-    result = (listed(mean(cost)), listed(bootstrap(cost).T), listed(100 - 100 * mean(changed)), listed(mean(bits)))
-    return dict(zip(names, (*result, until[0], until[1:]))) | found
+        return found | dict.fromkeys((*names[:2], *judged))
+
+    def until(some):
+        return harmless_until(mean(some), epsilon)
+
+    low, high = bootstrap(cost, until)
+    blocks = [None if n < 0 else entry + n for n in (until(cost), math.floor(low), math.ceil(high))]
+    lists = [[None] * entry + each.tolist() for each in (mean(cost), bootstrap(cost).T)]
+    return found | dict(zip(judged, (*lists, blocks[0], blocks[1:])))
 
 
 def harmless_until(costs, epsilon) -> int:
-    """The last block that costs at most `epsilon`, as do all before it; -1: not even the first."""
-    harmful = np.asarray(costs) > epsilon + 1e-9
-    return int(harmful.argmax()) - 1 if harmful.any() else len(harmful) - 1
+    """The last block up to which all costs are at most `epsilon`; -1: not even the first."""
+    harmful = np.append(np.asarray(costs) > epsilon + 1e-9, True)
+    return int(harmful.argmax()) - 1
 
 
 def lines(result) -> list[str]:
     """A line for each kind of token: up to which block each replacement is harmless."""
-    what, found = "points of top-1" if result["labelled"] else "% of the predictions", []
+    what, found = "points of top-1" if result["labelled"] else "% of predictions", []
     for kind, by_name in result["tokens"].items():
         words = []
-        for name, values in by_name.items():
-            if values["harmless_interval"]:
-                until = [values["harmless_until"], *values["harmless_interval"]]
-                words.append("{} {} ({}..{})".format(name, *("-" if block is None else block for block in until)))
-        if words:
-            limit = f"Replacing the {KINDS[kind]} costs at most {result['epsilon']:g} {what} up to block"
-            found.append(f"{limit} (95% interval; -: at none): {', '.join(words)}")
+        for name, values in by_name.items() if by_name["zero"]["cost"] else ():
+            until = (values["harmless_until"], *values["harmless_interval"])
+            words.append("{} {} ({}..{})".format(name, *("-" if block is None else block for block in until)))
+        limit = f"Replacing the {KINDS[kind]} costs at most {result['epsilon']:g} {what} up to block"
+        found += [f"{limit} (95% interval; -: at none): {', '.join(words)}"] if words else []
     return found or ["Causes: no class token or registers to replace, or no head to judge it by"]
 
 
 def page(result):
     """A row for the class token, with its effective rank, and one for the registers."""
-    labelled, kinds = result["labelled"], result["tokens"]
+    kinds, labelled = result["tokens"], result["labelled"]
+    judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
     titles = {
         "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
-        "divergence_bits": "divergence of outputs (bits)", "patch_cosine": "cosine of final patches",
-        "effective_rank": "effective rank, not replaced",
+        "divergence_bits": "divergence (bits)", "output_cosine": "cosine of outputs",
+        "patch_cosine": "cosine of final patches", "effective_rank": "effective rank",
     }  # fmt: skip
+    for key in ("output_cosine",) if judged else ("cost", "divergence_bits"):
+        del titles[key]
     figure = headed_figure(
         (11, 7), "Up to which block does it not matter what a token holds?",
         f"{result['images']} images" + (f"; top-1 {result['top1']:.2f}% when nothing is replaced" if labelled else ""),
-        "The token is replaced at the output of one block, and the rest of the model runs on. Bands: 95% bootstrap "
-        f"intervals over images; dashed: {result['epsilon']:g}. Zero and the Gaussian may be values that the model "
-        "never meets. What other tokens have read from it before stays with them. Grey: the token is absent.",
+        "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
+        f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
+        "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent.",
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.11, 0.98, 0.79), w_pad=0.08)
     grid = figure.subplots(max(1, len(kinds)), len(titles), squeeze=False)
     for row, (kind, by_name) in zip(grid, kinds.items()):
         for axes, (key, title) in zip(row, titles.items()):
-            for name, values in by_name.items() if key in by_name["zero"] else [("", result)] * (kind == "cls"):
-                _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
             axes.set_title(f"{KINDS[kind]}: {title}", fontsize=9)
-        row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
-        row[2].legend(fontsize=7, frameon=False)
-    for axes in grid.flat:
-        axes.set_visible(axes.get_xlabel() == "block")  # not what was not measured
+            for name, values in by_name.items() if key in by_name["zero"] else [("unchanged", result)]:
+                _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
+        if judged:
+            row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
+        row[-2].legend(fontsize=7, frameon=False)
+        row[-1].set_visible(kind == "cls")
     return figure
 
 
 def _draw(axes, name, values, interval):
-    """A curve over the blocks with a band, grey where the token is absent; nothing if it was not measured."""
+    """A curve over the blocks with its band, grey where the token is absent."""
     from matplotlib.ticker import MaxNLocator
 
-    if values is None:
-        return
     entry = sum(value is None for value in values)
     blocks = range(entry, len(values))
     (line,) = axes.plot(blocks, values[entry:], marker=".", linewidth=1.2, label=name)

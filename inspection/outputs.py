@@ -72,6 +72,7 @@ def measure(model, batches) -> dict:
     }  # fmt: skip
 
 
+@torch.no_grad()
 def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
     """One forward pass, and the last block again for CLS alone with parts of its attention.
 
@@ -123,9 +124,7 @@ def lines(result) -> list[str]:
     found = [
         f"Outputs with one part of the last attention, debiased CKA with the intact ones: {', '.join(kept) or '-'}"
     ]
-    found.append(
-        f"Norms at the last attention: {', '.join(sizes)}; all of the attention {norms['attention']['mean']:.2f}"
-    )
+    found.append(f"Norms there: {', '.join(sizes)}; all of the attention {norms['attention']['mean']:.2f}")
     return found + [f"The parts do not add up: {100 * result['rest']:.0f}% of the norm"] * (result["rest"] > 0.01)
 
 
@@ -134,8 +133,8 @@ def page(result, about=""):
     figure = headed_figure(
         (11, 5), "What is the output made of?", about or f"{result['images']} images",
         "CLS's attention in the last block, with its weights on tokens of one kind kept and the others zero. Linear "
-        "CKA with the whole: 1 is the same up to rotation and scale. Filled: debiased (0: unrelated); outlined: biased, "
-        "which rises where images are few. 'Nothing' keeps the skip path alone. Black: 95% bootstrap intervals.",
+        "CKA with the whole: 1 is the same up to rotation and scale. Filled: debiased (0: unrelated); outlined: "
+        "biased, high if images are few. 'Nothing' keeps the skip path alone. Black: 95% bootstrap intervals.",
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.16, 0.98, 0.7), w_pad=0.08)

@@ -11,7 +11,6 @@ from inspection.cka import CKA
 from inspection.foreign import ForeignViT
 from inspection.outputs import decompose, measure
 from test_inspection_foreign import MODELS, make
-from test_models_dynamic import inputs_of_blocks
 from utils import BadInput
 
 
@@ -32,16 +31,16 @@ def by_kernels(x, y) -> tuple:
     n, one = len(x), torch.ones(len(x), dtype=torch.double)
     centre = torch.eye(n, dtype=torch.double) - 1 / n
 
-    def biased(k, l):
-        return (k @ centre @ l @ centre).trace()
+    def biased(a, b):
+        return (a @ centre @ b @ centre).trace()
 
-    def unbiased(k, l):
-        k, l = (kernel - kernel.diag().diag() for kernel in (k, l))
-        product = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
-        return (k @ l).trace() + product - 2 / (n - 2) * (one @ k @ l @ one)
+    def unbiased(a, b):
+        a, b = (kernel - kernel.diag().diag() for kernel in (a, b))
+        product = (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2))
+        return (a @ b).trace() + product - 2 / (n - 2) * (one @ a @ b @ one)
 
-    k, l = (v.double() @ v.double().T for v in (x, y))
-    return tuple(float(hsic(k, l) / (hsic(k, k) * hsic(l, l)) ** 0.5) for hsic in (biased, unbiased))
+    a, b = (v.double() @ v.double().T for v in (x, y))
+    return tuple(float(hsic(a, b) / (hsic(a, a) * hsic(b, b)) ** 0.5) for hsic in (biased, unbiased))
 
 
 def test_cka_by_hand():
@@ -57,7 +56,7 @@ def test_cka_of_a_matrix_with_itself_and_with_a_rotation_is_one():
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
     for y in (x, x @ rotation, 0.1 * x @ rotation + 2):
         assert cka(x, y) == pytest.approx({"cka": 1, "debiased": 1}, abs=1e-6)
-    assert cka(x, x @ torch.diag(torch.arange(1.0, 7)))["cka"] < 0.98
+    assert cka(x, x @ torch.diag(1 / torch.arange(1.0, 7)))["cka"] < 0.9  # not any linear map
 
 
 @pytest.mark.parametrize("size", [3, 30])
@@ -87,11 +86,11 @@ def test_cka_of_what_does_not_vary_is_none():
 @torch.no_grad()
 def test_parts_by_hand(kwargs):
     """Rows of the softmax times values times the projection, kind by kind; together they give the attention."""
-    model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2, num_heads=3, **kwargs)
+    model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2, **kwargs)
     images, last = noise(model, 3), model.blocks[-1]
     cls, skip, added, kept = decompose(model, images)
     seen: dict = {"out": {}}
-    last.attn.proj.register_forward_hook(lambda module, args, y: seen.update(mixed=args[0][:, 0], attention=y[:, 0]))
+    last.attn.proj.register_forward_hook(lambda module, args, y: seen.update(attention=y[:, 0]))
     trace(model, images, tokens=lambda i, x: seen.update(x=x), output=seen["out"].__setitem__)
     assert torch.allclose(skip, seen["x"][:, 0])
     assert torch.allclose(added["attention"], last.ls1(seen["attention"]), atol=1e-5)
@@ -99,7 +98,7 @@ def test_parts_by_hand(kwargs):
     layout = model.token_layout(3)
     row = model.attention(images, 3)[:, :, 0]  # (B, 3, N)
     value = last.attn.qkv(last.norm1(seen["x"]))[..., 48:]
-    assert set(added) - {"attention", "none"} == {"cls", "registers", "patches"} | {"dist"} * ("dist_pos" in kwargs)
+    assert ("dist" in added) == ("dist_pos" in kwargs) and {"cls", "registers", "patches"} < set(added)
     for kind in set(added) - {"attention", "none"}:
         part = getattr(layout, kind)
         heads = [row[:, h, None, part] @ value[:, part, 8 * h : 8 * h + 8] for h in range(3)]
@@ -116,10 +115,7 @@ def test_parts_by_hand(kwargs):
 
 
 def planted():
-    """CLS reads nothing but its first register, whose content is the same in all images; the patches get no attention.
-
-    Uniform attention in the other blocks, so CLS knows the image by its skip path.
-    """
+    """CLS reads nothing but its first register, whose content is the same in all images."""
     model = tiny(cls_pos=0, reg_pos=0, num_register_tokens=1)
     attn, norm = model.blocks[3].attn, model.blocks[3].norm1
     with torch.no_grad():
@@ -155,6 +151,7 @@ def test_a_planted_register_is_all_that_the_attention_gives():
     assert "registers" in outputs.lines(found)[1]
 
 
+@torch.no_grad()
 def test_figures_are_means_over_images_whatever_the_batches():
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
     images = noise(model, 9)
@@ -167,7 +164,8 @@ def test_figures_are_means_over_images_whatever_the_batches():
     assert found["norms"]["skip"]["mean"] == pytest.approx(float(skip.norm(dim=1).mean()), rel=1e-5)
     part = (added["patches"] - added["none"]).norm(dim=1)
     low, high = found["norms"]["patches"]["interval"]
-    assert part.min() < low < float(part.mean()) == pytest.approx(found["norms"]["patches"]["mean"]) < high < part.max()
+    assert found["norms"]["patches"]["mean"] == pytest.approx(float(part.mean()), rel=1e-5)
+    assert part.min() < low < part.mean() < high < part.max()
     for where, sets in (("attention", {k: v - added["none"] for k, v in added.items()}), ("output", kept)):
         whole = added if where == "attention" else {k: model.norm(v) for k, v in kept.items()}
         for name, values in found["cka"][where].items():
@@ -192,23 +190,21 @@ def test_models_of_timm(name):
             outputs.check(model)
         return
     added, seen = decompose(model, images)[2], {}
-    attn = model.blocks[-1].attn
-    attn.register_forward_hook(lambda module, args, y: seen.update(y=y[:, 0]))
+    block = model.blocks[model.depth - 1]
+    block.attn.register_forward_hook(lambda module, args, y: seen.update(y=y[:, 0]))
     model(images)
-    gamma = getattr(model.blocks[-1], "gamma_1", None)
-    expected = model.blocks[-1].ls1(seen["y"]) if gamma is None else gamma * seen["y"]
+    gamma = getattr(block, "gamma_1", None)
+    expected = block.ls1(seen["y"]) if hasattr(block, "ls1") else seen["y"] if gamma is None else gamma * seen["y"]
     scale = float(expected.abs().max())
     assert torch.allclose(added["attention"], expected, atol=1e-3 * scale)
     parts = sum(added[kind] - added["none"] for kind in added if kind not in ("attention", "none"))
     assert torch.allclose(parts + added["none"], expected, atol=1e-3 * scale)
 
 
-def test_a_block_that_mixes_tokens_elsewhere_is_refused():
+def test_models_without_such_parts_are_refused():
     model = tiny()
     with pytest.raises(BadInput, match="no class token"):
         measure(tiny(cls_pos=None), batches_of(noise(model), 2))
-    inputs = inputs_of_blocks(model, noise(model))
-    assert set(inputs) == {0, 1, 2, 3}
     model.blocks[3].mlp.register_forward_hook(lambda module, args, y: y + args[0].mean(dim=1, keepdim=True))
     with pytest.raises(BadInput, match="does more with its attention"):
         measure(model, batches_of(noise(model), 2))

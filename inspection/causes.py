@@ -197,8 +197,8 @@ def lines(result) -> list[str]:
     return found or ["Causes: no class token or registers to replace, or no head to judge it by"]
 
 
-def page(result):
-    """A row for the class token, with its effective rank, and one for the registers."""
+def page(result, about=""):
+    """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
     kinds, labelled = result["tokens"], result["labelled"]
     judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
     titles = {
@@ -210,7 +210,7 @@ def page(result):
         del titles[key]
     figure = headed_figure(
         (11, 7), "Up to which block does it not matter what a token holds?",
-        f"{result['images']} images" + (f"; top-1 {result['top1']:.2f}% when nothing is replaced" if labelled else ""),
+        f"{about}; causes: {result['images']} images" + f", top-1 {result['top1']:.2f}% intact" * labelled,
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
         "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent.",

@@ -139,7 +139,7 @@ def add_small_image_flags(parser):
     add_training_flags(group)
     add_machine_flags(parser)
     # What main_distillation.py has flags for.
-    parser.set_defaults(opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False)
+    parser.set_defaults(opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False, fsdp=False)
 
 
 def resolve(args):

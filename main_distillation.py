@@ -167,8 +167,8 @@ def get_parser():
 
     group = flags.add_machine_flags(parser)
     group.add_argument(
-        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients and "
-        "optimizer state, for models that outgrow one device (FSDP2)",
+        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
+        "and optimizer state, for models that outgrow one device (FSDP2)",
     )  # fmt: skip
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more work")
     return parser

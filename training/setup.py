@@ -47,7 +47,8 @@ def make_optimizer(model, args, batches):
     Raises BadInput if there is no such optimizer.
     """
     device = next(model.parameters()).device
-    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
+    has_fused = ("adam", "adamw") if args.fsdp else ("adam", "adamw", "sgd")  # FSDP2's shares: not SGD (torch 2.14)
+    fused = {"fused": True} if args.opt in has_fused and device.type in ("cpu", "cuda") else {}
     try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
         optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, **fused)
     except (ValueError, AssertionError) as error:

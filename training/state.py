@@ -166,6 +166,8 @@ class TrainingState:
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
         named = {"state": state, "param_groups": groups}
         set_optimizer_state_dict(self.model, self.optimizer, named, options=WHOLE)
+        for group, old in zip(self.optimizer.param_groups, saved["param_groups"]):  # torch has made lists of tuples
+            group.update((key, value) for key, value in old.items() if key != "params")
 
     def _parameters(self) -> list[str]:
         """Names of the optimizer's parameters, in the order of its state dict."""

@@ -182,6 +182,7 @@ def shard(step: TrainingStep, ema: ModelEmaV3 | None):
     names = {parameter: name for name, parameter in step.model.named_parameters()}
     mesh = init_device_mesh(next(iter(names)).device.type, (utils.world_size(),))
     for model in (step.model,) if ema is None else (step.model, ema.module):
+        model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)

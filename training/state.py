@@ -58,7 +58,7 @@ class TrainingState:
 
     def checkpoint(self) -> dict:
         """To resume from. All processes have a part in it; with FSDP, only the first one has the tensors."""
-        return {
+        return {  # the model first: FSDP's is in its shares afterwards, as its optimizer wants it, also in a validation
             "model": weights_of(self.model), **self.about(), "best": self.best, "step": self.step,
             "batch": self.batch, "skipped": self.skipped, "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -159,8 +159,7 @@ class TrainingState:
 
     def _load_optimizer(self, saved):
         if not isinstance(self.model, FSDPModule):
-            self.optimizer.load_state_dict(saved)
-            return
+            return self.optimizer.load_state_dict(saved)
         names = self._parameters()
         state = {names[i]: of_parameter for i, of_parameter in saved["state"].items()}
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]

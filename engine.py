@@ -34,7 +34,7 @@ class TrainingStep:
     """What an optimizer step takes, and how it is taken.
 
     Args:
-        model: may be wrapped by DDP or torch.compile.
+        model: may be wrapped by DDP, FSDP2 or torch.compile.
         criterion: (what the model returns, labels (B,) or, after `mixup`, class shares (B, K)) -> mean loss. With
             a `teacher`, images -> logits (B, K), those are its third argument.
         scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step.
@@ -55,6 +55,8 @@ class TrainingStep:
 
     def backward(self, images, labels, of=1, last=True) -> torch.Tensor:
         """Add the gradient of one `of` so many batches; returns the loss, detached. `last`: an update follows."""
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2's no_sync
+            self.model.set_requires_gradient_sync(last)
         with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
             with autocast(images.device, self.amp_dtype):
                 more = () if self.teacher is None else (self._teacher_logits(images),)
@@ -71,8 +73,10 @@ class TrainingStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.clip_grad:
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
 
     def update(self, good=True):
         """Take the step if it is `good`; in any case forget the gradient."""

@@ -140,6 +140,10 @@ def get_parser():
     group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
 
     group = flags.add_machine_flags(parser)
+    group.add_argument(
+        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
+        "and optimizer state, for models that outgrow one device (FSDP2)",
+    )  # fmt: skip
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more work")
     return parser
 
@@ -165,8 +169,9 @@ def parse(argv=None):
 
 def resolve(args, given):
     """Fill in the defaults that depend on other flags. `given`: the flags without the recipe."""
-    if args.distributed and "RANK" not in os.environ:
-        raise BadInput(f"--distributed needs torchrun, which starts the processes; type: {COMMAND} ...")
+    for flag in ("distributed", "fsdp"):
+        if getattr(args, flag) and "RANK" not in os.environ:
+            raise BadInput(f"--{flag} needs torchrun, which starts the processes; type: {COMMAND} ...")
     small = args.data_set is not None and args.data_set not in ("IMNET", "FOLDER")
     if given.eval_crop_ratio is None and small:
         args.eval_crop_ratio = 1.0

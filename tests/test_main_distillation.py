@@ -579,6 +579,7 @@ def test_what_only_training_needs_is_not_asked_of_a_test(tmp_path, capsys, train
     ("argv", "message"),
     [
         ("--distributed", "--distributed needs torchrun, which starts the processes; type: torchrun --nnodes=1"),
+        ("--fsdp", "--fsdp needs torchrun, which starts the processes; type: torchrun --nnodes=1"),
         ("--model nonsense", "there is no model nonsense; choose one of dynamic_vit_tiny_patch16_224"),
         ("--model resnet10t --cls_pos 3", "--cls_pos: timm's resnet10t has no such choice"),
         ("--model resnet10t --attn_only --data_set DIGITS", "--attn_only: resnet10t has no attention"),

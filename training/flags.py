@@ -134,7 +134,7 @@ def add_small_image_flags(parser):
     parser.set_defaults(
         epochs=100, batch_size=128, lr=1e-3, weight_decay=0.05, reprob=0.25, mixup=1.0, cutmix=1.0, mix_prob=0.5,
         # What main_distillation.py has flags for.
-        opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False,
+        opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False, fsdp=False,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ NEWEST = "checkpoint.pth"
 MAY_DIFFER = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
     "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
-    "max_pixels", "bad_images",
+    "max_pixels", "bad_images", "fsdp",
 )  # fmt: skip
 MAY_GROW = ("epochs", "warmup_epochs")  # may change, and that is reported
 # What decides which images are in which batch: the same within an epoch.

@@ -21,6 +21,8 @@ from training.flags import MODEL_FLAGS, OF_ANY_MODEL, given_model_args
 from training.losses import DistillationLoss
 from utils import BadInput
 
+FSDP_OPTIMIZERS = ("adam", "adamw", "lamb", "lion", "nadamw", "sgd")  # tested; some of timm's fail with shares
+
 
 def updates_per_epoch(batches, args) -> int:
     return -(-len(batches) // args.accum_steps)
@@ -44,10 +46,13 @@ def make_step(args, model, batches, classes: int, teacher=None) -> TrainingStep:
 def make_optimizer(model, args, batches):
     """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps.
 
-    Raises BadInput if there is no such optimizer.
+    Raises BadInput if there is no such optimizer, or not for FSDP2.
     """
+    if args.fsdp and args.opt not in FSDP_OPTIMIZERS:
+        raise BadInput(f"--fsdp was not tested with --opt {args.opt}; give one of {', '.join(FSDP_OPTIMIZERS)}")
     device = next(model.parameters()).device
-    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
+    has_fused = ("adam", "adamw") if args.fsdp else ("adam", "adamw", "sgd")  # FSDP2's shares: not SGD (torch 2.14)
+    fused = {"fused": True} if args.opt in has_fused and device.type in ("cpu", "cuda") else {}
     try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
         optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, **fused)
     except (ValueError, AssertionError) as error:

@@ -121,9 +121,7 @@ def lines(result) -> list[str]:
     output, norms = result["cka"]["output"], result["norms"]
     kept = [f"{PARTS[n]} {v['debiased']:.2f}" for n, v in output.items() if v["debiased"] is not None]
     sizes = [f"{PARTS[name]} {values['mean']:.2f}" for name, values in norms.items() if name != "attention"]
-    found = [
-        f"Outputs with one part of the last attention, debiased CKA with the intact ones: {', '.join(kept) or '-'}"
-    ]
+    found = [f"Debiased CKA of the output that keeps a part of the last attention: {', '.join(kept) or 'undefined'}"]
     found.append(f"Norms there: {', '.join(sizes)}; all of the attention {norms['attention']['mean']:.2f}")
     return found + [f"The parts do not add up: {100 * result['rest']:.0f}% of the norm"] * (result["rest"] > 0.01)
 
@@ -134,7 +132,7 @@ def page(result, about=""):
         (11, 5), "What is the output made of?", about or f"{result['images']} images",
         "CLS's attention in the last block, with its weights on tokens of one kind kept and the others zero. Linear "
         "CKA with the whole: 1 is the same up to rotation and scale. Filled: debiased (0: unrelated); outlined: "
-        "biased, high if images are few. 'Nothing' keeps the skip path alone. Black: 95% bootstrap intervals.",
+        "biased, high if images are few. 'Nothing' keeps the skip path alone. Black, bands: 95% bootstrap intervals.",
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.16, 0.98, 0.7), w_pad=0.08)
@@ -156,6 +154,8 @@ def page(result, about=""):
     norms.bar([PARTS.get(n, "attention") for n in values], means, yerr=ends, color=[HUES.get(n, "0.5") for n in values])
     norms.set_title("mean norm", fontsize=10)
     cosine.plot(np.array(result["cosine"], float), ".-", color=HUES["cls"])
+    ends = np.array([v or [None, None] for v in result["cosine_interval"]], float).T
+    cosine.fill_between(range(len(result["cosine"])), *ends, color=HUES["cls"], alpha=0.15, linewidth=0)
     cosine.set_title("cosine of CLS with the last block's", fontsize=10)
     _block_axis(cosine, result)
     for axes in (attention, output, norms):

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from inspection import causes, inputs, interventions, lens, outputs
+from inspection import causes, inputs, interventions, lens, outputs, sinks
 from inspection.pages import write_pdf
 from inspection.statistics import TokenStatistics, probe_accuracies
 from inspection.statistics_pages import about, statistics_pages
@@ -25,8 +25,8 @@ from training.setup import describe
 from utils import BadInput, number, say
 
 STATISTICS = ("norms", "attention")  # of one pass; see inspection/statistics.py
-PARTS = {"causes": causes, "outputs": outputs, "lens": lens}  # each with `measure`, `page` and `lines`
-DEFAULT = ("norms", "attention", "outputs", "lens")  # a minute for 1,000 small images on 2 cores
+PARTS = {"causes": causes, "outputs": outputs, "sinks": sinks, "lens": lens}  # each with `measure`, `page` and `lines`
+DEFAULT = ("norms", "attention", "outputs", "sinks", "lens")  # a minute for 1,000 small images on 2 cores
 BATCH = 64
 ATTENTION = 16_000_000  # elements of the attention of a batch, at most (unless it is of one image)
 
@@ -80,9 +80,12 @@ def analyze(args) -> dict:
     }  # fmt: skip
     if set(STATISTICS) & set(args.what):
         results |= measure_statistics(args, model, batches, len(found))
+    options = {
+        "causes": {"images": args.causes_images, "epsilon": args.epsilon},
+        "sinks": dict(zip(("queries", "attention", "nop", "broadcast"), args.sink)),
+    }
     for name, part in parts.items():
-        given = {"images": args.causes_images, "epsilon": args.epsilon} if name == "causes" else {}
-        results[name] = part.measure(model, batches, **given)
+        results[name] = part.measure(model, batches, **options.get(name, {}))
         results.setdefault("images", results[name]["images"])
     if args.ablate and results["images"] < 2:
         raise BadInput(f"--ablate needs at least two images, and only one can be read; {failed[0]}")
@@ -208,6 +211,10 @@ def main(argv=None):
     parser.add_argument(
         "--epsilon", type=number(float, 0), default=1.0, help="points of top-1 up to which a replacement is harmless"
     )
+    parser.add_argument(
+        "--sink", type=number(float, 0), nargs=4, default=(0.9, 0.5, 0.2, 0.5), metavar="SHARE",
+        help="of sinks: the queries, their attention, and the norms up to which it is a NOP, from which a broadcast",
+    )  # fmt: skip
     inputs.add_checkpoint_flags(parser)
     args = parser.parse_args(argv)
     results = analyze(args)

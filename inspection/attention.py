@@ -171,6 +171,15 @@ def _forward(model: nn.Module, images: Tensor, see, last: int, tokens=None, outp
             handle.remove()
 
 
+def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=None) -> Tensor:
+    """The logits (B, K) of the model's forward pass in evaluation mode; gradients flow where torch has them enabled.
+
+    `see(i, call)` is shown the `AttentionCall` of block i; a tensor (B, H, M, d) that it returns takes the place of
+    the result. `tokens` and `output` are those of `trace`.
+    """
+    return _forward(model, images, see, -1, tokens, output)
+
+
 @torch.no_grad()
 def attention_rows(model: nn.Module, images: Tensor, blocks, rows=None) -> dict[int, Tensor]:
     """(B, 3, h, w) -> {block: (B, H, number of rows, N)}: softmaxed attention, in one forward pass, without dropout.

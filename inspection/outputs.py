@@ -2,8 +2,8 @@
 
 The attention of CLS is cut into parts: its weights on the tokens of one kind are kept, and the others are zero, without
 renormalisation. Each part is compared with the whole, once as what the attention adds to the residual stream, once as
-the output of the model (with the skip path, the MLP and the last norm): Lappe & Giese, "Register and CLS tokens induce
-a decoupling of local and global features in large ViTs" (arXiv 2505.05892). Compared by linear CKA (inspection/cka.py).
+the output of the model (with the skip path, the MLP and the last norm), by linear CKA (inspection/cka.py):
+arXiv 2505.05892.
 """
 
 from collections import defaultdict

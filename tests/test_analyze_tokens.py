@@ -393,7 +393,8 @@ def test_the_script(trained, tmp_path):
     titles = [
         "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",
         "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
-        "when registers are replaced", "What is the output made of?", "What would the model answer at each block?",
+        "when registers are replaced", "What is the output made of?", "sinks",
+        "What would the model answer at each block?",
     ]  # fmt: skip
     assert len(pages) == len(titles)
     for title, page in zip(titles, pages):

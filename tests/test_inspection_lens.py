@@ -111,6 +111,7 @@ def test_planted_massive_activations_are_found_at_their_block_and_token():
     assert lens.lines(found)[-1] == "Massive activations: none"
 
 
+@torch.no_grad()
 def test_cosines_and_sizes_are_means_over_images():
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2, fc_norm=True)
     images, seen = noise(model, 5), {}

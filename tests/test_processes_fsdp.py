@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import main_distillation
 import utils
@@ -213,6 +214,7 @@ def test_shares_and_scaler(tmp_path):
         assert values[0] == values[1] == (1024.0, 1024.0, 512.0)
         assert norms[0] == pytest.approx(norms[1], rel=1e-5, nan_ok=True)
         assert np.isfinite(norms[1][2]) and not np.isfinite(norms[1][1])
+        assert all(isinstance(block, FSDPModule) for block in (*model.blocks, *ema.module.blocks))
         states = [state["exp_avg"] for state in optimizer.state.values()]
         for shares in (list(model.parameters()), list(ema.module.parameters()), states):
             held = sum(share.to_local().numel() for share in shares)

@@ -9,20 +9,24 @@ ablation). Writes analysis.json with all numbers and analysis.pdf with a page fo
 """
 
 import json
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import utils
-from inspection import inputs, interventions
+from inspection import causes, inputs, interventions, lens, outputs, sinks
+from inspection.pages import write_pdf
 from inspection.statistics import TokenStatistics, probe_accuracies
-from inspection.statistics_pages import data_name, write_statistics_pages
+from inspection.statistics_pages import about, statistics_pages
 from training.run_log import environment
 from training.setup import describe
 from utils import BadInput, number, say
 
+STATISTICS = ("norms", "attention")  # of one pass; see inspection/statistics.py
+PARTS = {"causes": causes, "outputs": outputs, "sinks": sinks, "lens": lens}  # each with `measure`, `page` and `lines`
+DEFAULT = ("norms", "attention", "outputs", "sinks", "lens")  # a minute for 1,000 small images on 2 cores
 BATCH = 64
 ATTENTION = 16_000_000  # elements of the attention of a batch, at most (unless it is of one image)
 
@@ -64,34 +68,64 @@ def analyze(args) -> dict:
     if args.ablate:
         interventions.check(model, args.ablate)
     found = choose_images(args, data, checkpoint)
-    folder = utils.writable_folder(args.output_dir)
-    failed = []
+    parts, folder, failed = chosen_parts(args, model), utils.writable_folder(args.output_dir), []
     batches = batches_of(found, model.to(device), data, device, failed)
-    statistics, correct = TokenStatistics(model, args.readout_images), 0
-    with tqdm(total=len(found), desc="analysing", unit="image", leave=False, disable=None) as bar:
-        for images, labels in batches():
-            logits = statistics.add(images, labels)
-            correct += 0 if labels is None or not model.num_classes else int((logits.argmax(dim=1) == labels).sum())
-            bar.update(len(images))
-    if args.ablate and statistics.images < 2:
-        raise BadInput(f"--ablate needs at least two images, and only one can be read; {failed[0]}")
-    labelled = found[0].label is not None
     results = {
         "model": {"path": str(args.model_path), "is": describe(model), "args": model.model_args},
         "data": {
             "name": data["name"], "images": len(found), "seed": args.seed, "input_size": list(data["input_size"]),
             "image_path": args.image_path, "chosen": [image.name for image in found[:10]], "left_out": failed,
         },
+        "what": [*(name for name in STATISTICS if name in args.what), *parts],
+    }  # fmt: skip
+    if set(STATISTICS) & set(args.what):
+        results |= measure_statistics(args, model, batches, len(found))
+    options = {
+        "causes": {"images": args.causes_images, "epsilon": args.epsilon},
+        "sinks": dict(zip(("queries", "attention", "nop", "broadcast"), args.sink)),
+    }
+    for name, part in parts.items():
+        results[name] = part.measure(model, batches, **options.get(name, {}))
+        results.setdefault("images", results[name]["images"])
+    if args.ablate and results["images"] < 2:
+        raise BadInput(f"--ablate needs at least two images, and only one can be read; {failed[0]}")
+    results["ablation"] = interventions.ablate(model, batches, args.ablate) if args.ablate else None
+    results["environment"] = environment(device)
+    utils.write_text(folder / "analysis.json", json.dumps(results, indent=1, allow_nan=False))
+    of_parts = (part.page(results[name], about(results)) for name, part in parts.items())
+    write_pdf(chain(statistics_pages(results), of_parts), folder / "analysis.pdf")
+    return results
+
+
+def chosen_parts(args, model) -> dict:
+    """The parts of --what that this model has; raises BadInput for one that was asked for and that it has not."""
+    asked, chosen = args.what is not DEFAULT, {}
+    for name in args.what:
+        try:
+            if hasattr(PARTS.get(name), "check"):
+                PARTS[name].check(model)
+        except BadInput as error:
+            if asked:
+                raise
+            say(f"note: {error}")
+            continue
+        chosen |= {name: PARTS[name]} if name in PARTS else {}
+    return chosen
+
+
+def measure_statistics(args, model, batches, count) -> dict:
+    """Norms, attention, accuracy and probes, from one pass."""
+    statistics, correct, labelled = TokenStatistics(model, args.readout_images), 0, False
+    with tqdm(total=count, desc="analysing", unit="image", leave=False, disable=None) as bar:
+        for images, labels in batches():
+            logits, labelled = statistics.add(images, labels), labels is not None
+            correct += int((logits.argmax(dim=1) == labels).sum()) if labelled and model.num_classes else 0
+            bar.update(len(images))
+    return {
         "accuracy": 100 * correct / statistics.images if labelled and model.num_classes else None,
         **statistics.result(),
         "readout": probe_accuracies(statistics.features, statistics.labels, model.depth) if statistics.labels else None,
-        "ablation": interventions.ablate(model, batches, args.ablate) if args.ablate else None,
-        "environment": environment(device),
-    }  # fmt: skip
-    text = json.dumps(results, indent=1, allow_nan=False)
-    utils.write_atomically(folder / "analysis.json", lambda file: file.write(text.encode()))
-    write_statistics_pages(results, folder / "analysis.pdf")
-    return results
+    }
 
 
 def table(results) -> str:
@@ -136,18 +170,21 @@ def _lines(columns) -> list[str]:
 
 def report(results, folder):
     """Print the table, the ablation, and where the files are."""
-    accuracy = "" if results["accuracy"] is None else f"; {results['accuracy']:.2f}% of them are classified correctly"
-    say(f"{results['model']['is']}; {results['images']} images of {data_name(results)}{accuracy}")
-    say()
-    say(table(results))
-    say()
-    begins = results["artefacts"]["begins_at_block"]
-    say("Artefacts: none" if begins is None else f"Artefacts: from block {begins} on")
+    accuracy = results.get("accuracy")
+    words = "" if accuracy is None else f"; {accuracy:.2f}% of them are classified correctly"
+    say(f"{about(results)}{words}")
+    if "norms" in results:
+        say(f"\n{table(results)}\n")
+        begins = results["artefacts"]["begins_at_block"]
+        say("Artefacts: none" if begins is None else f"Artefacts: from block {begins} on")
+    for name in results["what"]:
+        for line in PARTS[name].lines(results[name]) if name in PARTS else ():
+            say(line)
     for kind in interventions.KINDS if results["ablation"] else ():
         if kind in results["ablation"]:
             changes = (f"{name} {f['accuracy']:.2f}%" for name, f in results["ablation"][kind].items())
             say(f"Accuracy with {kind} replaced: {', '.join(changes)}; unchanged {results['ablation']['clean']:.2f}%")
-    if results["readout"] is None:
+    if "norms" in results and results["readout"] is None:
         say("No probes: they need images with classes, 5 per class (see --num_images, --readout_images)")
     say(f"wrote {folder / 'analysis.json'} and {folder / 'analysis.pdf'}")
 
@@ -165,6 +202,18 @@ def main(argv=None):
     parser.add_argument(
         "--ablate", nargs="+", choices=interventions.KINDS, help="also the accuracy with these replaced by zero, by "
         "the mean over images and by the values of another image",
+    )  # fmt: skip
+    parser.add_argument(
+        "--what", nargs="+", choices=(*STATISTICS, *PARTS), default=DEFAULT, help="what to measure; causes takes a "
+        f"forward pass for each block and replacement (default: {' '.join(DEFAULT)})",
+    )  # fmt: skip
+    parser.add_argument("--causes_images", type=number(int, 0), default=256, help="images for causes; 0: all")
+    parser.add_argument(
+        "--epsilon", type=number(float, 0), default=1.0, help="points of top-1 up to which a replacement is harmless"
+    )
+    parser.add_argument(
+        "--sink", type=number(float, 0), nargs=4, default=(0.9, 0.5, 0.2, 0.5), metavar="SHARE",
+        help="of sinks: the queries, their attention, and the norms up to which it is a NOP, from which a broadcast",
     )  # fmt: skip
     inputs.add_checkpoint_flags(parser)
     args = parser.parse_args(argv)

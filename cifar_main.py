@@ -15,7 +15,7 @@ from checkpoints.models import load_model
 from cifar_test import test_model
 from cifar_train import train_from_flags
 from training import film, flags, run_folder
-from training.setup import build_model, describe, start
+from training.setup import build_model, check_same_model, describe, start
 from utils import BadInput, say
 
 
@@ -45,22 +45,19 @@ def resolve(args):
         raise BadInput(f"--model_path {Path(args.model_path)} is a folder; give the name of a file in it")
 
 
-def check_same_model(args, data_given, everything):
-    """Refuse to test a model that is not what the flags ask for; all of them, or only those that were given."""
+def check_is_asked_for(args, data_given):
+    """Refuse to test a model that is not what the flags ask for; all of them, or with --eval those that were given."""
     model, checkpoint = load_model(args.model_path)
     there = checkpoint["model_args"]
     wanted = build_model(args, there["num_classes"], "meta").model_args
     names = wanted | there  # what is off in one of the two is missing there
-    if not everything:
+    if args.eval:
         names = flags.given_model_args(args).keys() - {"drop_path_rate"}  # has a default, and tests do not feel it
-    other = [f"{n} is {there.get(n)}, not {wanted.get(n)}" for n in names if there.get(n) != wanted.get(n)]
-    if checkpoint["data"]["name"] != args.data_set and (everything or data_given):
-        other.append(f"it is of {checkpoint['data']['name']}, not {args.data_set}")
-    if other:
-        raise BadInput(
-            f"{args.model_path} is another model than these flags ask for ({'; '.join(other)}): "
-            "give another --model_path, or --overwrite to train anew"
-        )
+    wanted = {name: wanted.get(name) for name in names}
+    if data_given or not args.eval:
+        wanted["data_set"] = args.data_set
+    advice = "give another --model_path, or --overwrite to train anew"
+    check_same_model(args.model_path, checkpoint, wanted, advice)
     say(f"{args.model_path} ({describe(model)}): epoch {checkpoint['epoch']} of {checkpoint['args']['epochs']}")
 
 
@@ -76,7 +73,7 @@ def main(argv=None):
             raise BadInput(f"--model_path {args.model_path} is what training writes to resume from; give another name")
         train_from_flags(args, device)
     else:
-        check_same_model(args, data_given, everything=not args.eval)
+        check_is_asked_for(args, data_given)
         if not args.eval:
             say("It is only tested now: --overwrite trains anew, --resume resumes its training.")
     test_model(args.model_path, data_path, device, args.batch_size, max_pixels=args.max_pixels)

@@ -6,8 +6,6 @@
 Prints `Test accuracy: NN.NN% (top-5 NN.NN%) on N images of CIFAR10`.
 """
 
-import torch
-
 import utils
 from checkpoints.models import load_model
 from datasets import MAX_PIXELS
@@ -44,18 +42,17 @@ def test_model(
 def _print_confusion(labels, predictions, classes, per_class, confusion):
     from sklearn.metrics import confusion_matrix
 
-    counts = torch.from_numpy(confusion_matrix(labels, predictions, labels=range(len(classes))))
+    counts = confusion_matrix(labels, predictions, labels=range(len(classes)))
     classes = [utils.printable(name) for name in classes]
     width = max(map(len, classes))
     if per_class:
         print("\nAccuracy of each class")
-        for name, row, right in zip(classes, counts, counts.diagonal().tolist()):
-            total = int(row.sum())
-            print(f"  {name:{width}}  {100 * right / max(total, 1):6.2f}%  ({right} of {total})")
+        for name, row, right in zip(classes, counts, counts.diagonal()):
+            print(f"  {name:{width}}  {100 * right / max(row.sum(), 1):6.2f}%  ({right} of {row.sum()})")
     if confusion:
-        cell = max(4, len(str(int(counts.max()))) + 1)
+        cell = max(4, len(str(counts.max())) + 1)
         print("\nConfusion matrix: rows are true classes, columns the predicted ones in the same order")
-        for name, row in zip(classes, counts.tolist()):
+        for name, row in zip(classes, counts):
             print(f"  {name:{width}} " + "".join(f"{n:{cell}}" for n in row))
 
 

@@ -41,15 +41,12 @@ def train_model(model: DynamicViT, data: ImageData, args, device, resume=None) -
     best_path = Path(args.model_path)
     utils.writable_folder(best_path.parent)
     model.to(device)
-    batches, val_batches = _loaders(data, data.description(), args, device)
-    step = make_step(args, model, batches, len(data.classes))
-    return run_epochs(Run(model, batches, val_batches, data.description(), args, device, best_path, resume), step)
-
-
-def _loaders(data, description, args, device) -> tuple[MemoryLoader, MemoryLoader | None]:
+    description = data.description()
     share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
-    transform = TrainTransform(description, args.aug, args.hflip, args.reprob)
-    train = MemoryLoader(
-        data.train.to(device), description, transform=transform, passes=args.repeats, seed=args.seed, **share
-    )
-    return train, MemoryLoader(data.val.to(device), description, **share) if data.val else None
+    batches = MemoryLoader(
+        data.train.to(device), description, transform=TrainTransform(description, args.aug, args.hflip, args.reprob),
+        passes=args.repeats, seed=args.seed, **share,
+    )  # fmt: skip
+    val_batches = MemoryLoader(data.val.to(device), description, **share) if data.val else None
+    step = make_step(args, model, batches, len(data.classes))
+    return run_epochs(Run(model, batches, val_batches, description, args, device, best_path, resume), step)

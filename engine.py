@@ -34,7 +34,7 @@ class TrainingStep:
     """What an optimizer step takes, and how it is taken.
 
     Args:
-        model: may be wrapped by DDP or torch.compile.
+        model: may be wrapped by DDP, FSDP2 or torch.compile.
         criterion: (what the model returns, labels (B,) or, after `mixup`, class shares (B, K)) -> mean loss. With
             a `teacher`, images -> logits (B, K), those are its third argument.
         scheduler: a timm scheduler that counts optimizer steps; its rate is set before each step.
@@ -55,6 +55,8 @@ class TrainingStep:
 
     def backward(self, images, labels, of=1, last=True) -> torch.Tensor:
         """Add the gradient of one `of` so many batches; returns the loss, detached. `last`: an update follows."""
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2's no_sync
+            self.model.set_requires_gradient_sync(last)
         with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
             with autocast(images.device, self.amp_dtype):
                 more = () if self.teacher is None else (self._teacher_logits(images),)
@@ -71,8 +73,10 @@ class TrainingStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.clip_grad:
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: each process has a part of it
 
     def update(self, good=True):
         """Take the step if it is `good`; in any case forget the gradient."""
@@ -149,7 +153,7 @@ def train_one_epoch(
             step, group = step + 1, []
             if good and on_step is not None:
                 on_step(step, progress)
-    return {"sums": progress.sums()} | progress.close() | {"step": step, "skipped": watch.skipped}
+    return progress.close() | {"step": step, "skipped": watch.skipped}
 
 
 class _Watch:
@@ -170,28 +174,28 @@ class _Watch:
 
     def allows(self, step, group, norm, overflow_is_usual) -> bool:
         """Whether to take the step. `overflow_is_usual`: of gradients, in float16; its scaler leaves such steps out."""
-        losses = torch.stack([loss for *_, loss in group])
-        bad = ~losses.isfinite().all()
+        bad = ~torch.stack([loss for *_, loss in group]).isfinite().all()
         if not overflow_is_usual:
             bad = bad | ~norm.isfinite()
         about = (step, group, norm, self.optimizer.param_groups[0]["lr"])
         if self.skip_bad:  # all processes leave out the same steps
-            bad = sum_over_ranks(bad.float()).bool().item()
-            if bad and self.skipped < self.skip_bad:
-                self.skipped, self.batch = self.skipped + 1, None
-                say(f"{self.title}: {self._words(*about)}; skipped, {self.skipped} of {self.skip_bad}")
-            elif bad:
-                raise self._error(*about)
-            return not bad
+            if not sum_over_ranks(bad.float()).item():
+                return True
+            error = self._error(*about)
+            if self.skipped == self.skip_bad:
+                raise error
+            self.skipped, self.batch = self.skipped + 1, None
+            say(f"{self.title}: {error}; skipped, {self.skipped} of {self.skip_bad}")
+            return False
         answered = None
         if bad.is_cuda:
             bad, answered = bad.to("cpu", non_blocking=True), torch.cuda.Event()
             answered.record()
         self.waiting.append((bad, answered, about))
-        self._look(LAG)
+        self.look(LAG)
         return True
 
-    def _look(self, lag):
+    def look(self, lag):
         """At the answers that are there, waiting for all but the last `lag` of them."""
         while self.waiting:
             bad, answered, about = self.waiting[0]
@@ -203,26 +207,13 @@ class _Watch:
             if bad:
                 raise self._error(*about)
 
-    def finish(self):
-        self._look(0)
-
-    def _words(self, step, group, norm, lr) -> str:
-        i, _, loss = _worst(group)
-        return f"the loss is {float(loss):.4g} in batch {i} (step {step}), norm of the gradient {float(norm):.3g}, " + (
-            f"learning rate {lr:.3g}"
-        )
-
     def _error(self, step, group, norm, lr) -> NotFinite:
-        i, _, loss = _worst(group)
+        i, _, loss = next((entry for entry in group if not entry[2].isfinite()), group[-1])
         batch = {"loss": float(loss), "grad_norm": float(norm), "batch": i, "step": step, "lr": lr}
         if self.batch is not None and self.batch[0] == i:
-            batch = {"images": self.batch[1].cpu(), "labels": self.batch[2].cpu()} | batch
-        return NotFinite(self._words(step, group, norm, lr), batch)
-
-
-def _worst(group):
-    """(number, images, loss) of the batch of a step whose loss is not finite, else of the last one."""
-    return next((entry for entry in group if not entry[2].isfinite()), group[-1])
+            batch |= {"images": self.batch[1].cpu(), "labels": self.batch[2].cpu()}
+        where = f"the loss is {float(loss):.4g} in batch {i} (step {step})"
+        return NotFinite(f"{where}, norm of the gradient {float(norm):.3g}, learning rate {lr:.3g}", batch)
 
 
 class _Progress:
@@ -235,20 +226,15 @@ class _Progress:
         self.interval = 0.5 if terminal else 30.0
         disable = not (terminal and is_main())
         self.bar = tqdm(total=batches, initial=done, desc=title, unit="batch", leave=False, disable=disable)
-        before = sums or dict.fromkeys(("loss", "images", "norm", "norms", "waited", "seconds"), 0.0)
-        self.loss_sum, self.images, self.norm_sum = before["loss"], before["images"], before["norm"]
-        self.norms, self.waited = before["norms"], before["waited"]
+        self.so_far = dict.fromkeys(("loss", "images", "norm", "norms", "waited", "seconds"), 0.0) | (sums or {})
         self.shown = time.monotonic()
-        self.start = self.shown - before["seconds"]
+        self.start = self.shown - self.so_far["seconds"]
 
     def sums(self) -> dict:
         """What a new one needs to resume here. Waits for the device; raises NotFinite if a step was not."""
-        self.watch.finish()
-        return {
-            "loss": float(self.loss_sum), "images": self.images, "norm": float(self.norm_sum),
-            "norms": float(self.norms), "waited": self.waited, "seconds": time.monotonic() - self.start,
-            "skipped": self.watch.skipped,
-        }  # fmt: skip
+        self.watch.look(lag=0)
+        sums = {name: float(value) for name, value in self.so_far.items()}
+        return sums | {"seconds": time.monotonic() - self.start, "skipped": self.watch.skipped}
 
     def timed(self, batches):
         """The batches, and the time spent waiting for them."""
@@ -256,40 +242,39 @@ class _Progress:
         while True:
             start = time.monotonic()
             batch = next(batches, end)
-            self.waited += time.monotonic() - start
+            self.so_far["waited"] += time.monotonic() - start
             if batch is end:
                 return
             yield batch
 
     def add(self, group, norm, good):
         """The batches of one step. Losses of a step that was left out do not count."""
-        finite = norm.isfinite()  # with float16, a step whose gradient is not is left out by the scaler
-        self.norm_sum = self.norm_sum + torch.where(finite, norm, 0.0)
-        self.norms = self.norms + finite
+        sums, finite = self.so_far, norm.isfinite()  # with float16, the scaler leaves out a step with another norm
+        sums["norm"] = sums["norm"] + torch.where(finite, norm, 0.0)
+        sums["norms"] = sums["norms"] + finite
         for _, images, loss in group if good else ():
-            self.loss_sum = self.loss_sum + loss * images
-            self.images += images
+            sums["loss"] = sums["loss"] + loss * images
+            sums["images"] += images
         self.done += len(group)
         self.bar.update(len(group))
         if time.monotonic() - self.shown >= self.interval:
-            rate = world_size() * self.images / (time.monotonic() - self.start)
+            rate = world_size() * sums["images"] / (time.monotonic() - self.start)
             lr = self.optimizer.param_groups[0]["lr"]
-            line = f"loss {float(self.loss_sum) / max(self.images, 1):.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
+            line = f"loss {float(sums['loss']) / max(sums['images'], 1):.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
             self.bar.set_postfix_str(line)
             if self.bar.disable:
                 say(f"{self.title}: batch {self.done}/{self.batches}, {line}")
             self.shown = time.monotonic()
 
     def close(self) -> dict:
+        """The sums of this process, and means over all of them."""
+        sums = self.sums()
         self.bar.close()
         device = self.optimizer.param_groups[0]["params"][0].device
-        sums = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (self.loss_sum, self.images))
-        loss_sum, images = sum_over_ranks(torch.stack(list(sums))).tolist()
-        seconds = time.monotonic() - self.start
+        loss, images = sum_over_ranks(torch.tensor([sums["loss"], sums["images"]], device=device)).tolist()
         return {
-            "loss": loss_sum / max(images, 1), "images": int(images), "seconds": seconds,
-            "grad_norm": float(self.norm_sum) / max(float(self.norms), 1),
-            "data_wait": self.waited / max(seconds, 1e-9),
+            "loss": loss / max(images, 1), "images": int(images), "grad_norm": sums["norm"] / max(sums["norms"], 1),
+            "seconds": sums["seconds"], "data_wait": sums["waited"] / max(sums["seconds"], 1e-9), "sums": sums,
         }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from statistics import median
 
 import timm
 import torch
-from timm.layers import to_2tuple
 
 import utils
 from checkpoints.files import load_checkpoint
@@ -31,6 +30,7 @@ from training.loop import Run, run_epochs, wrap
 from training.scoring import score
 from training.setup import (
     build_model,
+    check_same_model,
     check_timm_model,
     describe,
     load_finetune,
@@ -42,30 +42,27 @@ from training.setup import (
 from training.teachers import WHOLE, check_whole, images_of, make_teacher, on_channels_last
 from utils import BadInput, number, say
 
+# DeiT (arXiv 2012.12877, table 9). AdamW at 5e-4 for each 512 images a step.
+DEIT = dict(
+    epochs=300, batch_size=128, opt="adamw", lr=5e-4, weight_decay=0.05, warmup_epochs=5, min_lr=1e-5, smoothing=0.1,
+    drop_path=0.1, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, reprob=0.25, mixup=0.8, cutmix=1.0, mix_prob=1.0,
+    repeated_aug=True, eval_crop_ratio=0.875,
+)  # fmt: skip
 # Defaults of the flags. Where a recipe was published for a number of images a step, `step_images` has it.
 RECIPES = {
-    # DeiT (arXiv 2012.12877, table 9). AdamW at 5e-4 for each 512 images a step.
-    "deit": dict(
-        epochs=300, batch_size=128, opt="adamw", lr=5e-4, unscale_lr=False, weight_decay=0.05, warmup_epochs=5,
-        min_lr=1e-5, smoothing=0.1, drop_path=0.1, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4, reprob=0.25,
-        mixup=0.8, cutmix=1.0, mix_prob=1.0, repeated_aug=True, bce_loss=False, ThreeAugment=False, src=False,
-        clip_grad=0.0, eval_crop_ratio=0.875,
-    ),
+    "deit": DEIT,
     # DeiT III (2204.07118), ViT-S on ImageNet-1k as in its README. ViT-B there has --lr 3e-3 --drop-path 0.2
     # --input-size 192. LAMB itself clips the gradient at a norm of 1.
-    "deit3": dict(
-        epochs=800, batch_size=256, opt="lamb", lr=4e-3, unscale_lr=True, step_images=2048, weight_decay=0.05,
-        warmup_epochs=5, min_lr=1e-5, smoothing=0.0, drop_path=0.05, aa="none", color_jitter=0.3, reprob=0.0,
-        mixup=0.8, cutmix=1.0, mix_prob=1.0, repeated_aug=True, bce_loss=True, ThreeAugment=True, src=False,
-        clip_grad=0.0, eval_crop_ratio=1.0, init_values=1e-4,
+    "deit3": DEIT | dict(
+        epochs=800, batch_size=256, opt="lamb", lr=4e-3, unscale_lr=True, step_images=2048, smoothing=0.0,
+        drop_path=0.05, aa="none", color_jitter=0.3, reprob=0.0, bce_loss=True, ThreeAugment=True,
+        eval_crop_ratio=1.0, init_values=1e-4,
     ),
     # "Better plain ViT baselines for ImageNet-1k" (2205.01580): 90 epochs, 76.5 % there with ViT-S/16. Its decay of
     # 1e-4 is multiplied by the schedule alone, torch's also by the rate, here 1e-3 for 1024 images a step.
-    "fast": dict(
-        epochs=90, batch_size=128, opt="adamw", lr=5e-4, unscale_lr=False, weight_decay=0.1, warmup_epochs=8,
-        min_lr=0.0, smoothing=0.0, drop_path=0.0, aa="rand-m10-n2", color_jitter=0.0, reprob=0.0, mixup=0.2, cutmix=0.0,
-        mix_prob=1.0, repeated_aug=False, bce_loss=False, ThreeAugment=False, src=False, clip_grad=1.0,
-        eval_crop_ratio=0.875,
+    "fast": DEIT | dict(
+        epochs=90, weight_decay=0.1, warmup_epochs=8, min_lr=0.0, smoothing=0.0, drop_path=0.0, aa="rand-m10-n2",
+        color_jitter=0.0, reprob=0.0, mixup=0.2, cutmix=0.0, repeated_aug=False, clip_grad=1.0,
     ),
 }  # fmt: skip
 BEST = "best_checkpoint.pth"
@@ -77,7 +74,7 @@ def get_parser():
         description="Train a Vision Transformer whose tokens enter at chosen blocks, or one of timm's models.",
         epilog="Defaults are those of --recipe: see also --recipe deit3 --help.",
     )
-    switch = dict(action=argparse.BooleanOptionalAction)
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
     group = parser.add_argument_group("what to do")
     group.add_argument("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
     group.add_argument("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
@@ -96,27 +93,17 @@ def get_parser():
     group.add_argument(
         "--data_path", help="folder with train/ and val/ (default: ./data/imagenet, ./data/CIFAR10, ./data/CIFAR100)"
     )
-    group.add_argument(
-        "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
-        "or a number; 0: the last epoch is the result (default: 0.01 for IMNET, 5000 for CIFAR, else 0.1; not with "
-        "folders val/ and test/: val/ is held out then)",
-    )  # fmt: skip
-    flags.add_file_flags(group)
+    flags.add_data_flags(group)
     group.add_argument("--aa", help="timm's augmentation policy, or none")
     group.add_argument("--color_jitter", type=number(float, 0), help="strength; only without --aa")
     group.add_argument("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
     group.add_argument("--src", **switch, help="simple random crop in place of the random resized crop")
-    group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for DIGITS)")
     group.add_argument("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
     group.add_argument(
         "--interpolation", "--train_interpolation", choices=("bicubic", "bilinear", "lanczos", "random"),
         help="of resizing (default: bicubic); in evaluation, random is bicubic",
     )  # fmt: skip
-    group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
     group.add_argument("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
-    group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
-    group.add_argument("--cutmix", type=number(float, 0), help="CutMix's alpha, 0 for none")
-    group.add_argument("--mix_prob", "--mixup_prob", type=number(float, 0, 1), help="share of batches that are mixed")
     group.add_argument("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
                        help="share of CutMix, where both are on")  # fmt: skip
     group.add_argument(
@@ -130,42 +117,33 @@ def get_parser():
     group = flags.add_model_flags(parser)
     group.add_argument("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
     group.add_argument(
-        "--dist_pos", type=utils.position, default=argparse.SUPPRESS,
-        help="block that DeiT's distillation token enters at (none)",
-    )  # fmt: skip
+        "--dist_pos", type=utils.position, default=argparse.SUPPRESS, help="block of DeiT's distillation token (none)"
+    )
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(int, 1))
-    group.add_argument("--batch_size", type=number(int, 1), help="images at a time, in each process")
     group.add_argument("--opt", help="timm's name of an optimizer")
     group.add_argument("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
     group.add_argument("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
-    group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
-    group.add_argument(
-        "--warmup_epochs", type=number(float, 0), help="linear warm-up (default: the recipe's, at most a tenth)"
-    )
     group.add_argument("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
     group.add_argument("--min_lr", type=number(float, 0), help="where the cosine ends")
     group.add_argument("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
+    group.add_argument("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
     flags.add_training_flags(group)
 
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher_model", metavar="NAME", help="one of timm's models")
     group.add_argument(
-        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project, which names its model "
-        "(default: timm downloads them)",
-    )  # fmt: skip
+        "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project (default: timm's download)"
+    )
     group.add_argument("--distillation_type", choices=("none", "soft", "hard"), default="none")
     group.add_argument("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
     group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
 
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", metavar="FILE", help=flags.FINETUNE)
-    group.add_argument(
-        "--attn_only", action="store_true", help='train attention, head and positions only ("Three things", 2203.09795)'
-    )
-
     group = flags.add_machine_flags(parser)
+    group.add_argument(
+        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
+        "and optimizer state, for models that outgrow one device (FSDP2)",
+    )  # fmt: skip
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more work")
     return parser
 
@@ -191,8 +169,9 @@ def parse(argv=None):
 
 def resolve(args, given):
     """Fill in the defaults that depend on other flags. `given`: the flags without the recipe."""
-    if args.distributed and "RANK" not in os.environ:
-        raise BadInput(f"--distributed needs torchrun, which starts the processes; type: {COMMAND} ...")
+    for flag in ("distributed", "fsdp"):
+        if getattr(args, flag) and "RANK" not in os.environ:
+            raise BadInput(f"--{flag} needs torchrun, which starts the processes; type: {COMMAND} ...")
     small = args.data_set is not None and args.data_set not in ("IMNET", "FOLDER")
     if given.eval_crop_ratio is None and small:
         args.eval_crop_ratio = 1.0
@@ -292,61 +271,47 @@ def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
     return train, FileLoader(data.val, data.description(), **share) if data.val else None
 
 
-def test(path, args, device, data_path=None):
+def test(path, args, device):
     """Print the accuracy of a checkpoint on the test images; of its EMA weights too, if it is one to resume from."""
     model, checkpoint = load_model(path)
-    if args.data_set not in (None, checkpoint["data"]["name"]):
-        raise BadInput(f"{path} is of {checkpoint['data']['name']}, not {args.data_set}; leave out --data_set")
     if args.eval:
-        check_asked(path, checkpoint, args)
+        check_same_model(path, checkpoint, asked_model(args), "leave these flags out")
         if args.asked_crop:
             checkpoint["data"] = WHOLE | checkpoint["data"] | args.asked_crop
-    _print_scores(model, checkpoint, args, device, data_path)
+    _print_score("Accuracy", model, checkpoint, args, device)
+    if checkpoint.get("ema"):
+        model.load_state_dict(checkpoint["ema"])
+        _print_score("EMA accuracy", model, checkpoint, args, device)
 
 
-def check_asked(path, checkpoint, args):
-    """Raise BadInput where flags describe another model than that of a checkpoint, which needs none of them."""
-    there = {"img_size": checkpoint["data"]["input_size"]} | checkpoint["model_args"]
+def asked_model(args) -> dict:
+    """What --eval asks of a checkpoint's model, which needs no flag: see `check_same_model`."""
     asked = flags.given_model_args(args)
     if args.model not in SIZES:
         asked["timm_name"] = args.model
     elif args.model != get_parser().get_default("model"):
         asked = SIZES[args.model] | asked
-    for name in ("drop_path_rate", "init_values", "num_classes"):  # of training, perhaps a recipe's; the data's
-        asked.pop(name, None)
-    asked |= {name: to_2tuple(asked[name]) for name in ("img_size", "patch_size") if name in asked}
-    other = [f"{name} is {there.get(name)}, not {value}" for name, value in asked.items() if there.get(name) != value]
-    if other:
-        raise BadInput(f"{path} is another model than the flags ask for ({'; '.join(other)}); leave these flags out")
+    if args.data_set:
+        asked["data_set"] = args.data_set
+    # Those left out are of training, perhaps a recipe's, or of the data.
+    return {n: value for n, value in asked.items() if n not in ("drop_path_rate", "init_values", "num_classes")}
 
 
-def _print_scores(model, checkpoint, args, device, data_path):
-    for title, weights in (("Accuracy", None), ("EMA accuracy", checkpoint.get("ema"))):
-        if title == "EMA accuracy":
-            if weights is None:
-                return
-            model.load_state_dict(weights)
-        result, _ = score(
-            model, checkpoint, data_path, device, args.batch_size, args.num_workers, max_pixels=args.max_pixels
-        )  # fmt: skip
-        say(f"{title}: top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} on {result['images']} images")
+def _print_score(title, model, checkpoint, args, device):
+    result, _ = score(
+        model, checkpoint, args.data_path, device, args.batch_size, args.num_workers, max_pixels=args.max_pixels
+    )  # fmt: skip
+    say(f"{title}: top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} on {result['images']} images")
 
 
 def evaluate_only(args, device):
-    if args.finetune and not args.resume:
-        data = read_data(args)
-        model, description = _finetuned(args, data)
-        _print_scores(model, {"data": description}, args, device, args.data_path)
-    else:
-        test(args.resume or Path(args.output_dir) / BEST, args, device, args.data_path)
+    """`test` a checkpoint, or the model of the flags with the weights of --finetune, on images as that file wants them.
 
-
-def _finetuned(args, data):
-    """(the model of the flags with the weights of --finetune, a description of the data as it wants them).
-
-    Raises BadInput unless the file has all of that model, for the classes of the data.
+    Raises BadInput unless that file has all of the model, for the classes of the data.
     """
-    checkpoint, whose = load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
+    if args.resume or not args.finetune:
+        return test(args.resume or Path(args.output_dir) / BEST, args, device)
+    data, checkpoint, whose = read_data(args), load_checkpoint(args.finetune), f"--eval --finetune {args.finetune}"
     about = images_of(checkpoint, args.model, data, whose)
     model = build_model(args, len(data.classes))
     for name, value in checkpoint.get("model_args", {}).items():  # what the shapes of weights do not show
@@ -355,7 +320,8 @@ def _finetuned(args, data):
             raise BadInput(f"{whose}: its {name} is {value}, here {here}; give the flags of its model")
     check_whole(load_finetune(model, args.finetune), whose, len(data.classes))
     wanted = {key: about[key] for key in ("mean", "std", "crop_pct", "interpolation") if key in about}
-    return on_channels_last(model), data.description() | wanted | args.asked_crop
+    description = data.description() | wanted | args.asked_crop
+    _print_score("Accuracy", on_channels_last(model), {"data": description}, args, device)
 
 
 def throughput(args, device, rounds=5, steps=5):

@@ -3,7 +3,7 @@
 A head has a sink in an image at s = argmax_j of the mean over queries i of A_ij, if at least `queries` of the queries
 give it at least `attention`. With u_j = W_O^h v_j, what token j brings through the head: *NOP* if |u_s| is at most
 `nop` of the other tokens' mean norm (the head is switched off), *broadcast* if it is at least `broadcast` of it (all
-get the same message), else *between*. After Fesser et al., "A Unifying View of Attention Sinks" (arXiv 2606.08105).
+get the same message), else *between*: arXiv 2606.08105.
 """
 
 import math
@@ -26,6 +26,12 @@ COLOURS = {"nop": "0.25", "between": "tab:olive", "broadcast": "tab:green"}
 ENTRIES = ("cls", "registers")  # from whose entry block distances are counted
 
 
+def check(model):
+    """Raise BadInput for blocks whose output projection W_O is not at `attn.proj`."""
+    if any(not hasattr(getattr(block, "attn", None), "proj") for block in model.blocks[: model.depth]):
+        raise BadInput("sinks: the blocks of this model have no attn.proj, which the norms are of")
+
+
 @torch.no_grad()
 def measure(model, batches, queries=0.9, attention=0.5, nop=0.2, broadcast=0.5) -> dict:
     """Shares of the head-images (each head in each image) of a block that have a sink, and of what kind.
@@ -34,12 +40,8 @@ def measure(model, batches, queries=0.9, attention=0.5, nop=0.2, broadcast=0.5) 
         {"kinds": {kind of token: {mark: [share for each block], f"{mark}_interval": [[lower, upper], ...]}}, "all": the
         same for all tokens together, "distance": {"cls": [blocks since CLS entered, negative before], ...}, ...};
         None: that token is absent.
-
-    Raises BadInput for blocks whose output projection W_O is not at `attn.proj`.
     """
-    weights = [getattr(getattr(block, "attn", None), "proj", None) for block in model.blocks[: model.depth]]
-    if None in weights:
-        raise BadInput("sinks: the blocks of this model have no attn.proj; leave out sinks")
+    weights = [block.attn.proj for block in model.blocks[: model.depth]]
     parts = [parts_of(model.token_layout(i)) for i in range(model.depth)]
     counts, heads = [], model.model_args["num_heads"]
     for images, _ in tqdm(batches(), "sinks", leave=False, disable=None):
@@ -117,13 +119,13 @@ def lines(result) -> list[str]:
     return found
 
 
-def page(result):
+def page(result, about=""):
     """Above: sinks by kind of token, and by what they bring. Below: by the distance from an entry block."""
     from matplotlib.ticker import MaxNLocator
 
     limits = result["thresholds"]
     figure = headed_figure(
-        (11, 7), "Attention sinks", f"{result['images']} images, {result['heads']} heads a block",
+        (11, 7), "Attention sinks", about or f"{result['images']} images, {result['heads']} heads a block",
         f"A head has a sink in an image if at least {100 * limits['queries']:g}% of its queries give one token "
         f"{limits['attention']:g} or more. NOP: what that token brings (its value through the head's output "
         f"projection) has at most {limits['nop']:g} of the others' mean norm, so the head is off; broadcast: at least "

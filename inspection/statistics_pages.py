@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from inspection.pages import headed_figure, write_pdf
+from inspection.pages import headed_figure
 
 ABSENT = "0.88"  # the grey of absent tokens
 WORDS = {"cls": "class token", "dist": "distillation token", "registers": "registers", "patches": "patches"}
@@ -12,14 +12,16 @@ HUES = {"cls": "tab:red", "dist": "tab:purple", "registers": "tab:orange", "patc
 LINES = {"class token": "tab:red", "distillation token": "tab:purple", "mean patch": "tab:blue"}
 
 
-def write_statistics_pages(results, file):
-    """`results`: see `analyze_tokens.analyze`. Pages of what was not measured are left out."""
-    pages = [norms_page, artefacts_page, entropy_page, distance_page]
-    pages += [attention_page] if results["cls_attention"] and any(results["cls_attention"]["patches"]) else []
-    pages += [similarity_page] if any(results["register_similarity"]) else []
-    pages += [probe_page] if results["readout"] else []
+def statistics_pages(results):
+    """Figures of what is in `results` (see `analyze_tokens.analyze`) and asked for there."""
+    pages = [norms_page, artefacts_page] if "norms" in results["what"] else []
+    if "attention" in results["what"]:
+        pages += [entropy_page, distance_page]
+        pages += [attention_page] if results["cls_attention"] and any(results["cls_attention"]["patches"]) else []
+        pages += [similarity_page] if any(results["register_similarity"]) else []
+    pages += [probe_page] if results.get("readout") else []
     pages += [ablation_page] if results["ablation"] else []
-    write_pdf((page(results) for page in pages), file)
+    return (page(results) for page in pages)
 
 
 def data_name(results) -> str:
@@ -27,9 +29,12 @@ def data_name(results) -> str:
     return ", ".join(data["image_path"]) if data["image_path"] else data["name"]
 
 
+def about(results) -> str:
+    return f"{results['model']['is']}; {results['images']} images of {data_name(results)}"
+
+
 def _page(results, title, reading, size=(11, 7)):
-    about = f"{results['model']['is']}; {results['images']} images of {data_name(results)}"
-    figure = headed_figure(size, title, about, reading, layout="constrained")
+    figure = headed_figure(size, title, about(results), reading, layout="constrained")
     figure.get_layout_engine().set(rect=(0.01, 0.75 / size[1], 0.98, 1 - 1.45 / size[1]), w_pad=0.08)
     return figure
 

@@ -15,6 +15,7 @@ import visualize_attention
 from analyze_tokens import main, table
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, shell, tiny
+from images import picture
 from inspection.attention import trace
 from inspection.interventions import _record, _replaced, ablate
 from inspection.statistics import (
@@ -392,7 +393,8 @@ def test_the_script(trained, tmp_path):
     titles = [
         "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",
         "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
-        "when registers are replaced",
+        "when registers are replaced", "What is the output made of?", "sinks",
+        "What would the model answer at each block?",
     ]  # fmt: skip
     assert len(pages) == len(titles)
     for title, page in zip(titles, pages):
@@ -498,6 +500,26 @@ def test_memory_does_not_grow_with_the_images():
     for _ in range(5):
         statistics.add(noise(model), torch.tensor([0, 1]))
     assert numbers() == before
+
+
+def test_parts_that_are_asked_for(trained, tmp_path):
+    """Only these are measured, drawn and printed; what a model lacks is refused by name."""
+    flags = ["--num_images", "20", "--device", "cpu", "--output_dir", "."]
+    out, _ = shell("analyze_tokens.py", "--model_path", trained / "model.pth", "--what", "causes", *flags, cwd=tmp_path)
+    assert "Replacing the class token costs at most 1 points of top-1 up to block" in out and "patch" not in out
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert found["images"] == found["causes"]["images"] == 20
+    assert "norms" not in found and "lens" not in found
+    (page,) = (page.extract_text() for page in PdfReader(tmp_path / "analysis.pdf").pages)
+    assert "Up to which block does it not matter what a token holds?" in page
+    model = tiny(cls_pos=None)
+    torch.save(model.state_dict(), tmp_path / "none.pth")
+    picture().save(tmp_path / "a.png")
+    foreign = ["--model_path", "none.pth", "--num_heads", "3", "--input_size", "16x24", "--image_path", "a.png"]
+    _, err = shell("analyze_tokens.py", *foreign, "--what", "outputs", cwd=tmp_path, status=2)
+    assert "outputs: this model has no class token" in err
+    out, _ = shell("analyze_tokens.py", *foreign, cwd=tmp_path)
+    assert "note: outputs: this model has no class token" in out and "Lens on the mean patch" in out
 
 
 @pytest.mark.parametrize(

@@ -186,19 +186,19 @@ def test_a_gpu_is_not_waited_for_until_it_is_far_behind():
     answers = [Late(100) for _ in range(engine.LAG)]
     for answer in answers:
         watch.waiting.append((torch.tensor(False), answer, about))
-        watch._look(engine.LAG)
+        watch.look(engine.LAG)
     assert len(watch.waiting) == engine.LAG and not any(answer.waited for answer in answers)
     watch.waiting.append((torch.tensor(True), Late(0), about))
-    watch._look(engine.LAG)
+    watch.look(engine.LAG)
     assert answers[0].waited and not answers[1].waited
     with pytest.raises(NotFinite, match="batch 3"):
-        watch.finish()
+        watch.look(0)
 
 
 def never_answers(monkeypatch):
     """A CPU that is as a GPU far behind: whether steps were finite is known when the epoch ends."""
-    look = engine._Watch._look
-    monkeypatch.setattr(engine._Watch, "_look", lambda watch, lag: look(watch, lag) if lag == 0 else None)
+    look = engine._Watch.look
+    monkeypatch.setattr(engine._Watch, "look", lambda watch, lag: look(watch, lag) if lag == 0 else None)
     monkeypatch.setattr(engine._Watch, "sees", lambda watch, *batch: setattr(watch, "batch", batch))
 
 

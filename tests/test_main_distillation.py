@@ -549,6 +549,7 @@ def test_a_checkpoint_of_another_model_than_asked_for_is_not_tested(capsys, trai
         (["--input_size", "64"], "img_size is (32, 32), not (64, 64)"),
         (["--model", "dynamic_vit_small_patch16_224"], "embed_dim is 24, not 384"),
         (["--model", "resnet10t"], "timm_name is None, not resnet10t"),
+        (["--data_set", "CIFAR10"], "data_set is DIGITS, not CIFAR10"),
     ):
         status, out, err = run(main_distillation.main, [*argv, *asked], capsys)
         assert status == 2 and wrong in err and out == ""
@@ -578,6 +579,7 @@ def test_what_only_training_needs_is_not_asked_of_a_test(tmp_path, capsys, train
     ("argv", "message"),
     [
         ("--distributed", "--distributed needs torchrun, which starts the processes; type: torchrun --nnodes=1"),
+        ("--fsdp", "--fsdp needs torchrun, which starts the processes; type: torchrun --nnodes=1"),
         ("--model nonsense", "there is no model nonsense; choose one of dynamic_vit_tiny_patch16_224"),
         ("--model resnet10t --cls_pos 3", "--cls_pos: timm's resnet10t has no such choice"),
         ("--model resnet10t --attn_only --data_set DIGITS", "--attn_only: resnet10t has no attention"),

@@ -50,6 +50,9 @@ def test_a_model_with_other_positions_is_not_tested_in_its_place(trained, capsys
         status, out, err = run(cifar_main.main, argv + more, capsys)
         assert (status, out) == (2, "")
         assert "cls_pos is 2, not 0" in err
+    argv = ["--eval", "--data_set", "CIFAR10", "--device", "cpu", "--model_path", trained / "model.pth"]
+    status, out, err = run(cifar_main.main, argv, capsys)
+    assert (status, out) == (2, "") and "data_set is DIGITS, not CIFAR10" in err
 
 
 def test_the_best_epoch_is_chosen_on_held_out_images(tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ def test_a_checkpoint_with_anything_wrong_is_refused_in_one_line(tmp_path, monke
     def reached(*_):
         raise SystemExit(0)
 
-    monkeypatch.setattr(loop, "wrap", reached)
+    monkeypatch.setattr(loop, "start_log", reached)
     argv = [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume", tmp_path / "c.pth"]
 
     def resumed(checkpoint):

@@ -15,7 +15,7 @@ from torch import Tensor
 import utils
 from datasets import denormalise, resize
 from inspection import inputs
-from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, by_token, draw_page, token_name, write_pdf
+from inspection.pages import ATTENTION, MapCell, Page, Row, by_token, draw_page, token_name, write_pdf
 from loading.files import FileLoader
 from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
@@ -189,13 +189,15 @@ def write_film(args):
                 yield _page(saved, key, args.epochs)
 
     def figures():
+        from PIL import Image
+
         for key in keys:
             vmax, frames = max(page.largest() for page in pages(key)), []
             for i, page in enumerate(pages(key)):
                 figure = draw_page(page, vmax=vmax, scope="all epochs")
                 yield figure
                 if i in in_gif:
-                    frames.append(_frame(_pixels(figure), frames))
+                    frames.append(Image.fromarray(_pixels(figure)).quantize(dither=Image.Dither.NONE))
             _write_gif(folder / f"attention_{key}.gif", frames)
 
     write_pdf(figures(), folder / "attention.pdf")
@@ -211,18 +213,6 @@ def _pixels(figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
-
-
-def _frame(pixels, before):
-    """A PIL image in the palette of the first frame: the maps' colours, white, and 128 others."""
-    from matplotlib import colormaps
-    from PIL import Image
-
-    image, palette = Image.fromarray(pixels), Image.new("P", (1, 1))
-    if not before:
-        scale = (255 * colormaps[COLOURS](np.linspace(0, 1, 127))[:, :3]).round().astype(int)
-        palette.putpalette([*scale.ravel().tolist(), 255, 255, 255, *image.quantize(128).getpalette()])
-    return image.quantize(palette=before[0] if before else palette, dither=Image.Dither.NONE)
 
 
 def _write_gif(file, frames):

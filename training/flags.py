@@ -16,11 +16,10 @@ MODEL_FLAGS = {
     "qk_norm": "qk_norm", "rope": "rope", "swiglu": "swiglu",
 }  # fmt: skip
 OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
-FINETUNE = "begin with these weights, wherever the tokens enter"
 
 
 def add_model_flags(parser):
-    """The flags in `MODEL_FLAGS`, but for `dist_pos`. Returns the group."""
+    """The flags in `MODEL_FLAGS`, but for `dist_pos`, and --finetune. Returns the group."""
     group = parser.add_argument_group("model (default: that of --model)")
     missing = dict(default=SUPPRESS)
     group.add_argument("--num_reg", type=number(int, 0), help="register tokens (4)", **missing)
@@ -41,16 +40,24 @@ def add_model_flags(parser):
     group.add_argument("--qk_norm", action="store_true", help="normalise queries and keys", **missing)
     group.add_argument("--rope", action="store_true", help="rotary positions on the patches, as in DINOv3", **missing)
     group.add_argument("--swiglu", action="store_true", help="SwiGLU in place of the MLP", **missing)
+    group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
     return group
 
 
 def add_training_flags(group):
-    """What the epoch loop reads, with the defaults that do not depend on the script."""
+    """What both scripts train with; defaults that depend on the script are not set."""
+    group.add_argument("--epochs", type=number(int, 1))
+    group.add_argument("--batch_size", type=number(int, 1), help="images at a time, in each process")
+    group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
+    group.add_argument(
+        "--warmup_epochs",
+        type=number(float, 0),
+        help="linear warm-up (default: a tenth of --epochs, or a recipe's less)",
+    )
     group.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
     group.add_argument(
-        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0,
-        help="decay of averaged weights, 0: none",
-    )  # fmt: skip
+        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0, help="decay of averaged weights"
+    )
     group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
     group.add_argument("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
     group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
@@ -58,10 +65,7 @@ def add_training_flags(group):
         "--skip_bad_steps", type=number(int, 0), default=0, metavar="N",
         help="leave out so many steps whose loss or gradient is not finite, before one ends the run",
     )  # fmt: skip
-    group.add_argument(
-        "--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too, not only after "
-        "each epoch",
-    )  # fmt: skip
+    group.add_argument("--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too")
     group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
     group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
     group.add_argument(
@@ -73,17 +77,26 @@ def add_training_flags(group):
     )
 
 
-def add_file_flags(group):
-    """How training reads image files; see `of_data`."""
+def add_data_flags(group):
+    """Which images are read (see `of_data`), and what both scripts do with them in training."""
+    group.add_argument(
+        "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
+        "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, 0.01 for IMNET, else 0.1; not with "
+        "folders val/ and test/: val/ is held out then)",
+    )  # fmt: skip
     group.add_argument(
         "--test_size", type=number(float, above=0), help="images to test on, a share or a number, where the class "
         f"folders lie in --data_path itself, without train/ and test/ (default: {TEST_SIZE})",
     )  # fmt: skip
     group.add_argument(
-        "--bad_images", choices=BAD_IMAGES, default="error", help="what training does with images that cannot be read; "
-        "skip: list them and leave them out",
-    )  # fmt: skip
+        "--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out"
+    )
     add_max_pixels(group)
+    group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for DIGITS)")
+    group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
+    group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
+    group.add_argument("--cutmix", type=number(float, 0), help="CutMix's alpha, 0 for none")
+    group.add_argument("--mix_prob", "--mixup_prob", type=number(float, 0, 1), help="share of batches that are mixed")
 
 
 def of_data(args) -> dict:
@@ -101,49 +114,28 @@ def add_small_image_flags(parser):
         "--data_path", help="a folder with train/<class>/ and test/<class>/ (or val/), or with <class>/ alone "
         "(default: ./data/CIFAR10 or ./data/CIFAR100, downloaded there if absent)",
     )  # fmt: skip
+    add_data_flags(group)
     group.add_argument(
-        "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
-        "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, else 0.1; not with folders val/ and "
-        "test/: val/ is held out then)",
-    )  # fmt: skip
-    add_file_flags(group)
-    group.add_argument(
-        "--aug",
-        choices=("trivial", "rand", "none"),
+        "--aug", choices=("trivial", "rand", "none"),
         help="TrivialAugment or RandAugment (default: trivial; none for DIGITS)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--hflip", type=number(float, 0, 1), help="probability of a mirror image (default: 0.5; 0 for DIGITS)"
-    )
-    group.add_argument("--reprob", type=number(float, 0, 1), default=0.25, help="probability of random erasing")
-    group.add_argument("--mixup", type=number(float, 0), default=1.0, help="MixUp's alpha, 0 for none")
-    group.add_argument("--cutmix", type=number(float, 0), default=1.0, help="CutMix's alpha, 0 for none")
-    group.add_argument(
-        "--mix_prob", type=number(float, 0, 1), default=0.5, help="share of batches that are mixed at all"
-    )
-    group.add_argument(
-        "--repeats",
-        type=number(float, above=0),
-        default=3,
+        "--repeats", type=number(float, above=0), default=3,
         help="times that an epoch goes through the images, each augmented anew",
-    )
+    )  # fmt: skip
 
     group = add_model_flags(parser)
     group.add_argument("--model", choices=sorted(SIZES), default="dynamic_vit_cifar", help="size")
-    group.add_argument("--finetune", metavar="FILE", help=FINETUNE)
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(int, 1), default=100)
-    group.add_argument("--batch_size", type=number(int, 1), default=128, help="images at a time, in each process")
-    group.add_argument(
-        "--lr", type=number(float, above=0), default=1e-3, help="peak learning rate of AdamW; not scaled"
-    )
-    group.add_argument("--weight_decay", type=number(float, 0), default=0.05, help="not of biases, norms, tokens")
-    group.add_argument("--warmup_epochs", type=number(float, 0), help="linear warm-up (default: a tenth of --epochs)")
+    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate of AdamW; not scaled")
     add_training_flags(group)
     add_machine_flags(parser)
-    # What main_distillation.py has flags for.
-    parser.set_defaults(opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False)
+    parser.set_defaults(
+        epochs=100, batch_size=128, lr=1e-3, weight_decay=0.05, reprob=0.25, mixup=1.0, cutmix=1.0, mix_prob=0.5,
+        # What main_distillation.py has flags for.
+        opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False, fsdp=False,
+    )  # fmt: skip
 
 
 def resolve(args):

@@ -1,6 +1,7 @@
 """The epochs of a run: training, validation, saving. Both training scripts call `run_epochs`."""
 
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
@@ -18,7 +21,7 @@ from training.film import Film
 from training.run_log import RunLogger, environment, plain_args
 from training.setup import updates_per_epoch
 from training.signals import StopSignals
-from training.state import TrainingState
+from training.state import TrainingState, weights_of
 from utils import RunFailed, Stopped, say
 
 
@@ -67,15 +70,16 @@ def run_epochs(run: Run, step: TrainingStep) -> dict:
     shown = ema.module if ema else model
     film = Film(args, model, run.val_batches, run.data, resumed=bool(run.resume))
     state = TrainingState(model, step.optimizer, step.scaler, ema, run.data, args)
+    wrap(step, args, run.data["input_size"], ema)
     if run.resume:
         state.restore(run.resume)
         if state.best is not None and not run.best_path.is_file():  # resumed in another folder, for instance
             say(f"note: {run.best_path}, the best weights so far, is missing; the best of the epochs to come is saved")
             state.best = None
-    wrap(step, args, run.data["input_size"])
     log = utils.main_decides(lambda: start_log(run, state, step.amp_dtype))
     logger = RunLogger(log, args.tensorboard, state.epoch)
-    film.begin(shown, state.epoch, state.step)
+    with gathered(shown):
+        film.begin(shown, state.epoch, state.step)
     with StopSignals() as stop:
         hooks = StepHooks(state, stop, run.val_batches)
         for epoch in range(state.epoch, args.epochs):
@@ -85,12 +89,15 @@ def run_epochs(run: Run, step: TrainingStep) -> dict:
             trained = train_epoch(run, step, state, hooks, epoch, title)
             metrics = epoch_metrics(epoch + 1, trained, step, run, ema, hooks)
             say(epoch_line(title, metrics))
-            if state.end_epoch(metrics, trained["skipped"], run.val_batches is None) and utils.is_main():
-                save_checkpoint(run.best_path, {"model": shown.state_dict(), **state.about()})
+            if state.end_epoch(metrics, trained["skipped"], run.val_batches is None):
+                best = {"model": weights_of(shown), **state.about()}
+                if utils.is_main():
+                    save_checkpoint(run.best_path, best)
             state.save()
-            if utils.is_main():
-                logger.add(metrics)
-                film.after(epoch + 1, state.step)
+            with gathered(shown):
+                if utils.is_main():
+                    logger.add(metrics)
+                    film.after(epoch + 1, state.step)
         logger.draw()
         utils.barrier()  # nobody tests before the result is written
         if number := stop.agreed(wait=True):
@@ -159,13 +166,44 @@ def start_log(run: Run, state: TrainingState, amp_dtype) -> Path:
     return run_folder.begin_log(run.args.output_dir, run.best_path, header)
 
 
-def wrap(step: TrainingStep, args, input_size):
-    """Put DDP and torch.compile around the step's model, as processes and flags ask for."""
-    if utils.world_size() > 1:
+def wrap(step: TrainingStep, args, input_size, ema: ModelEmaV3 | None = None):
+    """Put FSDP2 or DDP, and torch.compile around the step's model, as processes and flags ask for."""
+    if args.fsdp:
+        shard(step, ema)
+    elif utils.world_size() > 1:
         step.model = DistributedDataParallel(step.model, gradient_as_bucket_view=True)
         rebuild_ddp_buckets(step, input_size)
     if args.compile:
         step.model = torch.compile(step.model)
+
+
+def shard(step: TrainingStep, ema: ModelEmaV3 | None):
+    """Leave each process its share of every parameter; a block's are gathered when it is that block's turn (FSDP2)."""
+    names = {parameter: name for name, parameter in step.model.named_parameters()}
+    mesh = init_device_mesh(next(iter(names)).device.type, (utils.world_size(),))
+    for model in (step.model,) if ema is None else (step.model, ema.module):
+        model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights
+        for block in getattr(model, "blocks", ()):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    shares = dict(step.model.named_parameters())
+    for group in step.optimizer.param_groups:
+        group["params"] = [shares[names[parameter]] for parameter in group["params"]]
+    if ema is not None:
+        ema.foreach = False  # of shares and whole buffers together
+
+
+@contextmanager
+def gathered(model):
+    """Meanwhile every process has all weights of an FSDP model, and may call it more or less often than the others."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
 
 
 def rebuild_ddp_buckets(step: TrainingStep, input_size):
@@ -200,11 +238,16 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
     utils.broadcast_buffers(run.model)
+
+    def validated(model):
+        with gathered(model):
+            return evaluate(model, run.val_batches, on_batch=hooks.in_validation())
+
     if run.val_batches is not None:
-        scored = evaluate(run.model, run.val_batches, on_batch=hooks.in_validation())
+        scored = validated(run.model)
         if ema is not None:
             metrics |= {"raw_val_loss": scored["loss"], "raw_val_top1": scored["top1"]}
-            scored = evaluate(ema.module, run.val_batches, on_batch=hooks.in_validation())
+            scored = validated(ema.module)
         metrics |= {"val_loss": scored["loss"], "val_top1": scored["top1"], "val_top5": scored["top5"]}
     return metrics
 

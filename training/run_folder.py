@@ -27,7 +27,7 @@ NEWEST = "checkpoint.pth"
 MAY_DIFFER = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
     "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
-    "max_pixels", "bad_images",
+    "max_pixels", "bad_images", "fsdp",
 )  # fmt: skip
 MAY_GROW = ("epochs", "warmup_epochs")  # may change, and that is reported
 # What decides which images are in which batch: the same within an epoch.
@@ -63,7 +63,7 @@ def _locked(path: Path):
     again = lock.is_locked
     try:
         # Worker processes outlive a killed main process by seconds.
-        lock.acquire(timeout=0 if _is_alive(_read_owner(owner)) else 15)
+        lock.acquire(timeout=0 if _is_alive(first_record(owner)) else 15)
     except Timeout:
         raise InUse(
             f"{path.parent} is in use by {_describe_owner(owner)}: wait for its end, stop it, or give another folder"
@@ -76,7 +76,7 @@ def _locked(path: Path):
                 say(f"{_describe_owner(owner)} crashed; removing its stale lock")
             utils.remove_temporary(path.parent)
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            utils.write_atomically(owner, lambda file: file.write(json.dumps(me).encode()))
+            utils.write_text(owner, json.dumps(me))
         yield
     finally:
         if not again:
@@ -85,15 +85,13 @@ def _locked(path: Path):
         lock.release()
 
 
-def _read_owner(path) -> dict:
-    try:
-        return next(iter(read_json_lines(path)), {})
-    except OSError:
-        return {}
+def first_record(path) -> dict:
+    """Of a file of JSON lines; empty without one."""
+    return next(iter(read_json_lines(path)), {})
 
 
 def _describe_owner(path) -> str:
-    owner = _read_owner(path)
+    owner = first_record(path)
     if not owner:
         return "another run"
     return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
@@ -101,14 +99,11 @@ def _describe_owner(path) -> str:
 
 def _is_alive(owner) -> bool:
     """Whether that process may be alive; on another machine nobody can tell."""
-    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
-        return True
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
+    if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int):
+        try:
+            os.kill(owner["pid"], 0)
+        except OSError as error:
+            return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -170,17 +165,15 @@ def checkpoint_to_resume(args, best_path) -> str | None:
 
 def _checkpoint_to_resume(args, folder, best_path):
     again, found = started_again(folder), checkpoints(folder)
-    if args.resume == "" or (again and found):
-        path = newest_readable(folder)
-        if path is not None:
-            return str(path)
-        if found:
+    path = args.resume
+    if path == "" or (again and found):
+        path = newest_readable(folder) or folder / NEWEST
+        if found and not path.is_file():
             raise BadInput(f"no checkpoint in {folder} is whole; --overwrite trains anew")
-        raise BadInput(f"--resume: there is no {folder / NEWEST}; leave out --resume to begin")
-    if args.resume:
-        if not Path(args.resume).is_file():
-            raise BadInput(f"--resume: there is no {args.resume}; leave out --resume to begin")
-        return args.resume
+    if path is not None:
+        if not Path(path).is_file():
+            raise BadInput(f"--resume: there is no {path}; leave out --resume to begin")
+        return str(path)
     there = [*found, *([best_path] if best_path.is_file() else [])]
     if there and not (args.overwrite or again):
         raise BadInput(
@@ -193,8 +186,7 @@ def started_again(folder) -> bool:
     """Whether torchrun started this process after a failure, and the run in the folder is the one that failed."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
-    log = Path(folder) / "log.txt"
-    return log.is_file() and next(iter(read_json_lines(log)), {}).get("job") == job()
+    return first_record(Path(folder) / "log.txt").get("job") == job()
 
 
 def job() -> str | None:
@@ -210,31 +202,29 @@ def check_same_run(path, saved: dict, args):
     """
     here = plain_args(args) | {"processes": utils.world_size()}
     there = saved["args"] | {"processes": len(saved["processes"])}
-    other = _changed_flags(there, here)
-    values = {name: [utils.flag_value(flags[name]) for flags in (there, here)] for name in other}
-    changes = [f"{'' if n == 'processes' else '--'}{n} was {was}, is now {now}" for n, (was, now) in values.items()]
-    if "finetune" in other and args.finetune:
+    changes = {}
+    for name in _changed_flags(there, here):
+        was, now = (utils.flag_value(flags[name]) for flags in (there, here))
+        changes[name] = f"{'' if name == 'processes' else '--'}{name} was {was}, is now {now}"
+    if "finetune" in changes and args.finetune:
         raise BadInput(
             f"--resume: --finetune was {there['finetune']}, is now {args.finetune}, but the weights are those of "
             f"{path}; give the same --finetune, or leave out --resume"
         )
-    if saved["batch"] and set(other) & set(DECIDE_BATCHES):
-        of_batches = "; ".join(words for name, words in zip(other, changes) if name in DECIDE_BATCHES)
+    of_batches = "; ".join(words for name, words in changes.items() if name in DECIDE_BATCHES)
+    if saved["batch"] and of_batches:
         raise BadInput(
             f"{path} is in the middle of an epoch, whose batches are of other images now ({of_batches}): give the "
             "same, or resume from a checkpoint at the end of an epoch"
         )
-    if not set(other) <= set(MAY_GROW) and not args.overwrite and Path(path).parent.resolve() == _folder(args):
+    all_changes, in_place = "; ".join(changes.values()), Path(path).parent.resolve() == Path(args.output_dir).resolve()
+    if not changes.keys() <= set(MAY_GROW) and not args.overwrite and in_place:
         raise BadInput(
-            f"{path} is of another run ({'; '.join(changes)}): give the same flags, or another --output_dir; "
+            f"{path} is of another run ({all_changes}): give the same flags, or another --output_dir; "
             "--overwrite resumes with these"
         )
     if changes:
-        say(f"note: not as in {path}: {'; '.join(changes)}")
-
-
-def _folder(args) -> Path:
-    return Path(args.output_dir).resolve()
+        say(f"note: not as in {path}: {all_changes}")
 
 
 def _changed_flags(there: dict, here: dict) -> list[str]:
@@ -258,7 +248,7 @@ def begin_log(folder, best_path, header: dict) -> Path:
 def resume_log(folder, header: dict, epoch: int, metrics: dict | None) -> Path:
     """Put the log in the state that it had when the checkpoint was written, whatever happened since. Returns it."""
     log = Path(folder) / "log.txt"
-    records = read_json_lines(log) if log.exists() else []
+    records = read_json_lines(log)
     headers = [r for r in records if "epoch" not in r and isinstance(r.get("args"), dict)]
     if not headers or _changed_flags(headers[-1]["args"], header["args"]):
         headers.append(header)
@@ -270,5 +260,4 @@ def resume_log(folder, header: dict, epoch: int, metrics: dict | None) -> Path:
 
 
 def write_log(path, records):
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    utils.write_atomically(path, lambda file: file.write(lines.encode()))
+    utils.write_text(path, "".join(json.dumps(record) + "\n" for record in records))

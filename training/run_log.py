@@ -22,10 +22,20 @@ class RunLogger:
 
     def __init__(self, log: Path, on_tensorboard, epoch):
         self.log, self.drawn, self.epochs = log, -math.inf, None
-        self.board = tensorboard(log.parent, epoch + 1) if on_tensorboard and utils.is_main() else None
+        self.board = None
+        if on_tensorboard and utils.is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
+            self.board = SummaryWriter(log.parent, purge_step=epoch + 1)
 
     def add(self, metrics):
-        append_json(self.log, metrics)
+        try:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise RunFailed(f"cannot write {self.log}: {error.strerror}") from None
         if perf_counter() - self.drawn > CURVES_EVERY:  # a page takes a second, small epochs little more
             self.draw()
         if self.board is not None:
@@ -49,13 +59,9 @@ def plain_args(args) -> dict:
 
 def git_revision() -> str:
     """Of this code; '-dirty' if files were changed since, 'unknown' if it is no repository."""
-
-    def git(*command):
-        here = Path(__file__).parent
-        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout.strip()
-
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:  # no git here
         return "unknown"
 
@@ -75,27 +81,21 @@ def environment(device) -> dict:
 def _hardware(device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux; Python itself knows only the architecture there
+    with suppress(OSError, StopIteration):  # Linux; Python itself knows only the architecture there
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
-def append_json(path, record: dict):
-    """One more line of JSON at the end of a log."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror}") from None
-
-
 def read_json_lines(path) -> list[dict]:
-    """The records of a log; lines that are none, such as a last one that a crash cut off, are left out."""
-    records = []
-    for line in Path(path).read_bytes().splitlines():
+    """The records of a log; lines that are none, such as a last one that a crash cut off, are left out.
+
+    None of a file that is not there.
+    """
+    records, content = [], b""
+    with suppress(FileNotFoundError):
+        content = Path(path).read_bytes()
+    for line in content.splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError, too
@@ -103,15 +103,6 @@ def read_json_lines(path) -> list[dict]:
         if isinstance(record, dict):
             records.append(record)
     return records
-
-
-def tensorboard(folder, epoch):
-    """A writer of TensorBoard's event files, from `epoch` on. Raises BadInput where that package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=epoch)
 
 
 PANELS = (  # of the training curves: title, label of the axis, lines
@@ -132,8 +123,8 @@ def plot_curves(epochs: list[dict], folder):
     numbers = [record["epoch"] for record in epochs]
     for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
         for key, name in lines.items():
-            if any(record.get(key) is not None for record in epochs):
-                values = [float("nan") if record.get(key) is None else record[key] for record in epochs]
+            values = np.array([record.get(key) for record in epochs], dtype=float)  # NaN where it was not measured
+            if not np.isnan(values).all():
                 axes.plot(numbers, values, marker=".", label=name)
         if axes.lines:
             axes.legend()

@@ -21,6 +21,8 @@ from training.flags import MODEL_FLAGS, OF_ANY_MODEL, given_model_args
 from training.losses import DistillationLoss
 from utils import BadInput
 
+FSDP_OPTIMIZERS = ("adam", "adamw", "lamb", "lion", "nadamw", "sgd")  # tested; some of timm's fail with shares
+
 
 def updates_per_epoch(batches, args) -> int:
     return -(-len(batches) // args.accum_steps)
@@ -44,10 +46,13 @@ def make_step(args, model, batches, classes: int, teacher=None) -> TrainingStep:
 def make_optimizer(model, args, batches):
     """timm's optimizer, without decay of biases, norms and tokens, and its cosine schedule, counted in its steps.
 
-    Raises BadInput if there is no such optimizer.
+    Raises BadInput if there is no such optimizer, or not for FSDP2.
     """
+    if args.fsdp and args.opt not in FSDP_OPTIMIZERS:
+        raise BadInput(f"--fsdp was not tested with --opt {args.opt}; give one of {', '.join(FSDP_OPTIMIZERS)}")
     device = next(model.parameters()).device
-    fused = {"fused": True} if args.opt in ("adam", "adamw", "sgd") and device.type in ("cpu", "cuda") else {}
+    has_fused = ("adam", "adamw") if args.fsdp else ("adam", "adamw", "sgd")  # FSDP2's shares: not SGD (torch 2.14)
+    fused = {"fused": True} if args.opt in has_fused and device.type in ("cpu", "cuda") else {}
     try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
         optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, **fused)
     except (ValueError, AssertionError) as error:
@@ -136,6 +141,16 @@ def load_finetune(model, path) -> LoadReport:
     return report
 
 
+def check_same_model(path, checkpoint, wanted: dict, advice):
+    """Raise BadInput, with `advice`, unless a checkpoint's model and `data_set` have the values `wanted`."""
+    about = checkpoint["data"]
+    there = {"img_size": about["input_size"], "data_set": about["name"]} | checkpoint["model_args"]
+    wanted = wanted | {name: to_2tuple(wanted[name]) for name in ("img_size", "patch_size") if wanted.get(name)}
+    other = [f"{name} is {there.get(name)}, not {value}" for name, value in wanted.items() if there.get(name) != value]
+    if other:
+        raise BadInput(f"{path} is another model than the flags ask for ({'; '.join(other)}); {advice}")
+
+
 def check_timm_model(args):
     """Raise BadInput unless the flags describe one of timm's models."""
     sizes = ", ".join(SIZES)
@@ -151,11 +166,8 @@ def describe(model) -> str:
     if not isinstance(model, DynamicViT):
         return f"{model.model_args['timm_name']} of timm, {size:.2f} M parameters"
     cls = "no class token" if model.cls_pos is None else f"CLS enters at block {model.cls_pos}"
-    registers = (
-        f"{model.num_register_tokens} registers at block {model.reg_pos}"
-        if model.num_register_tokens
-        else "no registers"
-    )
+    count = model.num_register_tokens
+    registers = f"{count} registers at block {model.reg_pos}" if count else "no registers"
     dist = "" if model.dist_pos is None else f", distillation token at block {model.dist_pos}"
     return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
 

@@ -2,12 +2,36 @@
 
 from pathlib import Path
 
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.schema import first_wrong, state_schema
 from training import run_folder
 from training.run_log import plain_args
 from utils import BadInput, say
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, of FSDP in the first process only
+
+
+def weights_of(model) -> dict:
+    """The model's state dict; all processes of FSDP have a part in it, and the first one gets it."""
+    return get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else model.state_dict()
+
+
+def load_weights_of(model, weights: dict):
+    """Put a state dict, which every process has, into a model or its shares."""
+    if isinstance(model, FSDPModule):
+        set_model_state_dict(model, dict(weights), options=WHOLE)
+    else:
+        model.load_state_dict(weights)
 
 
 class TrainingState:
@@ -33,12 +57,12 @@ class TrainingState:
         }  # fmt: skip
 
     def checkpoint(self) -> dict:
-        """To resume from. All processes have a part in it; it is the same in all of them."""
-        return {
-            "model": self.model.state_dict(), **self.about(), "best": self.best, "step": self.step,
-            "batch": self.batch, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
+        """To resume from. All processes have a part in it; with FSDP, only the first one has the tensors."""
+        return {  # the model first: FSDP's is in its shares afterwards, as its optimizer wants it, also in a validation
+            "model": weights_of(self.model), **self.about(), "best": self.best, "step": self.step,
+            "batch": self.batch, "skipped": self.skipped, "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema": weights_of(self.ema.module) if self.ema else None,
             "processes": utils.gather({"random": utils.random_states(), "sums": self.sums}),
         }  # fmt: skip
 
@@ -97,12 +121,12 @@ class TrainingState:
         run_folder.check_same_run(path, saved, self.args)
 
     def _restore(self, path, saved):
-        self.model.load_state_dict(saved["model"])
+        load_weights_of(self.model, saved["model"])
         self._restore_optimizer(path, saved)
         if self.scaler is not None and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"])
+            load_weights_of(self.ema.module, saved["ema"])
         for name in ("epoch", "step", "batch", "skipped", "metrics", "best"):
             setattr(self, name, saved[name])
         if len(saved["processes"]) == utils.world_size() and saved["args"].get("seed") == self.args.seed:
@@ -124,7 +148,31 @@ class TrainingState:
         # Of the rest some, like Lookahead's steps, is state; the rate is set before each step.
         flagged = ("initial_lr", "weight_decay", "fused")
         groups = [was | {key: now[key] for key in flagged if key in now} for was, now in zip(old, groups)]
-        self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": groups})
+        self._load_optimizer(saved["optimizer"] | {"param_groups": groups})
+
+    def _optimizer_state(self) -> dict:
+        """The optimizer's state dict, whose parameters are numbers; torch's functions for FSDP have names there."""
+        if not isinstance(self.model, FSDPModule):
+            return self.optimizer.state_dict()
+        named = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE).get("state", {})
+        state = {i: named[name] for i, name in enumerate(self._parameters()) if name in named}
+        return self.optimizer.state_dict() | {"state": state}
+
+    def _load_optimizer(self, saved):
+        if not isinstance(self.model, FSDPModule):
+            return self.optimizer.load_state_dict(saved)
+        names = self._parameters()
+        state = {names[i]: of_parameter for i, of_parameter in saved["state"].items()}
+        groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+        named = {"state": state, "param_groups": groups}
+        set_optimizer_state_dict(self.model, self.optimizer, named, options=WHOLE)
+        for group, old in zip(self.optimizer.param_groups, saved["param_groups"]):  # torch has made lists of tuples
+            group.update((key, value) for key, value in old.items() if key != "params")
+
+    def _parameters(self) -> list[str]:
+        """Names of the optimizer's parameters, in the order of its state dict."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def selection_key(metrics):

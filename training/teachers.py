@@ -42,37 +42,34 @@ def make_teacher(args, data, device):
 
 def _teacher_model(args, data):
     """(model, `images_of` it, with "fixed": whether it takes images of that size only)."""
-    name, path = args.teacher_model, args.teacher_path
-    checkpoint = load_checkpoint(path) if path else {}
+    name, path, classes = args.teacher_model, args.teacher_path, len(data.classes)
+    checkpoint, fixed = load_checkpoint(path) if path else {}, False
     if "model_args" in checkpoint:
         model, _ = load_model(path)
-        about = images_of(checkpoint, name, data, f"the teacher {path}")
         its_name = model.model_args.get("timm_name", "a DynamicViT")
         if name not in (None, its_name):
             raise BadInput(f"--teacher_model {name}: {path} is {its_name}; leave that flag out")
         fixed = isinstance(model, DynamicViT) or "img_size" in model.model_args
-        return model, about | {"fixed": fixed}
-    if name is None:
+    elif name is None:
         raise BadInput(f"{path} does not name its model; give --teacher_model NAME")
-    if not timm.is_model(name):
+    elif not timm.is_model(name):
         raise BadInput(f"--teacher_model: timm has no model {name}")
-    config, classes = timm.get_pretrained_cfg(name), len(data.classes)
-    about = images_of(checkpoint, name, data, f"the teacher {path}") | {"fixed": False}
-    if path is None:
+    elif path is None:
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # many kinds: no network, no such weights
             raise BadInput(f"cannot download the teacher {name} ({error}); give --teacher_path FILE") from None
         if model.num_classes != classes:
             raise BadInput(f"the teacher {name} knows {model.num_classes} classes, the data have {classes}")
-        return model, about | {"fixed": config.fixed_input_size}
-    try:
-        model = timm_model(name, classes, img_size=data.input_size)
-        report = load_weights(model, checkpoint)
-    except ValueError as error:
-        raise BadInput(f"the teacher {name} of {path}: {error}") from None
-    check_whole(report, f"the teacher {name} of {path}", classes)
-    return model, about
+        fixed = timm.get_pretrained_cfg(name).fixed_input_size
+    else:
+        try:
+            model = timm_model(name, classes, img_size=data.input_size)
+            report = load_weights(model, checkpoint)
+        except ValueError as error:
+            raise BadInput(f"the teacher {name} of {path}: {error}") from None
+        check_whole(report, f"the teacher {name} of {path}", classes)
+    return model, images_of(checkpoint, name, data, f"the teacher {path}") | {"fixed": fixed}
 
 
 def images_of(checkpoint, name, data, whose) -> dict:

@@ -1,0 +1,244 @@
+"""Causal depth curve: up to which block does it not matter what CLS, or what the registers hold?
+
+At the output of each block the token is replaced, and the rest of the model runs on. `REPLACEMENTS`: zero; the mean
+over the images; a Gaussian of that mean and variance, coordinate by coordinate; the token of another image (the
+previous one); the token as it entered, the same for all images, which is what a later entry would have brought.
+Activation patching, after Vig et al. (2020), "Investigating gender bias in language models using causal mediation
+analysis" (arXiv 2004.12265).
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from inspection.attention import trace
+from inspection.bootstrap import bootstrap, mean
+from inspection.pages import headed_figure
+
+KINDS = {"cls": "class token", "registers": "registers"}
+REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", "its initial")
+
+
+def measure(model, batches, images=256, epsilon=1.0, seed=0) -> dict:
+    """What each replacement at the output of each block does to the output, on the first `images` images (0: all).
+
+    Returns:
+        {"tokens": {kind: {replacement: see `_summary`}}, "effective_rank": of the intact CLS at each block, ...}.
+        An entry of a list is a block; None: the token is absent, or, without a head, there are no predictions.
+    """
+    batches, depth = partial(_first, batches, images), model.depth
+    given, rows, hits = _Replacements(model, batches, seed), {}, []
+    for shown, labels in tqdm(batches(), "causes", leave=False, disable=None):
+        outputs: dict = {}
+        logits = trace(model, shown, output=lambda i, x, outputs=outputs: outputs.update({i: x}))
+        intact = logits, outputs[depth - 1]
+        hits += [] if labels is None else (logits.argmax(dim=1) == labels).tolist()
+        for i in range(depth):
+            for kind, part in _parts(model, i).items():
+                for name, new in given.of(kind, i, outputs[i][:, part]).items():
+                    x = outputs[i].clone()
+                    x[:, part] = new
+                    found = compare(model, intact, _resumed(model, shown, i, x), labels)
+                    rows.setdefault((kind, name), [[] for _ in range(depth)])[i].append(found)
+    return {
+        "images": given.count, "epsilon": epsilon, "labelled": bool(hits and model.num_classes),
+        "top1": 100 * float(np.mean(hits)) if hits and model.num_classes else None,
+        "effective_rank": [given.rank(i) for i in range(depth)],
+        "tokens": {
+            kind: {name: _summary(rows[kind, name], epsilon, model.num_classes) for name in REPLACEMENTS}
+            for kind in KINDS if (kind, "zero") in rows
+        },
+    }  # fmt: skip
+
+
+def _first(batches, limit):
+    left = limit or math.inf
+    for images, labels in batches():
+        if left <= 0:
+            return
+        kept = min(left, len(images))
+        yield images[:kept], None if labels is None else labels[:kept]
+        left -= kept
+
+
+def _parts(model, block) -> dict[str, slice]:
+    """Where the tokens of `KINDS` stand at the output of `block`; nowhere in an attention pooling."""
+    layout = model.token_layout(block)
+    return {kind: getattr(layout, kind) for kind in KINDS if getattr(layout, kind) is not None}
+
+
+class _Replacements:
+    """What takes a token's place, and the rank of CLS: from a first pass, which keeps sums over the images."""
+
+    def __init__(self, model, batches, seed):
+        self.count, self.sums, self.squares, self.gram = 0, {}, {}, {}
+        self.initial, self.last, self.chance = {}, {}, np.random.default_rng(seed)
+
+        def tokens(i, x):
+            for kind, part in _parts(model, i).items():
+                self.initial.setdefault(kind, x[:1, part].clone())  # at its first block, the same for all images
+
+        def output(i, x):
+            for kind, part in _parts(model, i).items():
+                self.last[kind, i], values = x[-1:, part].clone(), x[:, part].cpu().double()  # (B, n, D)
+                self.sums[kind, i] = self.sums.get((kind, i), 0) + values.sum(dim=0)
+                self.squares[kind, i] = self.squares.get((kind, i), 0) + values.square().sum(dim=0)
+                if kind == "cls":
+                    self.gram[i] = self.gram.get(i, 0) + values[:, 0].T @ values[:, 0]
+
+        for images, _ in tqdm(batches(), "causes: means", leave=False, disable=None):
+            trace(model, images, tokens=tokens, output=output)
+            self.count += len(images)
+
+    def of(self, kind, i, own: Tensor) -> dict[str, Tensor]:
+        """Each replacement of the tokens `own` (B, n, D) of a batch; the batches have to come in order."""
+        average = self.sums[kind, i] / self.count
+        deviation = (self.squares[kind, i] / self.count - average.square()).clamp_min(0).sqrt()
+        drawn = average + deviation * torch.from_numpy(self.chance.standard_normal(own.shape))
+        others = torch.cat([self.last[kind, i], own[:-1]])
+        self.last[kind, i] = own[-1:]
+        found = torch.zeros_like(own), average.to(own), drawn.to(own), others, self.initial[kind]
+        return dict(zip(REPLACEMENTS, found))
+
+    def rank(self, i) -> float | None:
+        """Effective rank of the CLS outputs, an image a row: their singular values are roots of the Gram matrix's."""
+        return effective_rank(torch.linalg.eigvalsh(self.gram[i]).clamp_min(0).sqrt()) if i in self.gram else None
+
+
+def effective_rank(singular: Tensor) -> float:
+    """exp of the entropy of the singular values divided by their sum: 1 for rank one, n for n equal ones.
+
+    Roy & Vetterli (2007), "The effective rank: a measure of effective dimensionality".
+    """
+    return float(torch.special.entr(singular / singular.sum().clamp_min(1e-300)).sum().exp())
+
+
+def _resumed(model, images, block, x) -> tuple[Tensor, Tensor]:
+    """(logits, output of the last block) of the pass that goes on behind `block` with x (B, N, D).
+
+    The blocks before are run on one image alone, since their result is not used: this works for any model's forward.
+    """
+    last = []
+
+    def output(i, y):
+        new = x if i == block else None
+        if i == model.depth - 1:
+            last.append(y if new is None else new)
+        return new
+
+    return trace(model, images[:1], output=output), last[0]
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """(B, K), (B, K) probabilities -> (B,): Jensen-Shannon divergence in bits, 0 to 1 (Lin 1991)."""
+    entropy = [torch.special.entr(values).sum(dim=-1) for values in ((p + q) / 2, p, q)]
+    return ((entropy[0] - (entropy[1] + entropy[2]) / 2) / math.log(2)).clamp_min(0)
+
+
+def compare(model, intact, changed, labels) -> np.ndarray:
+    """(B, 5): cost, agreement, divergence in bits, cosines of the final patches and of the outputs, for each image."""
+    (a, x), (b, y) = intact, changed
+    part = model.token_layout(model.depth - 1).patches
+    predicted = [logits.argmax(dim=-1) for logits in (a, b)]
+    right = [(some == (predicted[0] if labels is None else labels)).float() for some in predicted]
+    probabilities = [logits.cpu().double().softmax(dim=-1) for logits in (a, b)]
+    found = (
+        right[0] - right[1], predicted[0] == predicted[1], divergence(*probabilities),
+        F.cosine_similarity(x[:, part], y[:, part], dim=-1).mean(dim=1), F.cosine_similarity(a, b, dim=-1),
+    )  # fmt: skip
+    return torch.stack([values.cpu().double() for values in found], dim=1).numpy()
+
+
+def _summary(rows, epsilon, head) -> dict:
+    """Lists with an entry for each block, from the lists of what `compare` returned there; None without a head.
+
+    "cost": top-1 lost, in points (without labels, predictions changed, in per cent), with a paired interval;
+    "harmless_until": the last block up to which that is at most `epsilon`; None in it and in its interval: at none.
+    """
+    entry = next(i for i, parts in enumerate(rows) if parts)
+    values = np.stack([np.concatenate(parts) for parts in rows[entry:]], axis=1)  # (images, blocks, 5)
+    cost, agreement, *others = np.moveaxis(values * [100, 100, 1, 1, 1], 2, 0)
+    names = ("agreement", "divergence_bits", "patch_cosine", "output_cosine")
+    found = {name: [None] * entry + mean(each).tolist() for name, each in zip(names, (agreement, *others))}
+    judged = ("cost", "cost_interval", "harmless_until", "harmless_interval")
+    if not head:
+        return found | dict.fromkeys((*names[:2], *judged))
+
+    def until(some):
+        return harmless_until(mean(some), epsilon)
+
+    low, high = bootstrap(cost, until)
+    blocks = [None if n < 0 else entry + n for n in (until(cost), math.floor(low), math.ceil(high))]
+    lists = [[None] * entry + each.tolist() for each in (mean(cost), bootstrap(cost).T)]
+    return found | dict(zip(judged, (*lists, blocks[0], blocks[1:])))
+
+
+def harmless_until(costs, epsilon) -> int:
+    """The last block up to which all costs are at most `epsilon`; -1: not even the first."""
+    harmful = np.append(np.asarray(costs) > epsilon + 1e-9, True)
+    return int(harmful.argmax()) - 1
+
+
+def lines(result) -> list[str]:
+    """A line for each kind of token: up to which block each replacement is harmless."""
+    what, found = "points of top-1" if result["labelled"] else "% of predictions", []
+    for kind, by_name in result["tokens"].items():
+        words = []
+        for name, values in by_name.items() if by_name["zero"]["cost"] else ():
+            until = (values["harmless_until"], *values["harmless_interval"])
+            words.append("{} {} ({}..{})".format(name, *("-" if block is None else block for block in until)))
+        limit = f"Replacing the {KINDS[kind]} costs at most {result['epsilon']:g} {what} up to block"
+        found += [f"{limit} (95% interval; -: at none): {', '.join(words)}"] if words else []
+    return found or ["Causes: no class token or registers to replace, or no head to judge it by"]
+
+
+def page(result, about=""):
+    """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
+    kinds, labelled = result["tokens"], result["labelled"]
+    judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
+    titles = {
+        "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
+        "divergence_bits": "divergence (bits)", "output_cosine": "cosine of outputs",
+        "patch_cosine": "cosine of final patches", "effective_rank": "effective rank",
+    }  # fmt: skip
+    for key in ("output_cosine",) if judged else ("cost", "divergence_bits"):
+        del titles[key]
+    figure = headed_figure(
+        (11, 7), "Up to which block does it not matter what a token holds?",
+        f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
+        "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
+        f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
+        "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent.",
+        layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0.01, 0.11, 0.98, 0.79), w_pad=0.08)
+    grid = figure.subplots(max(1, len(kinds)), len(titles), squeeze=False)
+    for row, (kind, by_name) in zip(grid, kinds.items()):
+        for axes, (key, title) in zip(row, titles.items()):
+            axes.set_title(f"{KINDS[kind]}: {title}", fontsize=9)
+            for name, values in by_name.items() if key in by_name["zero"] else [("unchanged", result)]:
+                _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
+        if judged:
+            row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
+        row[-2].legend(fontsize=7, frameon=False)
+        row[-1].set_visible(kind == "cls")
+    return figure
+
+
+def _draw(axes, name, values, interval):
+    """A curve over the blocks with its band, grey where the token is absent."""
+    from matplotlib.ticker import MaxNLocator
+
+    entry = sum(value is None for value in values)
+    blocks = range(entry, len(values))
+    (line,) = axes.plot(blocks, values[entry:], marker=".", linewidth=1.2, label=name)
+    if interval:
+        axes.fill_between(blocks, *zip(*interval[entry:]), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.axvspan(-0.5, entry - 0.5, color="0.88", linewidth=0)
+    axes.set(xlim=(-0.5, len(values) - 0.5), xlabel="block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,0 +1,184 @@
+"""Lens: what the model would answer if it ended at an earlier block, and how large its activations are.
+
+The final norm and the head are put on CLS, on the mean patch and on the distillation token at the output of each block:
+the logit lens of nostalgebraist (2020), "interpreting GPT: the logit lens". A mean patch is the mean of the normalised
+patches, as a model that classifies their mean has it; so the last block's lens on the token that is classified gives
+the logits. Massive activations by Sun et al., "Massive Activations in Large Language Models" (arXiv 2402.17762).
+"""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from inspection.attention import trace
+from inspection.bootstrap import bootstrap, mean
+from inspection.foreign import ForeignViT
+from inspection.pages import headed_figure
+from inspection.statistics import NAMES, parts_of
+from inspection.statistics_pages import HUES, LINES, WORDS, _block_axis
+
+LARGE, TIMES = 100, 1000  # there: massive is above 100, and at least about 1,000 times the median
+
+
+class Readout:
+    """The end of a DynamicViT or a ForeignViT: its last norm and heads."""
+
+    def __init__(self, model):
+        own = model.model if isinstance(model, ForeignViT) else model
+        self.norm, self.fc_norm = own.norm, getattr(own, "fc_norm", None) or nn.Identity()
+        # Behind an attention pooling the head is for what the pooling makes of the tokens.
+        has_head = model.num_classes and getattr(model, "pool_pos", None) is None
+        has = {"cls": model.cls_pos is not None, "dist": model.dist_pos is not None, "patches": True}
+        heads = {kind: getattr(own, f"head_{kind}", own.head) for kind in has} if has_head else {}
+        self.heads = {kind: head for kind, head in heads.items() if has[kind]}
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D): each token as if it were the one that is classified."""
+        return self.fc_norm(self.norm(x))
+
+    def logits(self, x: Tensor, layout) -> dict[str, Tensor]:
+        """(B, N, D) at the output of a block -> {kind of token: (B, K)} of those that are there and have a head."""
+        x = self.norm(x)
+        tokens = {kind: x[:, part].mean(dim=1) for kind, part in parts_of(layout).items() if kind in self.heads}
+        return {kind: self.heads[kind](self.fc_norm(token)) for kind, token in tokens.items()}
+
+
+@torch.no_grad()
+def measure(model, batches) -> dict:
+    """Lists have an entry for each block, None where the token is absent. Accuracies and shares are in per cent.
+
+    Returns:
+        {"lenses": {token: {"accuracy", "agreement" with the final prediction, both with intervals}}, "cosine": of CLS
+        with the patches, "before" and "after" the last norm, "largest": three of |activation|, "median", "massive":
+        images with a massive activation, "largest_in": the kind of token that the largest is in}.
+    """
+    readout, layouts = Readout(model), [model.token_layout(i) for i in range(model.depth)]
+    rows, hits = defaultdict(list), []
+    for images, labels in tqdm(batches(), "lens", leave=False, disable=None):
+        found: dict = {}
+
+        def output(i, x, found=found):
+            if i < model.depth:  # not of an attention pooling
+                found |= {(kind, i): logits.argmax(dim=1) for kind, logits in readout.logits(x, layouts[i]).items()}
+                found |= {(name, i): values for name, values in _sizes(x, layouts[i], readout).items()}
+
+        final = trace(model, images, output=output)
+        found |= {("agreement", *key): found[key] == final.argmax(dim=1) for key in found if key[0] in readout.heads}
+        if labels is not None and model.num_classes:
+            hits += (final.argmax(dim=1) == labels).tolist()
+            found |= {("accuracy", *key): found[key] == labels for key in list(found) if key[0] in readout.heads}
+        for key, values in found.items():
+            rows[key].append(values.cpu().numpy())
+    rows = {key: np.concatenate(parts) for key, parts in rows.items()}
+    return _summary(rows, model.depth, [kind for kind in NAMES if kind in readout.heads]) | {
+        "images": len(rows["median", 0]), "tokens": [layout.length for layout in layouts],
+        "top1": 100 * float(np.mean(hits)) if hits else None,
+    }  # fmt: skip
+
+
+def _sizes(x, layout, readout) -> dict[str, Tensor]:
+    """Of each image: (B, 3) and (B,) of |activation| over all tokens and dimensions, the kind of token, cosines."""
+    size = x.abs().flatten(1)
+    largest, places = size.topk(3, dim=1)
+    kinds = torch.zeros(layout.length, dtype=torch.long, device=x.device)
+    for n, kind in enumerate(NAMES):
+        if kind in parts_of(layout):
+            kinds[parts_of(layout)[kind]] = n
+    found = {"largest": largest, "median": size.median(dim=1).values, "kind": kinds[places[:, 0] // x.shape[2]]}
+    for name, y in (("before", x), ("after", readout.normalised(x))) if layout.cls is not None else ():
+        found[name] = F.cosine_similarity(y[:, layout.cls], y[:, layout.patches], dim=-1).mean(dim=1)
+    return found
+
+
+def _summary(rows, depth, lenses) -> dict:
+    def of_blocks(statistic, *key):
+        return [statistic(rows[(*key, i)]) if (*key, i) in rows else None for i in range(depth)]
+
+    def average(values):
+        return values.mean(axis=0).tolist()
+
+    def percent(values):
+        return 100 * float(values.mean())
+
+    def ends(values):
+        return bootstrap(100.0 * values, mean).tolist()
+
+    massive, kinds = [], []
+    for i in range(depth):
+        first, median = rows["largest", i][:, 0], rows["median", i]
+        massive.append(percent((first > LARGE) & (first >= TIMES * median)))
+        counted = Counter(rows["kind", i].tolist())
+        kinds.append({kind: 100 * counted[n] / len(first) for n, kind in enumerate(NAMES) if counted[n]})
+    return {
+        "lenses": {
+            NAMES[kind]: {
+                name + word: of_blocks(statistic, name, kind)
+                for name in ("accuracy", "agreement") if ("accuracy", kind, depth - 1) in rows or name == "agreement"
+                for word, statistic in (("", percent), ("_interval", ends))
+            }
+            for kind in lenses
+        },
+        "cosine": {name: of_blocks(average, name) for name in ("before", "after")},
+        "largest": of_blocks(average, "largest"), "median": of_blocks(average, "median"),
+        "massive": massive, "largest_in": kinds,
+    }  # fmt: skip
+
+
+def lines(result) -> list[str]:
+    """From which block each lens gives what the model answers in the end, and the massive activations."""
+    found = []
+    for token, lens in result["lenses"].items():
+        agree = lens["agreement"]
+        begins = next(i for i in range(len(agree) + 1) if all(v is not None and v >= 90 for v in agree[i:]))
+        words = f"from block {begins} on" if begins < len(agree) else "at no block"
+        found.append(f"Lens on the {token}: the final prediction in 90% of the images {words}")
+    massive = [i for i, share in enumerate(result["massive"]) if share >= 50]
+    if not massive:
+        return [*found, "Massive activations: none"]
+    i = max(massive, key=lambda i: result["largest"][i][0])
+    where = max(result["largest_in"][i], key=result["largest_in"][i].get)
+    largest = f"{result['largest'][i][0]:.0f} in the {WORDS[where]} at block {i} (median {result['median'][i]:.2g})"
+    return [*found, f"Massive activations: in {len(massive)} blocks from {massive[0]} on; largest {largest}"]
+
+
+def page(result, about=""):
+    """Accuracy and agreement, cosines, and the sizes of activations; `about`: the line below the title."""
+    figure = headed_figure(
+        (11, 7), "What would the model answer at each block?", about or f"{result['images']} images",
+        "Lens: the last norm and the head on a token at the output of each block; at the last block this is the model "
+        "itself, if that token is classified. Bands: 95% bootstrap intervals over images. A lens that is wrong early "
+        "shows that the head cannot read the token there, not that the token holds nothing: see the probes. Massive "
+        f"activations are above {LARGE} and {TIMES:,} times the median. A line begins where its token enters.",
+        layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0.01, 0.12, 0.98, 0.78), w_pad=0.08)
+    (top, side), (cosines, sizes) = figure.subplots(2, 2)
+    hues = LINES | {NAMES["registers"]: HUES["registers"]}
+    for axes, name in ((top, "accuracy"), (side, "agreement")):
+        for token, lens in result["lenses"].items():
+            if name in lens:
+                ends = np.array([v or [None, None] for v in lens[name + "_interval"]], float).T
+                axes.plot(np.array(lens[name], float), ".-", color=hues[token], label=token)
+                axes.fill_between(range(len(lens[name])), *ends, color=hues[token], alpha=0.15, linewidth=0)
+        axes.set(ylabel="%", ylim=(0, 102), title=f"lens: {name}{' with the final prediction' * (name != 'accuracy')}")
+    if result["top1"] is not None:
+        top.axhline(result["top1"], color="0.4", linestyle="--", linewidth=1, label="the model")
+    for name, values in result["cosine"].items():
+        cosines.plot(np.array(values, float), ".-", label=f"{name} the last norm")
+    cosines.set(title="cosine of CLS with the patches, mean", ylim=(-1.05, 1.05))
+    for n, values in enumerate(zip(*result["largest"])):
+        sizes.plot(values, ".-", color="tab:red", alpha=1 - 0.3 * n, label=f"largest {n + 1}")
+    sizes.plot(result["median"], ".-", color="0.3", label="median")
+    sizes.set(title="|activation|, mean over images", yscale="log")
+    for axes in (top, side, cosines, sizes):
+        _block_axis(axes, result)
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
+        else:
+            axes.set_visible(False)
+    return figure

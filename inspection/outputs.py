@@ -1,0 +1,163 @@
+"""What the output is made of: what CLS takes from patches, registers and itself in the last attention.
+
+The attention of CLS is cut into parts: its weights on the tokens of one kind are kept, and the others are zero, without
+renormalisation. Each part is compared with the whole, once as what the attention adds to the residual stream, once as
+the output of the model (with the skip path, the MLP and the last norm), by linear CKA (inspection/cka.py):
+arXiv 2505.05892.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from inspection.attention import _as_evaluated, _forward, _Recorder
+from inspection.bootstrap import bootstrap
+from inspection.cka import CKA
+from inspection.lens import Readout
+from inspection.pages import headed_figure
+from inspection.statistics import parts_of
+from inspection.statistics_pages import HUES, WORDS, _block_axis
+from utils import BadInput
+
+PARTS = WORDS | {"cls": "itself", "none": "nothing", "bias": "biases", "skip": "skip path"}
+
+
+def check(model):
+    """Raise BadInput unless CLS attends in the last block, and this block is a known one."""
+    if model.token_layout(model.depth - 1).cls is None:
+        raise BadInput("outputs: this model has no class token, whose attention could be cut into parts")
+    if not hasattr(model.blocks[model.depth - 1], "mlp"):
+        raise BadInput("outputs: attention and MLP of the last block cannot be told apart in this model")
+
+
+@torch.no_grad()
+def measure(model, batches) -> dict:
+    """Mean norms with intervals, CKA with the whole, and for each block the cosine of its CLS with the last block's.
+
+    Returns:
+        {"norms": {"skip", each part, "bias", "attention": {"mean", "interval"}}, "cka": {"attention", "output":
+        {part: see `CKA.result`}}, "cosine", "cosine_interval", "rest": mean norm of what the attention adds to its
+        parts and biases, relative to the attention: 0 unless there is a norm behind the weighted sum, ...}
+    """
+    check(model)
+    readout, rows, cka = Readout(model), defaultdict(list), {"attention": CKA(), "output": CKA()}
+    for images, _ in tqdm(batches(), "outputs", leave=False, disable=None):
+        cls, skip, added, outputs = decompose(model, images)
+        whole, bias = added.pop("attention"), added["none"]
+        parts = {name: values - bias for name, values in added.items() if name != "none"}
+        cka["attention"].add(parts, whole)
+        outputs = {name: readout.normalised(x[:, None])[:, 0] for name, x in outputs.items()}
+        cka["output"].add(outputs, outputs.pop("attention"))
+        norms = {"skip": skip, **parts, "bias": bias, "attention": whole, "rest": whole - bias - sum(parts.values())}
+        found = {("norm", name): values.norm(dim=-1) for name, values in norms.items()}
+        found |= {("cosine", i): F.cosine_similarity(x, cls[model.depth - 1], dim=-1) for i, x in cls.items()}
+        for key, values in found.items():
+            rows[key].append(values.double().cpu().numpy())
+    rows = {key: np.concatenate(values) for key, values in rows.items()}
+    cosines, rest = [rows.get(("cosine", i)) for i in range(model.depth)], rows.pop(("norm", "rest"))
+    return {
+        "images": len(rest), "tokens": [model.token_layout(i).length for i in range(model.depth)],
+        "norms": {
+            name: {"mean": float(values.mean()), "interval": bootstrap(values).tolist()}
+            for (what, name), values in rows.items() if what == "norm"
+        },
+        "rest": float(rest.mean() / max(rows["norm", "attention"].mean(), 1e-12)),
+        "cka": {name: each.result() for name, each in cka.items()},
+        "cosine": [None if values is None else float(values.mean()) for values in cosines],
+        "cosine_interval": [None if values is None else bootstrap(values).tolist() for values in cosines],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
+    """One forward pass, and the last block again for CLS alone with parts of its attention.
+
+    Returns:
+        ({block: CLS at its output}, CLS at the input of the last block, {part: what the attention adds to that}, {part:
+        CLS at the output of the last block}), all (B, D). Parts are kinds of tokens, "attention" (all of them) and
+        "none": what its biases add.
+    """
+    last, cls, seen = model.depth - 1, {}, {}
+    at = model.token_layout(last).cls
+    parts = parts_of(model.token_layout(last)) | {"attention": slice(None), "none": slice(0)}
+
+    def see(i, call):
+        if i == last:
+            row = call.weights([at])  # (B, H, 1, N)
+            seen["mixed"] = torch.cat([row[..., p] @ call.value[..., p, :] for p in parts.values()], dim=2)
+
+    def tokens(i, x):
+        if i == last:
+            seen["skip"] = x[:, at]
+
+    def output(i, x):
+        if model.token_layout(i).cls is not None:
+            cls[i] = x[:, model.token_layout(i).cls.start]
+
+    _forward(model, images, see, last, tokens, output)
+    block, recorder = model.blocks[last], _Recorder(lambda i, call: seen["mixed"])
+    recorder.block = last
+    x = seen["skip"].expand(-1, len(parts), -1)  # a token for each part; but for attention, a block has no mixing
+    with _as_evaluated(model), recorder:
+        whole = block(x)  # (B, parts, D)
+        silent = block.mlp.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        try:
+            added = block(x) - x
+        finally:
+            silent.remove()
+    names = dict(zip(parts, range(len(parts))))
+    if not torch.allclose(whole[:, names["attention"]], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):
+        raise BadInput("outputs: the last block of this model does more with its attention than add it to CLS")
+    added, outputs = ({name: values[:, n] for name, n in names.items()} for values in (added, whole))
+    return cls, seen["skip"][:, 0], added, outputs
+
+
+def lines(result) -> list[str]:
+    """The parts of the last attention: CKA of the output that keeps one, and norms."""
+    output, norms = result["cka"]["output"], result["norms"]
+    kept = [f"{PARTS[n]} {v['debiased']:.2f}" for n, v in output.items() if v["debiased"] is not None]
+    sizes = [f"{PARTS[name]} {values['mean']:.2f}" for name, values in norms.items() if name != "attention"]
+    found = [f"Debiased CKA of the output that keeps a part of the last attention: {', '.join(kept) or 'undefined'}"]
+    found.append(f"Norms there: {', '.join(sizes)}; all of the attention {norms['attention']['mean']:.2f}")
+    return found + [f"The parts do not add up: {100 * result['rest']:.0f}% of the norm"] * (result["rest"] > 0.01)
+
+
+def page(result, about=""):
+    """CKA and norms of the parts, and the cosine of each block's CLS with the last; `about`: below the title."""
+    figure = headed_figure(
+        (11, 5), "What is the output made of?", about or f"{result['images']} images",
+        "CLS's attention in the last block, with its weights on tokens of one kind kept and the others zero. Linear "
+        "CKA with the whole: 1 is the same up to rotation and scale. Filled: debiased (0: unrelated); outlined: "
+        "biased, high if images are few. 'Nothing' keeps the skip path alone. Black, bands: 95% bootstrap intervals.",
+        layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0.01, 0.16, 0.98, 0.7), w_pad=0.08)
+    attention, output, norms, cosine = figure.subplots(1, 4)
+    for axes, name, title in ((attention, "attention", "what attention adds"), (output, "output", "final output")):
+        values = result["cka"][name]
+        names = [PARTS[part] for part in values]
+        for word, style in (("debiased", dict(alpha=0.8)), ("cka", dict(fill=False))):
+            colours = [HUES.get(part, "0.5") for part in values]
+            axes.bar(
+                names, np.array([v[word] for v in values.values()], float), **style, color=colours, edgecolor="0.3"
+            )
+        axes.axhline(0, color="0.3", linewidth=0.6)
+        axes.set(ylim=(None, 1.05))
+        axes.set_title(f"CKA: {title}", fontsize=10)
+    values = result["norms"]
+    means = np.array([v["mean"] for v in values.values()])
+    ends = np.abs(np.array([v["interval"] for v in values.values()]).T - means)
+    norms.bar([PARTS.get(n, "attention") for n in values], means, yerr=ends, color=[HUES.get(n, "0.5") for n in values])
+    norms.set_title("mean norm", fontsize=10)
+    cosine.plot(np.array(result["cosine"], float), ".-", color=HUES["cls"])
+    ends = np.array([v or [None, None] for v in result["cosine_interval"]], float).T
+    cosine.fill_between(range(len(result["cosine"])), *ends, color=HUES["cls"], alpha=0.15, linewidth=0)
+    cosine.set_title("cosine of CLS with the last block's", fontsize=10)
+    _block_axis(cosine, result)
+    for axes in (attention, output, norms):
+        axes.tick_params(axis="x", rotation=60)
+    return figure

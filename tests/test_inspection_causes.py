@@ -1,0 +1,260 @@
+"""The causal depth curve against passes and numbers by hand, on models with planted structure."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from conftest import noise, tiny
+from inspection import causes
+from inspection.attention import trace
+from inspection.bootstrap import bootstrap
+from inspection.causes import REPLACEMENTS, divergence, effective_rank, harmless_until, lines, measure, page
+from inspection.foreign import ForeignViT
+
+
+def in_batches(images, labels=None, size=2):
+    def batches():
+        for k in range(0, len(images), size):
+            yield images[k : k + size], None if labels is None else labels[k : k + size]
+
+    return batches
+
+
+def late(**kwargs):
+    return tiny(**(dict(cls_pos=1, reg_pos=2, num_register_tokens=2) | kwargs))
+
+
+def reading_registers(**kwargs):
+    """The same, with attention so sharp that what registers hold reaches the output."""
+    model = late(**kwargs)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(2)
+    return model
+
+
+def foreign():
+    """A ViT of timm's of 3 blocks with CLS and 4 registers, without a head."""
+    torch.manual_seed(0)
+    args = dict(depth=3, img_size=56, embed_dim=48, num_heads=3, num_classes=0, init_values=None)
+    return ForeignViT(timm.create_model("vit_small_patch14_reg4_dinov2", **args).eval(), "dinov2", 56)
+
+
+def test_the_same_image_as_donor_changes_nothing_exactly():
+    model = reading_registers()
+    images = noise(model, 1).repeat(3, 1, 1, 1)
+    found = measure(model, in_batches(images, torch.zeros(3, dtype=torch.long), size=1))["tokens"]
+    for kind, entry in (("cls", 1), ("registers", 2)):
+        same, zero = found[kind]["another image's"], found[kind]["zero"]
+        nothing = [None] * entry + [0.0] * (4 - entry)
+        assert same["cost"] == same["divergence_bits"] == nothing
+        assert same["cost_interval"] == [None if n is None else [0.0, 0.0] for n in nothing]
+        assert same["agreement"] == [None if n is None else 100.0 for n in nothing]
+        assert same["patch_cosine"][entry:] == pytest.approx([1] * (4 - entry), abs=1e-6)
+        assert (same["harmless_until"], same["harmless_interval"]) == (3, [3, 3])
+        assert zero["divergence_bits"][entry] > 1e-5
+    assert found["registers"]["zero"]["patch_cosine"][2] < 0.9999
+
+
+@pytest.mark.parametrize(("cls_pos", "reg_pos"), [(0, 0), (2, 1), (3, 3), (None, 2)])
+def test_before_its_entry_a_token_is_absent(cls_pos, reg_pos):
+    model = tiny(cls_pos=cls_pos, reg_pos=reg_pos, num_register_tokens=2)
+    found = measure(model, in_batches(noise(model, 4), torch.arange(4)))
+    entries = {kind: at for kind, at in (("cls", cls_pos), ("registers", reg_pos)) if at is not None}
+    assert found["tokens"].keys() == entries.keys()
+    for kind, entry in entries.items():
+        for values in found["tokens"][kind].values():
+            for name in ("cost", "cost_interval", "agreement", "divergence_bits", "patch_cosine", "output_cosine"):
+                assert [i for i, value in enumerate(values[name]) if value is None] == list(range(entry))
+    present = [value is not None for value in found["effective_rank"]]
+    assert present == [cls_pos is not None and i >= cls_pos for i in range(4)]
+
+
+def test_without_tokens_there_is_nothing_to_replace():
+    model = tiny(cls_pos=None, num_register_tokens=0)
+    found = measure(model, in_batches(noise(model, 4)))
+    assert found["tokens"] == {}
+    assert lines(found) == ["Causes: no class token or registers to replace, or no head to judge it by"]
+    assert page(found)
+
+
+@pytest.mark.parametrize("make", [late, foreign])
+@pytest.mark.parametrize("kind", ["cls", "registers"])
+def test_its_initial_token_at_the_input_of_its_entry_block_changes_nothing(make, kind):
+    model = make()
+    images, entry = noise(model, 4), {"cls": model.cls_pos, "registers": model.reg_pos}[kind]
+    initial = causes._Replacements(model, in_batches(images), 0).initial[kind]
+
+    def replace(i, x):
+        if i == entry:
+            x = x.clone()
+            x[:, getattr(model.token_layout(i), kind)] = initial
+            return x
+
+    assert torch.equal(trace(model, images, tokens=replace), trace(model, images))
+
+
+def test_before_the_first_block_that_writes_to_it_its_initial_token_changes_nothing():
+    """CLS enters at block 0, and blocks 0 and 1 change nothing: it could as well enter at block 2."""
+    model = tiny(cls_pos=0, reg_pos=0, num_register_tokens=2)
+    with torch.no_grad():
+        for block in model.blocks[:2]:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.zero_()
+                layer.bias.zero_()
+    images = noise(model, 6)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    found = measure(model, in_batches(images, labels), epsilon=0)
+    for kind in ("cls", "registers"):
+        bits = found["tokens"][kind]["its initial"]["divergence_bits"]
+        assert bits[:2] == [0, 0] and bits[2] > 0
+    assert found["tokens"]["cls"]["its initial"]["harmless_until"] >= 1
+    assert found["tokens"]["cls"]["zero"]["divergence_bits"][0] > 0
+    assert found["effective_rank"][:2] == pytest.approx([1, 1], abs=1e-3)
+    assert found["effective_rank"][2] > 1.01
+
+
+@pytest.mark.parametrize("make", [reading_registers, foreign])
+def test_every_measure_equals_that_of_whole_passes(make):
+    """Of zero, the previous image's tokens and the mean, from the definitions."""
+    model = make()
+    images = noise(model, 5)
+    labels = torch.tensor([0, 1, 2, 3, 4]) if model.num_classes else None
+    found = measure(model, in_batches(images, labels))
+    outputs: dict = {}
+    intact = trace(model, images, output=lambda i, x: outputs.update({i: x}))
+    last = model.depth - 1
+    for kind in ("cls", "registers"):
+        for block in (1, 2, last):
+            part = getattr(model.token_layout(block), kind)
+            if part is None:
+                continue
+            own = outputs[block][:, part]
+            others = (0 * own, own.mean(dim=0, keepdim=True), own.roll(1, dims=0))
+            for name, new in zip(("zero", "mean", "another image's"), others):
+                seen = {}
+
+                def replace(i, x, block=block, part=part, new=new, seen=seen):
+                    x = x.clone()
+                    x[:, part] = new if i == block else x[:, part]
+                    seen[i] = x
+                    return x
+
+                logits, values = trace(model, images, output=replace), found["tokens"][kind][name]
+                patches = model.token_layout(last).patches
+                cosine = torch.cosine_similarity(seen[last][:, patches], outputs[last][:, patches], dim=-1).mean()
+                assert values["patch_cosine"][block] == pytest.approx(float(cosine), abs=1e-5)
+                cosine = torch.cosine_similarity(logits, intact, dim=-1).mean()
+                assert values["output_cosine"][block] == pytest.approx(float(cosine), abs=1e-5)
+                if labels is None:
+                    assert values["cost"] is values["divergence_bits"] is None
+                    continue
+                a, b = intact.argmax(dim=1), logits.argmax(dim=1)
+                assert values["agreement"][block] == pytest.approx(100 * float((a == b).float().mean()))
+                cost = float((a == labels).float().mean() - (b == labels).float().mean())
+                assert values["cost"][block] == pytest.approx(100 * cost)
+                p, q = intact.softmax(dim=1).double(), logits.softmax(dim=1).double()
+                m = (p + q) / 2
+                bits = ((p * (p / m).log2()).sum(dim=1) + (q * (q / m).log2()).sum(dim=1)).mean() / 2
+                assert values["divergence_bits"][block] == pytest.approx(float(bits), abs=1e-6)
+    for block, rank in enumerate(found["effective_rank"]):
+        if rank is not None:
+            cls = outputs[block][:, model.token_layout(block).cls].flatten(1).double()
+            assert rank == pytest.approx(effective_rank(torch.linalg.svdvals(cls)), rel=1e-3)
+
+
+def test_the_gaussian_has_the_mean_and_the_variance_of_the_images():
+    model = late()
+    images = noise(model, 40)
+    given, outputs = causes._Replacements(model, in_batches(images, size=7), 0), {}
+    trace(model, images, output=lambda i, x: outputs.update({i: x}))
+    own = outputs[3][:, model.token_layout(3).registers]
+    drawn = given.of("registers", 3, own.repeat(100, 1, 1))["Gaussian"]
+    deviation = own.std(dim=0, correction=0)
+    assert torch.allclose(drawn.std(dim=0), deviation, rtol=0.06)
+    assert ((drawn.mean(dim=0) - own.mean(dim=0)).abs() < 0.08 * deviation).all()
+    assert given.initial["registers"].shape == (1, 2, 24)
+
+
+def test_without_labels_the_cost_is_what_changes():
+    model = late()
+    images = noise(model, 6)
+    found = measure(model, in_batches(images), epsilon=100)
+    assert (found["labelled"], found["top1"]) == (False, None)
+    changed = found["tokens"]["cls"]["zero"]
+    assert changed["cost"][1:] == pytest.approx([100 - agreement for agreement in changed["agreement"][1:]])
+    assert max(changed["cost"][1:]) > 0
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    labelled = measure(model, in_batches(images, labels), epsilon=100)
+    assert labelled["top1"] == 100 and labelled["tokens"]["cls"]["zero"]["cost"] == changed["cost"]
+
+
+def test_only_so_many_images_are_measured():
+    model = late()
+    images, labels = noise(model, 7), torch.arange(7) % 5
+    found = measure(model, in_batches(images, labels), images=3)
+    assert found == measure(model, in_batches(images[:3], labels[:3]), images=0)
+    assert found["images"] == 3
+
+
+def test_divergence_by_hand():
+    p = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [1, 0, 0]], dtype=torch.float64)
+    q = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0.5, 0]], dtype=torch.float64)
+    half = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)) - 0.5  # entropy of the mixture - mean of 0 and 1
+    assert divergence(p, q).tolist() == pytest.approx([1, 0, half])
+
+
+def test_effective_rank_by_hand():
+    assert effective_rank(torch.tensor([7.0, 0, 0])) == pytest.approx(1)
+    assert effective_rank(torch.full((5,), 0.3)) == pytest.approx(5)
+    assert effective_rank(torch.tensor([3.0, 1])) == pytest.approx(4 / 3**0.75)
+
+
+def test_harmless_until_the_first_block_that_costs_more():
+    assert harmless_until([0, 1, -2, 1.5, 0], 1) == 2
+    assert harmless_until([1.5, 0, 0], 1) == -1
+    assert harmless_until([0, 0, 0], 1) == 2
+    # 1 of 100 images at block 1, all at block 2; after an entry at block 3
+    rows = [[], [], [], *([np.zeros((100, 5))] for _ in range(3))]
+    rows[4][0][:1, 0], rows[5][0][:, 0] = 1, 1
+    found = causes._summary(rows, 1.0, 10)
+    assert (found["harmless_until"], found["harmless_interval"]) == (4, [3, 4])
+    assert found["cost"] == [None, None, None, 0, 1, 100]
+    assert found["cost_interval"][4] == pytest.approx([0, 3], abs=0.5)
+    rows[3][0][:, 0] = 1
+    found = causes._summary(rows, 1.0, 10)
+    assert (found["harmless_until"], found["harmless_interval"]) == (None, [None, None])
+
+
+def test_bootstrap():
+    values = np.repeat([0.0, 1.0], [100, 300])
+    low, high = bootstrap(values, resamples=4000)
+    normal = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((0.75 - normal, 0.75 + normal), abs=0.004)
+    assert bootstrap(values).tolist() == bootstrap(values).tolist() != bootstrap(values, seed=1).tolist()
+    noisy = np.random.default_rng(0).normal(size=50)
+    pairs = np.stack([noisy, noisy + 2], axis=1)  # measures of an image stay together
+    assert bootstrap(pairs, lambda some: np.diff(some.mean(axis=0))[0]) == pytest.approx([2, 2])
+    assert bootstrap(pairs).shape == (2, 2)
+
+
+@pytest.mark.parametrize("make", [late, foreign])
+def test_what_is_written_and_drawn(make):
+    model = make()
+    labels = torch.arange(4) if model.num_classes else None
+    found = measure(model, in_batches(noise(model, 4), labels))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [list(by_name) for by_name in found["tokens"].values()] == [list(REPLACEMENTS)] * 2
+    titles = [axes.get_title() for axes in page(found).axes if axes.get_visible()]
+    if model.num_classes:
+        assert len(lines(found)) == 2 and all(name in lines(found)[0] for name in REPLACEMENTS)
+        assert len(titles) == 7 and "registers: top-1 lost (points)" in titles
+    else:
+        assert "no head" in lines(found)[0]
+        assert len(titles) == 5 and "class token: cosine of outputs" in titles

@@ -157,7 +157,7 @@ def page(result, about=""):
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.12, 0.98, 0.78), w_pad=0.08)
-    (top, side), (cosines, sizes) = figure.subplots(2, 2)
+    (top, side), (cosines, sizes) = figure.subplots(2, 2, height_ratios=(1 if result["lenses"] else 0.001, 1))
     hues = LINES | {NAMES["registers"]: HUES["registers"]}
     for axes, name in ((top, "accuracy"), (side, "agreement")):
         for token, lens in result["lenses"].items():

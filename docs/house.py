@@ -9,9 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # from the top; a folder stands for its files
-    "torch.hub": ["hubconf"],
     "scripts": ["cifar_main", "main_distillation", "visualize_attention", "position_sweep", "analyze_tokens",
-                "discover_objects", "export_model", "run_with_submitit", "bench"],
+                "discover_objects", "export_model", "run_with_submitit", "bench", "hubconf"],
     "sweep": ["sweep"],
     "small images": ["cifar_train", "cifar_test"],
     "training": ["training"],
@@ -76,16 +75,21 @@ def draw(file: Path):
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(height * len(FLOORS), 0))
     axes.set_axis_off()
     for i, floor in enumerate(FLOORS):
-        y, inside = height * i, [room for room in files if floor_of(room) == i]
+        y, names = height * i, FLOORS[floor]
+        inside = [room for room in files if floor_of(room) == i]
+        inside.sort(key=lambda room: next(n for n, name in enumerate(names) if room.partition(".")[0] in name))
         axes.text(0.15, y + height / 2, floor + "/" * (ROOT / floor).is_dir(), weight="bold", va="center")
-        width = 9.2 / len(inside)
+        rows = -(-len(inside) // 10)
+        width, tall = 9.2 / -(-len(inside) // rows), (height - 0.1) / rows
         for n, room in enumerate(inside):
-            left, name = 1.7 + n * width, room.rpartition(".")[2]
-            box = dict(width=width - 0.08, height=height - 0.2, facecolor="#e8eef7", edgecolor="#5a78a8")
-            axes.add_patch(Rectangle((left, y + 0.1), **box))
-            name = name.replace("_", "_\n", 1) if len(name) > 11 * width else name
+            left, top = 1.7 + n // rows * width, y + 0.1 + n % rows * tall
+            box = dict(width=width - 0.08, height=tall - 0.1, facecolor="#e8eef7", edgecolor="#5a78a8")
+            axes.add_patch(Rectangle((left, top), **box))
+            name = room.rpartition(".")[2]
+            name = name.replace("_", "_\n", 1) if len(name) > 11 * width and rows == 1 else name
             text = f"{name}\n{lines(files[room])}"
-            axes.text(left + width / 2, y + height / 2, text, fontsize=8, ha="center", va="center")
+            size = 8 if rows == 1 else 7
+            axes.text(left + width / 2 - 0.04, top + tall / 2 - 0.05, text, fontsize=size, ha="center", va="center")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "house", "font.family": "DejaVu Sans"}):
         figure.savefig(file, metadata={"Date": None})
 

@@ -46,7 +46,10 @@ def add_checkpoint_flags(parser, several=False):
         "--model_path", default="best_model.pth", metavar="MODEL", help="checkpoint of this project, state dict, or "
         "a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER",
     )  # fmt: skip
-    parser.add_argument("--weights", metavar="FILE", help="for timm:NAME, in place of the weights that timm downloads")
+    parser.add_argument(
+        "--weights", metavar="FILE", nargs="+" if several else None,
+        help="for timm:NAME, in place of the weights that timm downloads",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
         "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width); the position "
@@ -73,12 +76,12 @@ def add_image_flags(parser):
 
 
 def flags_for_file(args, i, total):
-    """The flags for file `i` of `total`, where each of `STATE_DICT_FLAGS` has one value, or one per file.
+    """The flags for file `i` of `total`, where --weights and `STATE_DICT_FLAGS` have one value each, or one per file.
 
     Raises BadInput for another number of values.
     """
     mine = copy.copy(args)
-    for flag in STATE_DICT_FLAGS:
+    for flag in (*STATE_DICT_FLAGS, "weights"):
         values = getattr(args, flag, None)
         if values is not None:
             if len(values) not in (1, total):

@@ -155,7 +155,7 @@ def test_the_scripts(files, tmp_path):
         ("analyze_tokens.py",),
         ("discover_objects.py",),
     ):
-        given = what[2:] if "--compare" in flags else what
+        given = what[2:] if "--compare" in flags else what  # one file of weights for both
         shell(name, *given, "--output_dir", ".", *flags, cwd=tmp_path)
     assert json.loads((tmp_path / "analysis.json").read_text())["model"]["args"]["timm_name"] == "timm:test_vit3"
 

@@ -81,7 +81,7 @@ def analyze(args) -> dict:
     if set(STATISTICS) & set(args.what):
         results |= measure_statistics(args, model, batches, len(found))
     options = {
-        "causes": {"images": args.causes_images, "epsilon": args.epsilon},
+        "causes": {"images": args.causes_images, "epsilon": args.epsilon, "seed": args.seed},
         "sinks": dict(zip(("queries", "attention", "nop", "broadcast"), args.sink)),
     }
     for name, part in parts.items():

@@ -19,9 +19,16 @@ from tqdm import tqdm
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap, mean
 from inspection.pages import headed_figure
+from utils import BadInput
 
 KINDS = {"cls": "class token", "registers": "registers"}
 REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", "its initial")
+
+
+def check(model):
+    """Raise BadInput for a model without tokens to replace."""
+    if model.cls_pos is None and model.reg_pos is None:
+        raise BadInput("causes: this model has neither a class token nor registers to replace")
 
 
 def measure(model, batches, images=256, epsilon=1.0, seed=0) -> dict:

@@ -512,12 +512,14 @@ def test_parts_that_are_asked_for(trained, tmp_path):
     assert "norms" not in found and "lens" not in found
     (page,) = (page.extract_text() for page in PdfReader(tmp_path / "analysis.pdf").pages)
     assert "Up to which block does it not matter what a token holds?" in page
-    model = tiny(cls_pos=None)
+    model = tiny(cls_pos=None, num_register_tokens=0)
     torch.save(model.state_dict(), tmp_path / "none.pth")
     picture().save(tmp_path / "a.png")
     foreign = ["--model_path", "none.pth", "--num_heads", "3", "--input_size", "16x24", "--image_path", "a.png"]
     _, err = shell("analyze_tokens.py", *foreign, "--what", "outputs", cwd=tmp_path, status=2)
     assert "outputs: this model has no class token" in err
+    _, err = shell("analyze_tokens.py", *foreign, "--what", "causes", cwd=tmp_path, status=2)
+    assert "causes: this model has neither a class token nor registers" in err
     out, _ = shell("analyze_tokens.py", *foreign, cwd=tmp_path)
     assert "note: outputs: this model has no class token" in out and "Lens on the mean patch" in out
 

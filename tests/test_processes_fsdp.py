@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.distributed.fsdp import FSDPModule
 
 import main_distillation
@@ -79,12 +80,17 @@ def checkpoint_of(folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of the whole runs `ddp` and `fsdp`, and of others that stopped in the second epoch; with maps."""
-    folder = tmp_path_factory.mktemp("runs")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "fsdp_runs"  # one for all workers
     viz = ["--viz_every", "2", "--viz_images", "0"]
-    in_two(main_distillation.main, *RUN, *viz, "--output_dir", "ddp", cwd=folder)
-    in_two(main_distillation.main, *RUN, *viz, "--output_dir", "fsdp", "--fsdp", cwd=folder)
-    in_two(stops, *RUN, "--output_dir", "ddp_stopped", cwd=folder, status=1)
-    in_two(stops, *RUN, "--output_dir", "fsdp_stopped", "--fsdp", cwd=folder, status=1)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            in_two(main_distillation.main, *RUN, *viz, "--output_dir", "ddp", cwd=folder)
+            in_two(main_distillation.main, *RUN, *viz, "--output_dir", "fsdp", "--fsdp", cwd=folder)
+            in_two(stops, *RUN, "--output_dir", "ddp_stopped", cwd=folder, status=1)
+            in_two(stops, *RUN, "--output_dir", "fsdp_stopped", "--fsdp", cwd=folder, status=1)
+            (folder / "done").touch()
     return folder
 
 

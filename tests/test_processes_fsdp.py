@@ -149,7 +149,7 @@ def alone_in(folder, argv):
     assert done == 0, out + err
 
 
-@pytest.mark.parametrize("turn", [2])
+@pytest.mark.parametrize("turn", [1, 2])
 def test_stopped_in_validation(runs, tmp_path, turn):
     """Of the model (1) and of its EMA (2), while every process has all of its weights."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.attention import attention_maps, attention_rollout, trace
+from inspection.attention import maps_of, rollout_of, watch_calls
 from inspection.class_maps import class_number, grad_cam, relevance
 from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
@@ -109,29 +109,46 @@ def tokens_of(model, kinds, patches) -> list[Token]:
     return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
 
 
-def image_maps(model, data, image, blocks, patches, rollout, targets=()) -> ImageMaps:
-    """Read an `InputImage`, and compute its maps and its caption; `targets`: classes, None for the predicted one."""
+def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=None) -> ImageMaps:
+    """Read an `InputImage`, and compute its maps and its caption in one pass.
+
+    Args:
+        targets: classes for pages of classes, None for the predicted one; each takes two passes with gradients.
+        keep: called with (block, attention (H, N, N)) of each of `blocks`.
+    """
     pixels, device = image.read(), next(model.parameters()).device
     images = inputs.model_input([pixels], [image], data, device)
+    found, rolled, roll = {}, {}, rollout_of(model, patches)
+
+    def see(i, call):
+        rolled_out = roll(i, call.weights()) if rollout else None
+        if i in blocks:
+            found[i] = by_token(maps_of(model, patches, i, call), patches)
+            rolled[i] = by_token(rolled_out, patches) if rollout else {}
+            if keep is not None:
+                keep(i, call.weights()[0].cpu())
+
     with torch.no_grad():
-        logits = model(images)[0].cpu() if model.num_classes else None
+        logits = watch_calls(model, images, see)[0].cpu()
+    logits = logits if model.num_classes else None
     lines = [] if image.label is None else [f"true: {inputs.class_name(image.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
 
-    def maps(function):
-        found = function(model, images, blocks, patches)
-        return {b: {key: heads[0].cpu() for key, heads in by_token(m, patches).items()} for b, m in found.items()}
-
-    shown, rolled_out = inputs.as_seen(pixels, image, data), maps(attention_rollout) if rollout else {}
+    shown = inputs.as_seen(pixels, image, data)
     classes = {}
     for k in [int(logits.argmax()) if target is None else target for target in targets]:
         by_class = {
             "gradient x attention": relevance(model, images, k),
             f"Grad-CAM, input of block {model.depth - 1}": grad_cam(model, images, model.depth - 1, k),
         }
-        found = {method: m[0].cpu() / m.sum().clamp_min(1e-30).cpu() for method, m in by_class.items()}
-        classes[inputs.class_name(k, data["classes"])] = found
-    return ImageMaps(shown, "\n".join(lines), maps(attention_maps), rolled_out, classes)
+        classes[inputs.class_name(k, data["classes"])] = {
+            method: m[0].cpu() / m.sum().clamp_min(1e-30).cpu() for method, m in by_class.items()
+        }
+    found, rolled = (
+        {i: {key: heads[0].cpu() for key, heads in tokens.items()} for i, tokens in of_blocks.items()}
+        for of_blocks in (found, rolled)
+    )
+    return ImageMaps(shown, "\n".join(lines), found, rolled, classes)
 
 
 def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
@@ -321,17 +338,10 @@ def write_html(args, model, data, found, blocks, failed):
     blocks = [i for i in blocks if model.token_layout(i).pool is None]
     layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
     check_size(len(found) * packed_size(layouts, heads))
-    folder, device = utils.writable_folder(args.output_dir), next(model.parameters()).device
+    folder = utils.writable_folder(args.output_dir)
     for image in inputs.readable(found, failed):
         attention = {}
-
-        def keep(i, attn, attention=attention):
-            if i in layouts:
-                attention[i] = attn[0].cpu()
-
-        images = inputs.model_input([image.read()], [image], data, device)
-        trace(model, images, attention=keep, last=max(blocks))
-        seen = image_maps(model, data, image, [], [], False)
+        seen = image_maps(model, data, image, blocks, [], False, keep=attention.__setitem__)
         encoded.append(encode_image(image.name, seen.caption, seen.shown, layouts, attention, model.grid_size))
     about = {
         "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos,

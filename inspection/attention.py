@@ -15,6 +15,7 @@ Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width,
 import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -239,11 +240,13 @@ def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict
     Raises ValueError for a block outside the model, and for a patch outside the grid.
     """
 
-    def keep(i, call):
-        layout = model.token_layout(i)
-        return _cut_maps(layout, model.grid_size, patches, lambda rows: call.weights(rows)[..., layout.patches])
+    return _recorded(model, images, blocks, partial(maps_of, model, patches))
 
-    return _recorded(model, images, blocks, keep)
+
+def maps_of(model: nn.Module, patches, block: int, call: AttentionCall) -> AttentionMaps:
+    """The maps of one call; see `attention_maps`."""
+    layout = model.token_layout(block)
+    return _cut_maps(layout, model.grid_size, patches, lambda rows: call.weights(rows)[..., layout.patches])
 
 
 def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
@@ -295,9 +298,23 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
     wanted = {check_block(block, len(blocks_of(model))) for block in blocks}
     if not wanted:
         return {}
-    maps, shares, before = {}, None, None  # shares: (B, N, P); before: the layout of the block before
+    maps, roll = {}, rollout_of(model, patches)
 
     def attention(i, attn):
+        rolled = roll(i, attn)
+        if i in wanted:
+            maps[i] = rolled
+
+    trace(model, images, attention=attention, last=max(wanted))
+    return maps
+
+
+def rollout_of(model: nn.Module, patches):
+    """A function to be called with (block, attention (B, H, M, N)) of one block after the other, from the first one on:
+    the AttentionMaps of the rollout up to that block; see `attention_rollout`."""
+    shares, before = None, None  # (B, N, P); the layout of the block before
+
+    def roll(i, attn):
         nonlocal shares, before
         layout = model.token_layout(i)
         if layout.pool is not None:
@@ -305,13 +322,11 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
         else:
             shares = enter(shares, before, layout, attn)
             shares, before = (attn.mean(dim=1) @ shares + shares) / 2, layout
-        if i in wanted:
-            maps[i] = _cut_maps(
-                layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)
-            )
+        return _cut_maps(
+            layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)
+        )
 
-    trace(model, images, attention=attention, last=max(wanted))
-    return maps
+    return roll
 
 
 @torch.no_grad()

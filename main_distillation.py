@@ -121,7 +121,6 @@ def get_parser():
     )
 
     group = parser.add_argument_group("training")
-    group.add_argument("--opt", help="timm's name of an optimizer")
     group.add_argument("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
     group.add_argument("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
     group.add_argument("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")

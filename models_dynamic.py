@@ -13,7 +13,7 @@ Sources: ViT (arXiv 2010.11929), DeiT and its distillation token (2012.12877), C
 """
 
 import math
-from dataclasses import dataclass
+import operator
 from functools import partial
 from itertools import accumulate
 
@@ -21,22 +21,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, Mlp, PatchEmbed, SwiGLU, apply_rot_embed_cat, resample_abs_pos_embed, to_2tuple
+from timm.layers import Mlp, SwiGLU, to_2tuple
+from timm.layers import resample_abs_pos_embed as resample_positions
 from timm.layers.pool1d import global_pool_nlc
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, VisionTransformer, _cfg
+from timm.models.vision_transformer import VisionTransformer, _cfg
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from inspection.attention import AttentionMaps, attention_maps, attention_rows, check_block, set_fused_attention
+from inspection.attention import AttentionMaps, attention_maps, attention_rows, set_fused_attention
+from tokens.blocks import STEMS, TokenAttention, TokenBlock
+from tokens.layout import TokenLayout, all_alike, check_block, check_modes, registers_at
 
 # register_model appends the registered sizes (and would make a list of them alone).
 __all__ = ["SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz"]
 
 TOKENS = ("cls_token", "dist_token", "register_tokens")
-MODERN = dict(global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6)  # if it is used
+MODERN = dict(  # in `model_args` if it is used
+    global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6, stem="patch",
+    reg_end=None, cls_mode="token", reg_mode="token", class_attention=0,
+)  # fmt: skip
+MODES = ("token", "reader")
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
@@ -50,61 +57,6 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class TokenLayout:
-    """Where each kind of token stands in a sequence `[CLS | distillation | patches | registers]`; None if absent."""
-
-    cls: slice | None
-    patches: slice
-    registers: slice | None
-    length: int
-    dist: slice | None = None
-    pool: slice | None = None  # queries of an attention pooling, which are no tokens of the sequence
-
-    def __str__(self) -> str:
-        names = {"cls": "CLS", "dist": "distillation"}
-        parts = sorted((p.start, p.stop - 1, names.get(n, n)) for n, p in vars(self).items() if isinstance(p, slice))
-        words = [f"{name} {first}" + f"..{last}" * (last > first) for first, last, name in parts]
-        return f"{' | '.join(words)} ({self.length} tokens)"
-
-
-class TokenAttention(Attention):
-    """timm's attention, with rotary positions, and on demand for the first tokens alone: all are still attended to."""
-
-    def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
-        """(B, N, D), sines and cosines (N, 2d), number of first tokens (None: all) -> (B, rows, D)."""
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q = apply_rot_embed_cat(q, rope, half=True).type_as(v)
-            k = apply_rot_embed_cat(k, rope, half=True).type_as(v)
-        q = q[:, :, :rows]  # (B, H, rows, d)
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:
-            x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-
-
-class TokenBlock(Block):
-    """timm's block, with rotary positions, and on demand for the first tokens alone."""
-
-    def forward(self, x: Tensor, rope: Tensor | None = None, rows: int | None = None) -> Tensor:
-        """Shapes as of `TokenAttention`."""
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles the rest of a condition
-            if rows is not None and isinstance(x, torch.fx.Proxy):
-                # In a graph, the first softmax and the last value are of all tokens, and the logits those of `forward`.
-                every, some = self._output(x, rope, None), self._output(x, rope, rows)
-                every.contiguous()
-                return some
-        return self._output(x, rope, rows)
-
-    def _output(self, x: Tensor, rope: Tensor | None, rows: int | None) -> Tensor:
-        x = x[:, :rows] + self.drop_path1(self.ls1(self.attn(self.norm1(x), rope, rows)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
 class DynamicViT(nn.Module):
     """Vision Transformer with a chosen entry block for the class, the distillation and the register tokens.
 
@@ -113,7 +65,12 @@ class DynamicViT(nn.Module):
         num_classes: K; 0 leaves out the head, and the forward pass returns the classified token.
         num_register_tokens: R; 0 means that there is no such parameter, and `reg_pos` is ignored.
         cls_pos: CLS is present at the input of this block, 0..depth-1; None: no class token.
-        reg_pos, dist_pos: the same for the registers, and for DeiT's distillation token, which has a head of its own.
+        reg_pos: the same for the registers: one block for all, or one for each of them.
+        reg_end: registers are absent from this block on, 1..depth, one or one for each; None: they stay.
+        dist_pos: the same for DeiT's distillation token, which has a head of its own.
+        cls_mode, reg_mode: "reader": CLS (and the distillation token), or the registers, attend to all tokens, and
+            only readers attend to them.
+        class_attention: in so many last blocks only CLS (and the distillation token) attends and is updated (CaiT).
         drop_rate, attn_drop_rate: dropout of positions, projections and MLPs; of attention weights.
         drop_path_rate: stochastic depth, growing linearly from 0 to this rate at the last block.
         init_values: initial LayerScale (CaiT); None: no LayerScale.
@@ -123,10 +80,13 @@ class DynamicViT(nn.Module):
         qk_norm: LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442).
         rope: rotary positions on the patches in DINOv3's form, in place of a position embedding.
         swiglu: SwiGLU in place of the MLP with GELU (arXiv 2002.05202; timm's layer).
+        stem: "conv": convolutions in place of the patch projection; see `ConvStem`.
 
     Raises:
-        ValueError: a position outside the blocks, or sizes that do not go together.
+        ValueError: a position outside the blocks, or sizes or modes that do not go together.
     """
+
+    _registers: list[list[int]]  # for TorchScript
 
     def __init__(
         self,
@@ -141,7 +101,7 @@ class DynamicViT(nn.Module):
         qkv_bias: bool = True,
         num_register_tokens: int = 4,
         cls_pos: int | None = 0,
-        reg_pos: int = 0,
+        reg_pos: int | tuple[int, ...] = 0,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -154,6 +114,11 @@ class DynamicViT(nn.Module):
         rope: bool = False,
         swiglu: bool = False,
         norm_eps: float = 1e-6,
+        stem: str = "patch",
+        reg_end: int | tuple[int, ...] | None = None,
+        cls_mode: str = "token",
+        reg_mode: str = "token",
+        class_attention: int = 0,
     ):
         args = {name: value for name, value in locals().items() if name not in ("self", "__class__", "norm_layer")}
         super().__init__()
@@ -163,19 +128,26 @@ class DynamicViT(nn.Module):
         self.num_features = self.head_hidden_size = embed_dim  # timm's names
         self.num_register_tokens = num_register_tokens
         self.cls_pos = None if cls_pos is None else check_block(cls_pos, depth, "cls_pos")
-        self.reg_pos = check_block(reg_pos, depth, "reg_pos") if num_register_tokens else None
         self.dist_pos = None if dist_pos is None else check_block(dist_pos, depth, "dist_pos")
-        entries = (self.cls_pos, self.dist_pos, self.reg_pos)
+        entries = (self.cls_pos, self.dist_pos)
         self._entries = tuple(depth if entry is None else entry for entry in entries)  # depth: never
+        starts, ends, self._registers = registers_at(reg_pos, reg_end, num_register_tokens, depth)
+        self.reg_pos, self.reg_end = all_alike(starts), all_alike(ends)  # None: no registers
         self.num_prefix_tokens = (self.cls_pos is not None) + (self.dist_pos is not None)  # in front of the patches
         self.global_pool = ("avg" if cls_pos is None else "token") if global_pool is None else global_pool
         if self.global_pool not in ("token", "avg", "") or (self.global_pool == "token" and cls_pos is None):
             raise ValueError(f"global_pool {global_pool!r} is none of 'token' (with a class token), 'avg' and ''")
-        self._args = args | dict(cls_pos=self.cls_pos, reg_pos=self.reg_pos or 0, dist_pos=self.dist_pos)
+        check_modes(args, self._registers, self.global_pool)
+        reg_end = None if self.reg_end == depth else self.reg_end
+        self._args = args | dict(
+            cls_pos=self.cls_pos, dist_pos=self.dist_pos, reg_pos=self.reg_pos or 0, reg_end=reg_end
+        )
         self._own_norm = norm_layer is not None
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
 
-        self.patch_embed = PatchEmbed(args["img_size"], args["patch_size"], in_chans, embed_dim)
+        if stem not in STEMS:
+            raise ValueError(f"stem {stem!r} is none of {', '.join(STEMS)}")
+        self.patch_embed = STEMS[stem](args["img_size"], args["patch_size"], in_chans, embed_dim)
         counts = (0 if rope else self.patch_embed.num_patches, cls_pos is not None, dist_pos is not None)
         for name, count in zip(("pos_embed", *TOKENS), (*counts, num_register_tokens)):
             if count:
@@ -191,6 +163,11 @@ class DynamicViT(nn.Module):
             )
             for i in range(depth)
         )  # fmt: skip
+        for i, block in enumerate(self.blocks):
+            cls, dist, registers = self._present(i)
+            block.attn.front = (cls + dist) * (cls_mode == "reader")
+            block.attn.back = registers * (reg_mode == "reader")
+            block.queries = self.num_prefix_tokens * (i >= depth - class_attention)
         self.norm = nn.Identity() if fc_norm else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if fc_norm else nn.Identity()
         self.reset_classifier(num_classes)
@@ -255,7 +232,7 @@ class DynamicViT(nn.Module):
         self.num_classes = self._args["num_classes"] = num_classes
         for name in ("head", "head_dist")[: 1 + (self.dist_pos is not None)]:
             head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-            setattr(self, name, head.to(self.patch_embed.proj.weight))
+            setattr(self, name, head.to(next(self.patch_embed.parameters())))
 
     def set_input_size(self, img_size: int | tuple[int, int]):
         """For images of another size, as in timm: the patch positions are resampled (bicubic)."""
@@ -266,7 +243,7 @@ class DynamicViT(nn.Module):
         if self.rope is not None:
             self.rope.update_feat_shape(list(self.grid_size))
         elif self.grid_size != old_grid:
-            positions = resample_abs_pos_embed(self.pos_embed, self.grid_size, old_grid, num_prefix_tokens=0)
+            positions = resample_positions(self.pos_embed, self.grid_size, old_grid, num_prefix_tokens=0)
             self.pos_embed = nn.Parameter(positions.detach(), requires_grad=self.pos_embed.requires_grad)
 
     def token_layout(self, block: int) -> TokenLayout:
@@ -275,7 +252,8 @@ class DynamicViT(nn.Module):
         counts = (cls, dist, self.patch_embed.num_patches, registers)
         ends = list(accumulate(counts))
         cls, dist, patches, registers = (slice(end - n, end) if n else None for n, end in zip(counts, ends))
-        return TokenLayout(cls, patches, registers, ends[-1], dist)
+        numbers = tuple(self._registers[operator.index(block)])
+        return TokenLayout(cls, patches, registers, ends[-1], dist, None, numbers, self.blocks[block].queries or None)
 
     def forward_flops(self) -> int:
         """Multiplications and additions in the matrix products of `forward` for one image.
@@ -286,10 +264,11 @@ class DynamicViT(nn.Module):
         mlp = (3 if args["swiglu"] else 2) * int(width * args["mlp_ratio"])
         flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
         for block in range(self.depth):
-            tokens = rows = self.token_layout(block).length
-            if block == self.depth - 1:
-                rows = self._classified() or tokens
-            flops += 2 * width * (tokens * 3 * width + rows * (width + mlp)) + 4 * rows * tokens * width
+            tokens = self.token_layout(block).length
+            rows = self.blocks[block].queries or (self._classified() if block == self.depth - 1 else None) or tokens
+            front, back = self.blocks[block].attn.front, self.blocks[block].attn.back
+            pairs = rows * tokens - max(0, min(rows, tokens - back) - front) * (front + back)
+            flops += 2 * width * (tokens * 3 * width + rows * (width + mlp)) + 4 * pairs * width
         return flops + 2 * width * self.num_classes * (1 + (self.dist_pos is not None))
 
     def _classified(self) -> int | None:
@@ -306,19 +285,28 @@ class DynamicViT(nn.Module):
 
     def _present(self, block: int) -> tuple[int, int, int]:
         """How many class, distillation and register tokens there are at the input of `block`."""
-        cls, dist, registers = self._entries
-        return int(block >= cls), int(block >= dist), self.num_register_tokens if block >= registers else 0
+        return int(block >= self._entries[0]), int(block >= self._entries[1]), len(self._registers[block])
 
     def _enter(self, x: Tensor, block: int) -> Tensor:
-        """The sequence with the tokens added that enter at `block`."""
-        at_cls, at_dist, at_registers = self._entries
+        """The sequence with the tokens added that enter at `block`, without the registers that leave."""
+        at_cls, at_dist = self._entries
         if hasattr(self, "dist_token") and block == at_dist:  # behind CLS, in front of the patches
             first = int(block > at_cls)
             x = torch.cat([x[:, :first], self.dist_token.expand(x.shape[0], -1, -1), x[:, first:]], dim=1)
         if hasattr(self, "cls_token") and block == at_cls:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        if hasattr(self, "register_tokens") and block == at_registers:
-            x = torch.cat([x, self.register_tokens.expand(x.shape[0], -1, -1)], dim=1)
+        if hasattr(self, "register_tokens"):
+            before, now = self._registers[block - 1], self._registers[block]
+            if before != now:
+                first = x.shape[1] - len(before)
+                parts = [x[:, :first]]
+                for n in now:
+                    if n in before:
+                        at = first + before.index(n)
+                        parts.append(x[:, at : at + 1])
+                    else:
+                        parts.append(self.register_tokens[:, n : n + 1].expand(x.shape[0], -1, -1))
+                x = torch.cat(parts, dim=1)
         return x
 
     def _rotations(self, block: int) -> Tensor | None:
@@ -443,7 +431,7 @@ def _register(name: str):
         return build_model_with_cfg(DynamicViT, name, pretrained, feature_cfg=features, **(SIZES[name] | kwargs))
 
     create.__name__ = create.__qualname__ = name
-    register_model(create)
+    globals()[name] = register_model(create)  # which also adds the name to __all__
 
 
 for _name in SIZES:

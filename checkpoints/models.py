@@ -107,7 +107,7 @@ def model_from_checkpoint(
         if given or weights_key is not None:
             names = ", ".join([*given, *["weights_key"] * (weights_key is not None)])
             raise ValueError(f"the checkpoint itself says how its model is built; leave out {names}")
-        build = validated_builder(checkpoint["model_args"], _depth(checkpoint["model"]))
+        build = validated_builder(checkpoint["model_args"], checkpoint["model"])
     elif num_heads is None:
         raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
@@ -140,8 +140,8 @@ def check_same_shapes(state: dict, own: dict):
         raise ValueError(f"the weights are not those of the model in model_args: {listed(other, 3, '; ')}")
 
 
-def validated_builder(args: dict, depth: int):
-    """A function that builds the model of a checkpoint's `model_args`, whose weights have `depth` blocks.
+def validated_builder(args: dict, state: dict):
+    """A function that builds the model of a checkpoint's `model_args`, whose weights are `state`.
 
     Raises ValueError unless these are those of a DynamicViT, all of them, or of one of timm's models: others of timm's
     arguments read files or the network.
@@ -159,8 +159,12 @@ def validated_builder(args: dict, depth: int):
     if wrong:
         how = "unknown" if wrong in unknown else repr(args[wrong]) if wrong in args else "missing"
         raise ValueError(f"{problem}: {wrong} is {how}")
+    depth, registers = _depth(state), state.get("register_tokens", torch.empty(1, 0, 0))
     if args.get("depth", depth) != depth:
         raise ValueError(f"{problem}: depth is {args['depth']}, the weights have {depth} blocks")
+    if args.get("num_register_tokens", 0) > registers.numel():  # the model lists them before it has shapes
+        found = f"register_tokens is {shape_text(registers)}"
+        raise ValueError(f"{problem}: num_register_tokens is {args['num_register_tokens']}, but {found}")
     return partial(timm_model if name else DynamicViT, **args)
 
 

@@ -7,6 +7,8 @@ import zipfile
 
 import torch
 
+from tokens.layout import MODES
+
 
 class Suspicious(Exception):
     """What is wrong with a file, in words that follow its name."""
@@ -119,7 +121,12 @@ def named(kind):
 
 
 def simple(value):
-    return value is None or type(value) is bool or text(value) or real()(value) or several(whole(), 2)(value)
+    return value is None or type(value) is bool or text(value) or real()(value) or several(whole())(value)
+
+
+def blocks(value):
+    """A block, or one for each register."""
+    return whole()(value) or several(whole())(value)
 
 
 POSITIVE, SHARE, BOOL = real(low=1e-30), real(0, 1), one_of(True, False)
@@ -127,10 +134,11 @@ MODEL_ARGS = {  # the first checkpoints had no dist_pos
     "img_size": several(whole(1), 2), "patch_size": several(whole(1), 2), "in_chans": one_of(3),
     "num_classes": whole(), "embed_dim": whole(1), "depth": whole(1), "num_heads": whole(1),
     "mlp_ratio": real(0, 1e3), "qkv_bias": BOOL, "num_register_tokens": whole(),
-    "cls_pos": optional(whole()), "reg_pos": whole(), "dist_pos?": optional(whole()),
+    "cls_pos": optional(whole()), "reg_pos": blocks, "dist_pos?": optional(whole()), "reg_end?": blocks,
     "drop_rate": SHARE, "attn_drop_rate": SHARE, "drop_path_rate": SHARE, "init_values": optional(real(-1e3, 1e3)),
     "global_pool?": one_of("token", "avg"), "fc_norm?": BOOL, "qk_norm?": BOOL, "rope?": BOOL, "swiglu?": BOOL,
-    "norm_eps?": POSITIVE,
+    "norm_eps?": POSITIVE, "stem?": one_of("patch", "conv"), "cls_mode?": one_of(*MODES), "reg_mode?": one_of(*MODES),
+    "class_attention?": whole(),
 }  # fmt: skip
 # Of one of timm's models: others of its arguments read files or the network.
 TIMM_ARGS = {

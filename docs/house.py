@@ -19,6 +19,7 @@ FLOORS = {  # from the top; a folder stands for its files
     "checkpoints": ["checkpoints"],
     "ground": ["models_dynamic", "datasets", "engine", "utils"],
     "attention": ["inspection.attention"],  # the recorder: the model's own maps come from it
+    "tokens": ["tokens"],  # which tokens stand where; the blocks that they pass
 }  # fmt: skip
 
 

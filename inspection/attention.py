@@ -12,7 +12,6 @@ function: a DynamicViT, and timm's VisionTransformer, Eva (DINOv3, EVA-02, PE), 
 Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width, d head width; gh, gw the grid.
 """
 
-import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokens.blocks import reader_attention
+from tokens.layout import check_block
+
 
 @dataclass
 class AttentionMaps:
@@ -31,14 +33,16 @@ class AttentionMaps:
     one block.
 
     Each row was softmaxed over the whole sequence, so what it lacks to a sum of 1 went to those tokens.
-    A token that has not entered yet is None, and so are the patches if none were chosen.
+    A token that is absent is None, and so are the patches if none were chosen; in class attention, where CLS alone
+    attends, so are registers and patches.
     """
 
     cls: Tensor | None  # (B, H, gh, gw)
-    registers: Tensor | None  # (B, R, H, gh, gw)
+    registers: Tensor | None  # (B, number of registers that are present, H, gh, gw)
     dist: Tensor | None = None  # (B, H, gh, gw)
     patches: Tensor | None = None  # (B, number of chosen patches, H, gh, gw)
     pool: Tensor | None = None  # (B, H, gh, gw)
+    numbers: tuple[int, ...] = ()  # of `registers`, in their order
 
 
 class AttentionCall(NamedTuple):
@@ -70,6 +74,13 @@ class AttentionCall(NamedTuple):
         return scores.softmax(dim=-1)
 
 
+def _one_call(query, key, value, front, back, dropout_p, fused) -> AttentionCall:
+    """The arguments of `reader_attention` as those of one attention with a mask."""
+    places = torch.arange(key.shape[2], device=key.device)
+    reads = (places < front) | (places >= key.shape[2] - back)
+    return AttentionCall(query, key, value, reads[: query.shape[2], None] | ~reads, dropout_p)
+
+
 def _take(x: Tensor, rows) -> Tensor:
     return torch.cat([x[..., row if isinstance(row, slice) else [row], :] for row in rows], dim=-2)
 
@@ -82,8 +93,9 @@ class _Recorder(TorchFunctionMode):
         self.see, self.block = see, None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention and self.block is not None:
-            result = self.see(self.block, AttentionCall(*args, **(kwargs or {})))
+        call = {F.scaled_dot_product_attention: AttentionCall, reader_attention: _one_call}.get(function)
+        if call is not None and self.block is not None:
+            result = self.see(self.block, call(*args, **(kwargs or {})))
             if result is not None:
                 return result
         return function(*args, **(kwargs or {}))
@@ -97,15 +109,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules whose attention is seen, in order: blocks, CaiT's class-attention blocks, attention pooling."""
     pool = getattr(model, "attn_pool", None)
     return [*model.blocks, *getattr(model, "blocks_token_only", ()), *([] if pool is None else [pool])]
-
-
-def check_block(block, depth: int, what: str = "block") -> int:
-    """`block` as a number of one of `depth` blocks. Raises ValueError outside 0..depth-1."""
-    block = operator.index(block)
-    if not 0 <= block < depth:
-        also = ", or None for no such token" if what in ("cls_pos", "dist_pos") else ""
-        raise ValueError(f"{what} {block} is outside the model: its blocks are 0..{depth - 1}{also}")
-    return block
 
 
 def set_fused_attention(model: nn.Module, on: bool):
@@ -251,10 +254,11 @@ def maps_of(model: nn.Module, patches, block: int, call: AttentionCall) -> Atten
 
 def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
     """`of_rows`: places of tokens in the sequence -> (B, H, number of those tokens, P)."""
-    parts = {name: getattr(layout, name) for name in ("cls", "dist", "registers", "pool")}
+    every = layout.queries is None
+    parts = {name: getattr(layout, name) for name in ("cls", "dist", "pool", *["registers"] * every)}
     rows = {name: [part] for name, part in parts.items() if part is not None}
     gh, gw = grid
-    for x, y in patches if layout.pool is None else ():
+    for x, y in patches if layout.pool is None and every else ():
         if not (0 <= x < gw and 0 <= y < gh):
             raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
         at = layout.patches.start + y * gw + x
@@ -266,22 +270,33 @@ def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
     counts = [sum(part.stop - part.start for part in parts) for parts in rows.values()]
     maps = dict(zip(rows, attn.split(counts, dim=1)))
     one = {name: maps[name][:, 0] for name in ("cls", "dist", "pool") if name in maps}
-    return AttentionMaps(one.pop("cls", None), maps.get("registers"), patches=maps.get("patches"), **one)
+    others = dict(patches=maps.get("patches"), numbers=layout.numbers if "registers" in maps else ())
+    return AttentionMaps(one.pop("cls", None), maps.get("registers"), **others, **one)
 
 
 def enter(shares: Tensor | None, before, layout, like: Tensor) -> Tensor:
     """(B, N, P): the patches' shares in each token at a block with `layout`, from those of the block `before` it.
 
-    A token that enters has none; in the first block (`before` is None) each patch has itself. `like`: (B, ...).
+    A token that enters has none, one that leaves is gone; in the first block (`before` is None) each patch has itself.
+    `like`: (B, ...).
     """
     entered = like.new_zeros(len(like), layout.length, layout.patches.stop - layout.patches.start)
     if before is None:
         entered[:, layout.patches] = torch.eye(entered.shape[-1], device=like.device)
         return entered
-    for part in ("cls", "dist", "patches", "registers"):
+    for part in ("cls", "dist", "patches"):
         if getattr(before, part) is not None:
             entered[:, getattr(layout, part)] = shares[:, getattr(before, part)]
+    for n in {*before.numbers} & {*layout.numbers}:
+        old, new = (at.registers.start + at.numbers.index(n) for at in (before, layout))
+        entered[:, new] = shares[:, old]
     return entered
+
+
+def updated(shares: Tensor, flow: Tensor, keep=1.0) -> Tensor:
+    """(B, N, P), attention (B, M, N) of the first M tokens -> (B, N, P): `keep` of their own shares, and what flows."""
+    own, rest = shares.split([flow.shape[1], shares.shape[1] - flow.shape[1]], dim=1)
+    return torch.cat([keep * own + flow @ shares, rest], dim=1)
 
 
 @torch.no_grad()
@@ -321,7 +336,7 @@ def rollout_of(model: nn.Module, patches):
             shares = attn.mean(dim=1) @ shares[:, -layout.length :]
         else:
             shares = enter(shares, before, layout, attn)
-            shares, before = (attn.mean(dim=1) @ shares + shares) / 2, layout
+            shares, before = updated(shares, attn.mean(dim=1) / 2, keep=0.5), layout
         return _cut_maps(
             layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)
         )

@@ -9,7 +9,8 @@ With gradients of the class's logit, so unlike attention they differ between the
 import torch
 from torch import Tensor
 
-from inspection.attention import check_block, enter, watch_calls
+from inspection.attention import enter, updated, watch_calls
+from tokens.layout import check_block
 from utils import BadInput
 
 
@@ -47,7 +48,7 @@ def relevance(model, images: Tensor, target=None) -> Tensor:
         if layout.pool is not None:
             return (flow @ shares[:, -layout.length :]).mean(dim=1).unflatten(-1, model.grid_size)
         shares = enter(shares, before, layout, flow)
-        shares, before = shares + flow @ shares, layout
+        shares, before = updated(shares, flow), layout
     read = (of_last != 0).any(dim=-1, keepdim=True).to(shares)  # (B, N, 1): what the head does not read has no gradient
     return ((read * shares).sum(dim=1) / read.sum(dim=1).clamp_min(1)).unflatten(-1, model.grid_size)
 

@@ -91,9 +91,10 @@ class ForeignViT(nn.Module):
             raise ValueError(f"block {block} is outside the model: its blocks are 0..{self.depth - 1}")
         cls = slice(0, 1) if self.cls_pos is not None else None
         if self.cls_only:
-            return TokenLayout(cls, patches, None, length)
+            return TokenLayout(cls, patches, None, length, queries=self._queries[block])
         dist = slice(prefix - 1, prefix) if self.dist_pos is not None else None
-        return TokenLayout(cls, patches, slice(prefix, first) if total else None, length, dist)
+        registers = slice(prefix, first) if total else None
+        return TokenLayout(cls, patches, registers, length, dist, numbers=tuple(range(total)))
 
     def forward(self, images):
         logits = self.model(images)

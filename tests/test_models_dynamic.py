@@ -35,8 +35,8 @@ def inputs_of_blocks(model, images):
 def test_layout_by_hand():
     model = tiny(cls_pos=2, reg_pos=1, num_register_tokens=3)
     assert model.token_layout(0) == TokenLayout(None, slice(0, 24), None, 24)
-    assert model.token_layout(1) == TokenLayout(None, slice(0, 24), slice(24, 27), 27)
-    assert model.token_layout(2) == TokenLayout(slice(0, 1), slice(1, 25), slice(25, 28), 28)
+    assert model.token_layout(1) == TokenLayout(None, slice(0, 24), slice(24, 27), 27, numbers=(0, 1, 2))
+    assert model.token_layout(2) == TokenLayout(slice(0, 1), slice(1, 25), slice(25, 28), 28, numbers=(0, 1, 2))
     assert tiny(num_register_tokens=0).token_layout(3) == TokenLayout(slice(0, 1), slice(1, 25), None, 25)
     for block in (-1, 4):
         with pytest.raises(ValueError, match=r"0\.\.3"):

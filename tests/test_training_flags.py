@@ -68,6 +68,7 @@ OF_BOTH = {
     ("accum_steps", 3): lambda seen: seen["accum_steps"] == 3 and seen["first_update"] == -(-len(seen["batches"]) // 3),
     ("max_steps", 100): lambda seen: seen["last_step"] == 100,
     ("skip_bad_steps", 7): lambda seen: seen["skip_bad"] == 7,
+    ("opt", "sgd"): lambda seen: "nesterov" in group(seen) and not seen["optimizer"].state,
     ("amp", "bf16"): lambda seen: seen["amp_dtype"] == torch.bfloat16,
     ("seed", 5): lambda seen: torch.initial_seed() == 5,
     ("deterministic", ""): lambda _: torch.are_deterministic_algorithms_enabled(),
@@ -81,7 +82,8 @@ OF_BOTH = {
     **dict.fromkeys((
         ("num_reg", 1), ("cls_pos", 1), ("reg_pos", 1), ("embed_dim", 48), ("depth", 2), ("num_heads", 2),
         ("mlp_ratio", 3), ("patch_size", 16), ("input_size", 64), ("init_values", 1e-4), ("drop_path", 0.3),
-        ("qk_norm", ""), ("rope", ""), ("swiglu", "")), REFUSED),
+        ("qk_norm", ""), ("rope", ""), ("swiglu", ""), ("stem", "conv"), ("reg_end", 2), ("cls_mode", "reader"),
+        ("reg_mode", "reader"), ("class_attention", 1)), REFUSED),
 }  # fmt: skip
 
 
@@ -105,7 +107,6 @@ OF_PICTURES = {
     ("reprob", 0.3): lambda seen: seen["batches"].batches.random_erasing.erasing.probability == 0.3,
     ("repeated_aug", ""): lambda seen: type(seen["batches"].draws.numbers).__name__ == "RepeatAugSampler",
     ("mix_switch_prob", 0.3): lambda seen: seen["mixup"].switch_prob == 0.3,
-    ("opt", "sgd"): lambda seen: "nesterov" in group(seen) and not seen["optimizer"].state,
     ("unscale_lr", ""): lambda seen: max(rates(seen, 30)) > 4e-4,
     ("recipe", "fast"): REFUSED,  # for its stochastic depth
     ("warmup_lr", 3e-4): lambda seen: seen["scheduler"].warmup_lr_init == 3e-4,

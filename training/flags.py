@@ -6,6 +6,8 @@ import utils
 from datasets import BAD_IMAGES, DATA_SETS, TEST_SIZE, detect_data_set
 from loading.decode import add_max_pixels
 from models_dynamic import SIZES
+from tokens.blocks import STEMS
+from tokens.layout import MODES, all_alike
 from utils import BadInput, number
 
 # Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
@@ -13,7 +15,8 @@ MODEL_FLAGS = {
     "num_reg": "num_register_tokens", "cls_pos": "cls_pos", "reg_pos": "reg_pos", "dist_pos": "dist_pos",
     "embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "mlp_ratio": "mlp_ratio",
     "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
-    "qk_norm": "qk_norm", "rope": "rope", "swiglu": "swiglu",
+    "qk_norm": "qk_norm", "rope": "rope", "swiglu": "swiglu", "stem": "stem", "reg_end": "reg_end",
+    "cls_mode": "cls_mode", "reg_mode": "reg_mode", "class_attention": "class_attention",
 }  # fmt: skip
 OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
 
@@ -24,7 +27,21 @@ def add_model_flags(parser):
     missing = dict(default=SUPPRESS)
     group.add_argument("--num_reg", type=number(int, 0), help="register tokens (4)", **missing)
     group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
-    group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
+    group.add_argument(
+        "--reg_pos", type=number(int, 0), nargs="+", metavar="BLOCK", help="block that the registers enter at, or one "
+        "for each of them (0)", **missing,
+    )  # fmt: skip
+    group.add_argument(
+        "--reg_end", type=number(int, 1), nargs="+", metavar="BLOCK", help="block from which on the registers are "
+        "absent, or one for each of them (they stay)", **missing,
+    )  # fmt: skip
+    for flag, what in (("--cls_mode", "CLS attends"), ("--reg_mode", "registers attend")):
+        words = f"reader: {what} to all tokens, and only readers attend to what reads (token)"
+        group.add_argument(flag, choices=MODES, help=words, **missing)
+    group.add_argument(
+        "--class_attention", type=number(int, 0), metavar="K", help="in the last K blocks only CLS is updated, as in "
+        "CaiT (0)", **missing,
+    )  # fmt: skip
     group.add_argument("--embed_dim", type=number(int, 1, 2**16), help="width", **missing)
     group.add_argument("--depth", type=number(int, 1, 1000), help="blocks", **missing)
     group.add_argument("--num_heads", type=number(int, 1), help="heads", **missing)
@@ -40,6 +57,9 @@ def add_model_flags(parser):
     group.add_argument("--qk_norm", action="store_true", help="normalise queries and keys", **missing)
     group.add_argument("--rope", action="store_true", help="rotary positions on the patches, as in DINOv3", **missing)
     group.add_argument("--swiglu", action="store_true", help="SwiGLU in place of the MLP", **missing)
+    group.add_argument(
+        "--stem", choices=tuple(STEMS), help="conv: convolutions in place of the patch projection", **missing
+    )
     group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
     return group
 
@@ -48,6 +68,7 @@ def add_training_flags(group):
     """What both scripts train with; defaults that depend on the script are not set."""
     group.add_argument("--epochs", type=number(int, 1))
     group.add_argument("--batch_size", type=number(int, 1), help="images at a time, in each process")
+    group.add_argument("--opt", help="timm's name of an optimizer")
     group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
     group.add_argument(
         "--warmup_epochs",
@@ -128,13 +149,14 @@ def add_small_image_flags(parser):
     group.add_argument("--model", choices=sorted(SIZES), default="dynamic_vit_cifar", help="size")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate of AdamW; not scaled")
+    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate; not scaled")
     add_training_flags(group)
     add_machine_flags(parser)
     parser.set_defaults(
-        epochs=100, batch_size=128, lr=1e-3, weight_decay=0.05, reprob=0.25, mixup=1.0, cutmix=1.0, mix_prob=0.5,
+        epochs=100, batch_size=128, opt="adamw", lr=1e-3, weight_decay=0.05, reprob=0.25,
+        mixup=1.0, cutmix=1.0, mix_prob=0.5,
         # What main_distillation.py has flags for.
-        opt="adamw", warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False, fsdp=False,
+        warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False, fsdp=False,
     )  # fmt: skip
 
 
@@ -183,4 +205,6 @@ def add_machine_flags(parser):
 
 def given_model_args(args) -> dict:
     """Those arguments of the model that the user gave."""
-    return {arg: getattr(args, flag) for flag, arg in MODEL_FLAGS.items() if hasattr(args, flag)}
+    given = {arg: getattr(args, flag) for flag, arg in MODEL_FLAGS.items() if hasattr(args, flag)}
+    several = ("reg_pos", "reg_end")  # a block, or one for each register
+    return given | {name: all_alike(given[name]) for name in several if isinstance(given.get(name), list)}

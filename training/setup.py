@@ -165,11 +165,19 @@ def describe(model) -> str:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     if not isinstance(model, DynamicViT):
         return f"{model.model_args['timm_name']} of timm, {size:.2f} M parameters"
+    args, count = model.model_args, model.num_register_tokens
+
+    def blocks(value):
+        return utils.flag_value(list(value) if isinstance(value, tuple) else value)
+
     cls = "no class token" if model.cls_pos is None else f"CLS enters at block {model.cls_pos}"
-    count = model.num_register_tokens
-    registers = f"{count} registers at block {model.reg_pos}" if count else "no registers"
-    dist = "" if model.dist_pos is None else f", distillation token at block {model.dist_pos}"
-    return f"{model.depth} blocks, width {model.embed_dim}, {size:.2f} M parameters, {cls}, {registers}{dist}"
+    registers = f"{count} registers at block {blocks(model.reg_pos)}" if count else "no registers"
+    more = [f"leaving at {blocks(args['reg_end'])}"] if "reg_end" in args else []
+    more += [f"distillation token at block {model.dist_pos}"] if model.dist_pos is not None else []
+    more += [f"{name} only read" for name, mode in (("CLS", "cls_mode"), ("registers", "reg_mode")) if mode in args]
+    more += [f"class attention in the last {args['class_attention']}"] if "class_attention" in args else []
+    words = ", ".join([f"{size:.2f} M parameters", cls, registers, *more])
+    return f"{model.depth} blocks, width {model.embed_dim}, {words}"
 
 
 def report_run(model, data):

@@ -27,6 +27,7 @@ from inspection.attention import maps_of, rollout_of, watch_calls
 from inspection.class_maps import class_number, grad_cam, relevance
 from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, draw_page, token_name, write_pages
+from tokens.layout import blocks_with
 from utils import BadInput, number
 
 KINDS = ("cls", "dist", "reg", "pool")
@@ -43,7 +44,7 @@ class Token:
 
     key: str  # 'cls', 'dist', 'reg0', 'patch3-5'
     name: str
-    enters: int | None  # the block; None: the model has no such token
+    blocks: list[int]  # those that it is present at; none: the model has no such token
     mark: tuple[int, int] | None = None  # x, y of a patch
 
 
@@ -58,15 +59,19 @@ class ImageMaps:
     classes: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # class -> method -> (gh, gw)
 
 
-def entry_blocks(model) -> dict:
+def blocks_of(model, token) -> list[int]:
+    """The blocks that one of `KINDS`, or a register, is present at."""
     pool = getattr(model, "pool_pos", None)  # SigLIP's, behind the last block
-    return {"cls": model.cls_pos, "dist": model.dist_pos, "reg": model.reg_pos, "pool": pool}
+    if token == "pool":
+        return [] if pool is None else [pool]
+    return blocks_with(model, "registers" if token == "reg" else token)
 
 
 def parts_at(model, block) -> set[str]:
     """Which of `KINDS` attend at `block`."""
     layout = model.token_layout(block)
-    parts = {"cls": layout.cls, "dist": layout.dist, "reg": layout.registers, "pool": layout.pool}
+    registers = layout.registers if layout.queries is None else None  # in class attention they do not
+    parts = {"cls": layout.cls, "dist": layout.dist, "reg": registers, "pool": layout.pool}
     return {kind for kind, part in parts.items() if part is not None}
 
 
@@ -75,38 +80,51 @@ def kinds_to_draw(model, blocks, asked) -> list[str]:
 
     Raises BadInput for a requested token that is present at none of them, and if there are no tokens at all.
     """
-    enters, last = entry_blocks(model), max(blocks)
+    there, last = {kind: blocks_of(model, kind) for kind in KINDS}, max(blocks)
     tokens = set().union(*(parts_at(model, block) for block in blocks))
     present = [kind for kind in KINDS if kind in tokens]
     at = f"at block {last}" if len(blocks) == 1 else f"at blocks {', '.join(map(str, blocks))}"
     for kind in asked or KINDS:
         if kind in present:
             continue
-        if enters[kind] is None:
+        if not there[kind]:
             problem = f"this model has no {WORDS[kind].removeprefix('the ')}"
-            pool = enters["pool"]
-            instead = "a model with tokens" if pool is None else f"the attention pooling, --layer_num {pool}"
+            pool = there["pool"]
+            instead = f"the attention pooling, --layer_num {pool[0]}" if pool else "a model with tokens"
             instead = f"--tokens {present[0]}" if present else f"{instead}, or --patch x,y"
         elif "pool" in (kind, *present):
             problem = f"{WORDS[kind]} {'have' if kind == 'reg' else 'has'} no queries there"
-            instead = f"--layer_num {enters[kind]}"
+            instead = f"--layer_num {there[kind][0]}"
         else:
-            problem = f"{WORDS[kind]} only enter{'s' * (kind != 'reg')} at block {enters[kind]}"
-            instead = f"--layer_num {enters[kind]} or later (to {model.depth - 1})"
+            problem = _why_not(model, kind, there[kind], last)
+            instead = f"--layer_num {there[kind][0]}"
+            instead += "" if there[kind][-1:] == there[kind][:1] else f" or later (to {there[kind][-1]})"
             instead += f", or --tokens {present[0]}" if present else ""
         if asked or not present:
             raise BadInput(f"nothing to draw for {kind!r} {at}: {problem}; ask for {instead}")
-        if enters[kind] is not None and kind != "pool":
+        if there[kind] and kind != "pool":
             utils.say(f"note: {problem}; it is not drawn {at}")
     return [kind for kind in present if kind in (asked or KINDS)]
 
 
+def _why_not(model, kind, there, block) -> str:
+    """Why a kind of token that is present at the blocks `there` does not attend at `block`."""
+    plural = "" if kind == "reg" else "s"
+    if block < there[0]:
+        return f"{WORDS[kind]} only enter{plural} at block {there[0]}"
+    if block > there[-1]:
+        return f"{WORDS[kind]} leave{plural} at block {there[-1] + 1}"
+    return f"{WORDS[kind]} do not attend at block {block}, whose class attention is of CLS alone"
+
+
 def tokens_of(model, kinds, patches) -> list[Token]:
     """The rows of attention to draw, class token first, chosen patches last."""
-    total, enters = model.num_register_tokens, entry_blocks(model)
+    total = model.num_register_tokens
     keys = {"cls": ["cls"], "dist": ["dist"], "reg": [f"reg{r}" for r in range(total)], "pool": ["pool"]}
-    found = [Token(key, token_name(key, total), enters[kind]) for kind in KINDS if kind in kinds for key in keys[kind]]
-    return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", 0, (x, y)) for x, y in patches]
+    keys = [key for kind in KINDS if kind in kinds for key in keys[kind]]
+    found = [Token(key, token_name(key, total), blocks_of(model, key)) for key in keys]
+    everywhere = list(range(model.depth))
+    return found + [Token(f"patch{x}-{y}", f"Patch {x},{y} (column, row)", everywhere, (x, y)) for x, y in patches]
 
 
 def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=None) -> ImageMaps:
@@ -155,7 +173,7 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     """The pages of one image under one model."""
 
     def row(token, block, label):
-        return Row(label, seen.shown, _cells(token, seen.maps[block]))
+        return Row(label, seen.shown, _cells(token, seen.maps[block], block))
 
     def there(token, block):  # attention pooling is a block of its own, and the tokens have no rows there
         return ("pool" in seen.maps[block]) == (token.key == "pool")
@@ -163,7 +181,7 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     if "heads" in kinds_of_pages:
         for block in blocks:
             for token in tokens:
-                if token.enters <= block and there(token, block):
+                if block in token.blocks and there(token, block):
                     rows = [row(token, block, "")]
                     yield Page(f"block{block}_{token.key}", _title(token, block), rows, seen.caption)
     if "blocks" in kinds_of_pages:
@@ -179,8 +197,11 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     if "rollout" in kinds_of_pages:
         rows = []
         for token in tokens:
-            maps = {f"block {block}": seen.rollout[block].get(token.key) for block in blocks if there(token, block)}
-            cells = [MapCell(n, None if m is None else m[0], _absent(token), token.mark) for n, m in maps.items()]
+            maps = {block: seen.rollout[block].get(token.key) for block in blocks if there(token, block)}
+            cells = [
+                MapCell(f"block {block}", None if m is None else m[0], _absent(token, block), token.mark)
+                for block, m in maps.items()
+            ]
             rows.append(Row(token.name, seen.shown, cells))
         yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, ROLLOUT)
     if "class" in kinds_of_pages:
@@ -194,19 +215,23 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
 def _title(token, block=None):
     if token.key == "pool":
         return f"{token.name} behind the last block"
-    entered = "" if token.mark else f" (entered at block {token.enters})"
+    entered = "" if token.mark else f" (entered at block {token.blocks[0]})"
     return token.name + ("" if block is None else f" at block {block}") + entered
 
 
-def _absent(token) -> str:
-    return "absent: not in this model" if token.enters is None else f"absent: enters at block {token.enters}"
+def _absent(token, block) -> str:
+    if not token.blocks:
+        return "absent: not in this model"
+    if block < token.blocks[0]:
+        return f"absent: enters at block {token.blocks[0]}"
+    return f"absent: left at block {token.blocks[-1] + 1}" if block > token.blocks[-1] else "absent: only CLS attends"
 
 
-def _cells(token, maps) -> list[MapCell]:
+def _cells(token, maps, block) -> list[MapCell]:
     """The mean over heads, and each head; one empty cell for a token that is absent."""
     heads = maps.get(token.key)
     if heads is None:
-        return [MapCell("", None, _absent(token))]
+        return [MapCell("", None, _absent(token, block))]
     named = [("mean over heads", heads.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(heads))]
     return [MapCell(name, attention, mark=token.mark) for name, attention in named]
 
@@ -218,16 +243,16 @@ def compared_pages(names, models, images, asked, blocks, patches, one_scale):
     model with the fewest patches would leave the others black.
     """
     colour = TIMES_PATCHES if one_scale and len({math.prod(m.grid_size) for m in models}) > 1 else ATTENTION
-    kinds = [k for k in KINDS if any(entry_blocks(model)[k] is not None for model in models) and k in (asked or KINDS)]
+    kinds = [k for k in KINDS if any(blocks_of(model, k) for model in models) and k in (asked or KINDS)]
     of_models = [{token.key: token for token in tokens_of(model, kinds, patches)} for model in models]
     keys = {key: token.name for tokens in of_models for key, token in tokens.items()}  # in order, each once
     for block in blocks:
         for key, name in keys.items():
             rows = []
             for label, seen, tokens in zip(names, images, of_models):
-                token = tokens.get(key) or Token(key, name, None)
+                token = tokens.get(key) or Token(key, name, [])
                 predicted = seen.caption.split("\n")[-1]
-                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block])))
+                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block], block)))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
             yield Page(f"block{block}_{key}", title, rows, colour=colour)
 
@@ -275,7 +300,7 @@ def page_maker(args, loaded, blocks):
     models = [model for model, _, _ in loaded]
     if args.compare:
         names = _short_names(args.compare)
-        present = {kind for model in models for kind, at in entry_blocks(model).items() if at is not None}
+        present = {kind for model in models for kind in KINDS if blocks_of(model, kind)}
         if not (set(args.tokens or KINDS) & present or patches):
             raise BadInput(f"none of these models has {' or '.join(WORDS[k] for k in args.tokens or KINDS)}")
 
@@ -344,8 +369,9 @@ def write_html(args, model, data, found, blocks, failed):
         seen = image_maps(model, data, image, blocks, [], False, keep=attention.__setitem__)
         encoded.append(encode_image(image.name, seen.caption, seen.shown, layouts, attention, model.grid_size))
     about = {
-        "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos,
-        "dist_pos": model.dist_pos, "reg_pos": model.reg_pos, "registers": model.num_register_tokens,
+        "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
+        "registers": [[there[0], there[-1] + 1] for r in range(model.num_register_tokens)
+                      if (there := blocks_of(model, f"reg{r}"))],
     }  # fmt: skip
     name = found[0].name if len(found) == 1 else f"{len(encoded)}_images"
     file = folder / f"attention_{name}.html"

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import utils
@@ -75,7 +76,8 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
     so never further off than 1/510 of the row's largest. Registers often receive nearly all of a row: stored as levels
     too, they would round the patches to zero.
     """
-    attention = attention.detach().float().cpu()
+    attention, queries = attention.detach().float().cpu(), attention.shape[1]
+    attention = F.pad(attention, (0, 0, 0, layout.length - queries))  # in class attention the others have no row
     if not attention.isfinite().all():
         raise BadInput(f"the attention at block {block} is not finite; these weights or this image are damaged")
     on_patches = attention[:, :, layout.patches]  # (H, N, P)
@@ -88,9 +90,9 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
     packed = zlib.compress(b"".join(array.tobytes() for array in arrays))
     places = {kind: part.start for kind in ("cls", "dist") if (part := getattr(layout, kind)) is not None}
     if layout.registers is not None:
-        places |= {f"reg{r}": at for r, at in enumerate(range(layout.registers.start, layout.registers.stop))}
+        places |= {f"reg{r}": at for at, r in enumerate(layout.numbers, layout.registers.start)}
     return {
-        "tokens": layout.length, "first": layout.patches.start, "places": places,
+        "tokens": layout.length, "first": layout.patches.start, "places": places, "queries": queries,
         "data": base64.b64encode(packed).decode("ascii"),
     }  # fmt: skip
 
@@ -108,7 +110,7 @@ def write_viewer(path, title: str, model: dict, images: list[dict]) -> int:
     """Write the page, atomically, and return its size in bytes.
 
     Args:
-        model: "depth", "heads", "cls_pos", "dist_pos", "reg_pos" (None if absent) and "registers".
+        model: "depth", "heads", "cls_pos", "dist_pos" (None if absent), and "registers": entry block and end of each.
         images: of `encode_image`.
 
     Raises BadInput if all images together are too large for a browser.

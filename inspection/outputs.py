@@ -88,7 +88,8 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
     def see(i, call):
         if i == last:
             row = call.weights([at])  # (B, H, 1, N)
-            seen["mixed"] = torch.cat([row[..., p] @ call.value[..., p, :] for p in parts.values()], dim=2)
+            mixed = torch.stack([row[..., p] @ call.value[..., p, :] for p in parts.values()], dim=1)
+            seen["mixed"] = mixed.flatten(0, 1)  # (B * parts, H, 1, d)
 
     def tokens(i, x):
         if i == last:
@@ -101,14 +102,15 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
     _forward(model, images, see, last, tokens, output)
     block, recorder = model.blocks[last], _Recorder(lambda i, call: seen["mixed"])
     recorder.block = last
-    x = seen["skip"].expand(-1, len(parts), -1)  # a token for each part; but for attention, a block has no mixing
+    x = seen["skip"].repeat_interleave(len(parts), dim=0)  # (B * parts, 1, D): CLS alone, once for each part
     with _as_evaluated(model), recorder:
-        whole = block(x)  # (B, parts, D)
+        whole = block(x)
         silent = block.mlp.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
         try:
             added = block(x) - x
         finally:
             silent.remove()
+    whole, added = (values.unflatten(0, (-1, len(parts)))[:, :, 0] for values in (whole, added))  # (B, parts, D)
     names = dict(zip(parts, range(len(parts))))
     if not torch.allclose(whole[:, names["attention"]], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):
         raise BadInput("outputs: the last block of this model does more with its attention than add it to CLS")

@@ -33,7 +33,7 @@ def by_token(maps: AttentionMaps, patches=()) -> dict[str, Tensor]:
     """{'cls', 'dist', 'reg0', 'patch3-5', ...: (B, H, gh, gw)} of the tokens that have entered, and of `patches`."""
     found = {"cls": maps.cls, "dist": maps.dist, "pool": maps.pool}
     if maps.registers is not None:
-        found |= {f"reg{r}": heads for r, heads in enumerate(maps.registers.unbind(dim=1))}
+        found |= {f"reg{r}": heads for r, heads in zip(maps.numbers, maps.registers.unbind(dim=1))}
     if maps.patches is not None:
         found |= {f"patch{x}-{y}": heads for (x, y), heads in zip(patches, maps.patches.unbind(dim=1))}
     return {key: heads for key, heads in found.items() if heads is not None}

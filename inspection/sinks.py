@@ -18,6 +18,7 @@ from inspection.bootstrap import bootstrap, mean
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
 from inspection.statistics_pages import ABSENT, HUES, WORDS
+from tokens.layout import blocks_with
 from utils import BadInput
 
 MARKS = ("sink", "nop", "between", "broadcast")  # the first is the sum of the others
@@ -60,7 +61,7 @@ def measure(model, batches, queries=0.9, attention=0.5, nop=0.2, broadcast=0.5) 
         watch_calls(model, images, see)
         counts.append(seen.numpy())
     shares = np.concatenate(counts) / heads  # (images, blocks, kinds, marks)
-    entry = dict(zip(ENTRIES, (model.cls_pos, model.reg_pos)))
+    entry = {kind: min(blocks_with(model, kind), default=None) for kind in ENTRIES}
     return {
         "images": len(shares), "heads": heads,
         "thresholds": {"queries": queries, "attention": attention, "nop": nop, "broadcast": broadcast},

@@ -56,9 +56,12 @@ class TokenStatistics:
         layout = self.layouts[i]
         entropy = torch.special.entr(attn).sum(dim=-1)  # (B, H, N)
         for kind, part in parts_of(layout).items():
-            self.moments["entropy", kind, i].add(entropy[..., part].mean(dim=-1))
+            if layout.queries is None or part.stop <= layout.queries:
+                self.moments["entropy", kind, i].add(entropy[..., part].mean(dim=-1))
             if layout.cls is not None:
                 self.moments["cls_share", kind, i].add(attn[:, :, layout.cls, part].sum(dim=(2, 3)))
+        if layout.queries is not None:  # patches do not attend
+            return
         inner = attn[..., layout.patches, layout.patches]  # (B, H, P, P)
         mean = (inner * self.distances).sum(dim=-1) / inner.sum(dim=-1).clamp_min(1e-12)
         self.moments["distance", i].add(mean.mean(dim=-1))
@@ -77,8 +80,9 @@ class TokenStatistics:
                 self.moments["similarity", i].add(unit @ unit.transpose(1, 2))
             if self.keep:
                 tokens = tokens.mean(dim=1, keepdim=True) if kind == "patches" else tokens
-                for n, values in enumerate(tokens[: self.keep].cpu().unbind(dim=1)):
-                    self.features[f"register {n}" if kind == "registers" else NAMES[kind], i].append(values)
+                names = [f"register {n}" for n in self.layouts[i].numbers] if kind == "registers" else [NAMES[kind]]
+                for name, values in zip(names, tokens[: self.keep].cpu().unbind(dim=1)):
+                    self.features[name, i].append(values)
 
     def result(self) -> dict:
         """Plain values; lists have an entry per block. Distances are in pixels of the input, entropies in nats."""

@@ -21,6 +21,7 @@ from inspection.html import encode_image, write_viewer
 from inspection.pages import COLOURS
 from loading.memory import MemoryLoader, load_data
 from models_dynamic import DynamicViT
+from tokens.layout import blocks_with
 from utils import BadInput
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -93,7 +94,9 @@ def browser(tmp_path_factory):
 def model_words(model):
     return {
         "depth": model.depth, "heads": model.model_args["num_heads"], "cls_pos": model.cls_pos,
-        "dist_pos": model.dist_pos, "reg_pos": model.reg_pos, "registers": model.num_register_tokens,
+        "dist_pos": model.dist_pos, "registers": [
+            [(there := blocks_with(model, f"reg{r}"))[0], there[-1] + 1] for r in range(model.num_register_tokens)
+        ],
     }  # fmt: skip
 
 
@@ -107,8 +110,8 @@ def encoded(model, image, name, blocks=None):
 
 @pytest.fixture(scope="module")
 def explored(tmp_path_factory):
-    """A model of 4 blocks, 3 heads, grid 4 x 6: CLS enters at block 2, two registers at 1; two images, one hostile."""
-    model = tiny(cls_pos=2, reg_pos=1, num_register_tokens=2)
+    """A model of 4 blocks, 3 heads, grid 4 x 6, in which tokens come and go; two images, one of them hostile."""
+    model = tiny(cls_pos=2, reg_pos=(1, 0), reg_end=(4, 3), num_register_tokens=2)
     (one, first), (two, second) = (encoded(model, i, n) for i, n in zip(noise(model), ("lynx", HOSTILE), strict=True))
     file = tmp_path_factory.mktemp("viewer") / "attention.html"
     write_viewer(file, f"Attention of {HOSTILE}", model_words(model), [one, two])
@@ -120,7 +123,7 @@ def expected(attention, layout, key, grid, head):
     rows = attention.double().numpy()
     place = layout.patches.start + int(key[7:]) * grid[1] + int(key[5:6]) if key.startswith("patch") else None
     if place is None:
-        place = layout.cls.start if key == "cls" else layout.registers.start + int(key[3:])
+        place = layout.cls.start if key == "cls" else layout.registers.start + layout.numbers.index(int(key[3:]))
     steps = rows[:, :, layout.patches].max(-1) / 255 / 2  # (H, N)
     heads = slice(None) if head == "mean" else slice(head, head + 1)
     out, into = rows[heads, place, layout.patches].mean(0), rows[heads, layout.patches, place].mean(0)
@@ -138,11 +141,10 @@ def test_every_map_is_the_attention(browser, explored):
             for head in ("mean", 0, 2):
                 for key in ("patch4-2", "reg0", "reg1", "cls"):
                     out, into = browser.show(image=image, block=block, head=head, token=key)
-                    enters = {"cls": 2, "reg0": 1, "reg1": 1}.get(key, 0)
-                    if block < enters:
+                    why = {"cls": "enters at block 2", "reg0": "enters at block 1", "reg1": "left at block 3"}.get(key)
+                    if block in {"cls": (0, 1), "reg0": (0,), "reg1": (3,)}.get(key, ()):
                         assert out is None and into is None
-                        words = browser.text("#out .absent")
-                        assert words.endswith(f"absent at block {block} (enters at block {enters})")
+                        assert browser.text("#out .absent").endswith(f"absent at block {block} ({why})")
                         assert not browser.driver.find_element("css selector", "#out .frame canvas").is_displayed()
                         continue
                     row, column, row_step, column_step = expected(attention[image][block], layout, key, (4, 6), head)
@@ -150,6 +152,20 @@ def test_every_map_is_the_attention(browser, explored):
                     exact = not key.startswith("patch")  # what goes to a token that is no patch is kept as it is
                     assert np.all(np.abs(into - column) <= (0 if exact else column_step) + 1e-6), (block, head, key)
                     assert not browser.driver.find_element("css selector", "#out .absent").is_displayed()
+
+
+@needs_browser
+def test_in_class_attention_only_cls_attends(browser, tmp_path):
+    model = tiny(cls_pos=2, class_attention=1, num_register_tokens=1)
+    image, attention = encoded(model, noise(model)[0], "lynx")
+    write_viewer(tmp_path / "viewer.html", "Attention", model_words(model), [image])
+    browser.open(tmp_path / "viewer.html")
+    out, _ = browser.show(image=0, block=3, head=0, token="cls")
+    assert np.allclose(out, attention[3][0, 0, model.token_layout(3).patches], atol=1e-3)
+    for token in ("reg0", "patch1-1"):
+        out, into = browser.show(image=0, block=3, head=0, token=token)
+        assert out is None and not np.any(into)  # patches do not attend to it either
+        assert "does not attend at block 3" in browser.text("#out .absent")
 
 
 PIXELS = """const canvas = document.querySelector(a), d = canvas.getContext("2d");
@@ -232,8 +248,9 @@ def test_opacity_scale_and_sums(browser, explored):
     for name, share in shares.items():
         line = next(line for line in table if line.startswith(name))
         assert float(line.removeprefix(name).split()[0]) == pytest.approx(100 * float(share), rel=6e-3)
-    largest = [max(float(attention[0][b][h, model.token_layout(b).registers.start + 1, model.token_layout(b).patches]
-                         .max()) for b in blocks for h in range(3)) for blocks in ((2,), (1, 2, 3))]  # fmt: skip
+    places = {b: at.registers.start + at.numbers.index(1) for b in range(3) if (at := model.token_layout(b))}
+    rows = {b: attention[0][b][:, place, model.token_layout(b).patches] for b, place in places.items()}
+    largest = [max(float(rows[b].max()) for b in blocks) for blocks in ((2,), (0, 1, 2))]
     for scale, top in zip(("heads", "blocks"), largest, strict=True):
         browser.show(scale=scale)
         assert float(browser.text("#out output").split()[0]) == pytest.approx(100 * top, rel=6e-3)

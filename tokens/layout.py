@@ -33,6 +33,14 @@ def check_block(block, depth: int, what: str = "block") -> int:
     return block
 
 
+def blocks_with(model, token: str) -> list[int]:
+    """The blocks of a model at whose input 'cls', 'dist', 'registers', or 'reg2', the register of that number, is."""
+    number = int(token[3:]) if token[:3] == "reg" and token[3:].isdecimal() else None
+    layouts = map(model.token_layout, range(model.depth))
+    there = [getattr(at, token) is not None if number is None else number in at.numbers for at in layouts]
+    return [i for i, present in enumerate(there) if present]
+
+
 def one_each(blocks: int | tuple[int, ...], count: int, what: str) -> list[int]:
     """A block for each of `count` registers, from one for all or as many as there are registers."""
     blocks = list(blocks) if isinstance(blocks, list | tuple) else [blocks] * count

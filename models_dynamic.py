@@ -12,7 +12,6 @@ Sources: ViT (arXiv 2010.11929), DeiT and its distillation token (2012.12877), C
 (2103.17239), "Vision Transformers Need Registers" (2309.16588), DINOv3 (2508.10104). Blocks and layers are timm's.
 """
 
-import math
 import operator
 from functools import partial
 from itertools import accumulate
@@ -260,9 +259,12 @@ class DynamicViT(nn.Module):
 
         A formula, since sweeps ask for it often and without weights: torch's FlopCounterMode takes a forward pass.
         """
-        args, width, grid = self._args, self.embed_dim, self.patch_embed.num_patches
+        args, width, (h, w), flops = self._args, self.embed_dim, self._args["img_size"], 0
         mlp = (3 if args["swiglu"] else 2) * int(width * args["mlp_ratio"])
-        flops = 2 * grid * args["in_chans"] * math.prod(args["patch_size"]) * width  # patches
+        for conv in self.patch_embed.modules():
+            if isinstance(conv, nn.Conv2d):
+                h, w = h // conv.stride[0], w // conv.stride[1]
+                flops += 2 * h * w * conv.weight.numel()
         for block in range(self.depth):
             tokens = self.token_layout(block).length
             rows = self.blocks[block].queries or (self._classified() if block == self.depth - 1 else None) or tokens

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Attention, ConvNormAct, PatchEmbed, apply_rot_embed_cat
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, _assert
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 
@@ -46,9 +46,9 @@ def _attended(query, key, value, dropout_p: float, fused: bool) -> Tensor:
 
 
 class ConvStem(PatchEmbed):
-    """Patches by 3 x 3 convolutions of stride 2 and a last one of 1 x 1 (Xiao et al., arXiv 2106.14881).
+    """Patches by 3 x 3 convolutions of stride 2, and a projection of 1 x 1 (Xiao et al., arXiv 2106.14881).
 
-    Their widths double up to `embed_dim`; without another change of shapes, it takes the place of timm's `PatchEmbed`.
+    The convolutions' widths double up to `embed_dim`. It takes the place of timm's `PatchEmbed`.
     """
 
     def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int):
@@ -58,7 +58,16 @@ class ConvStem(PatchEmbed):
             raise ValueError(f"a convolutional stem needs square patches of 2, 4, 8, ... pixels, not {patch_size}")
         widths = [in_chans, *(max(1, embed_dim >> i) for i in reversed(range(halvings)))]
         layers = [ConvNormAct(a, b, kernel_size=3, stride=2, act_layer=nn.ReLU) for a, b in pairwise(widths)]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
+        del self.proj  # to stand behind the convolutions, in the order of the forward pass
+        self.stem = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, P, D)."""
+        h, w = self.img_size
+        _assert(x.shape[2] == h, f"this model takes images of {h} x {w} pixels")
+        _assert(x.shape[3] == w, f"this model takes images of {h} x {w} pixels")
+        return self.proj(self.stem(x)).flatten(2).transpose(1, 2)
 
 
 class TokenAttention(Attention):

@@ -62,7 +62,7 @@ def check_is_asked_for(args, data_given):
 
 
 def main(argv=None):
-    args = get_parser().parse_args(argv)
+    args = flags.parse_with_recipe(get_parser(), argv)
     data_path, data_given = args.data_path, bool(args.data_path or args.data_set)
     resolve(args)
     device = start(args)

@@ -78,11 +78,9 @@ def get_parser():
 
 def parse(argv=None):
     """The flags; without a data set, those of a small grid on digits are the defaults."""
-    parser = get_parser()
-    named = parser.parse_known_args(argv)[0]
-    if named.data_set is None and named.data_path is None:
-        parser.set_defaults(**DIGITS)
-    args = parser.parse_args(argv)
+    named = get_parser().parse_known_args(argv)[0]
+    digits = named.data_set is None and named.data_path is None
+    args = flags.parse_with_recipe(get_parser(), argv, **DIGITS if digits else {})
     flags.resolve(args)
     for name in ("cls_pos", "reg_pos", "num_reg", "seeds"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))

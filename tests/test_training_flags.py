@@ -91,6 +91,7 @@ OF_SMALL_IMAGES = {
     ("aug", "rand"): lambda seen: transform(seen).aug == "rand",
     ("hflip", 0.3): lambda seen: transform(seen).hflip == 0.3,
     ("reprob", 0.3): lambda seen: transform(seen).reprob == 0.3,
+    ("recipe", "quick"): REFUSED,  # for its model
     ("repeats", 2): lambda seen: seen["batches"].passes == 2 and seen["first_update"] == len(seen["batches"]),
 }
 

@@ -1,5 +1,6 @@
 """Flags that the training scripts share, and what they describe: the model, the machine, the folder of a run."""
 
+import sys
 from argparse import SUPPRESS
 
 import utils
@@ -17,6 +18,20 @@ MODEL_FLAGS = {
     "patch_size": "patch_size", "input_size": "img_size", "init_values": "init_values", "drop_path": "drop_path_rate",
     "qk_norm": "qk_norm", "rope": "rope", "swiglu": "swiglu", "stem": "stem", "reg_end": "reg_end",
     "cls_mode": "cls_mode", "reg_mode": "reg_mode", "class_attention": "class_attention",
+}  # fmt: skip
+# Defaults of the flags for images in memory.
+RECIPES = {
+    # "Vision Transformer for Small-Size Datasets" (arXiv 2112.13492): 100 epochs of three passes, for a GPU.
+    "long": dict(
+        epochs=100, repeats=3, batch_size=128, opt="adamw", lr=1e-3, weight_decay=0.05, aug="trivial", drop_path=0.1,
+        smoothing=0.1, reprob=0.25, mixup=1.0, cutmix=1.0, mix_prob=0.5,
+    ),
+    # Ten minutes on two cores; what was tried is in docs/RESULTS.md.
+    "quick": dict(
+        epochs=16, repeats=1, batch_size=128, opt="nmuon", lr=5e-3, weight_decay=0.05, aug="none", drop_path=0.0,
+        smoothing=0.1, reprob=0.0, mixup=0.0, cutmix=0.0, mix_prob=0.5,
+        embed_dim=96, depth=6, num_heads=3, stem="conv",
+    ),
 }  # fmt: skip
 OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
 
@@ -138,26 +153,36 @@ def add_small_image_flags(parser):
     add_data_flags(group)
     group.add_argument(
         "--aug", choices=("trivial", "rand", "none"),
-        help="TrivialAugment or RandAugment (default: trivial; none for DIGITS)",
+        help="TrivialAugment or RandAugment (default: the recipe's; none for DIGITS)",
     )  # fmt: skip
     group.add_argument(
-        "--repeats", type=number(float, above=0), default=3,
-        help="times that an epoch goes through the images, each augmented anew",
+        "--repeats", type=number(float, above=0), help="times that an epoch goes through the images, each augmented "
+        "anew",
     )  # fmt: skip
 
     group = add_model_flags(parser)
     group.add_argument("--model", choices=sorted(SIZES), default="dynamic_vit_cifar", help="size")
 
     group = parser.add_argument_group("training")
+    group.add_argument(
+        "--recipe", choices=tuple(RECIPES), default="long", help="defaults of the flags: long is for a GPU, quick for "
+        "ten minutes on two CPU cores, and a smaller model",
+    )  # fmt: skip
     group.add_argument("--lr", type=number(float, above=0), help="peak learning rate; not scaled")
     add_training_flags(group)
     add_machine_flags(parser)
-    parser.set_defaults(
-        epochs=100, batch_size=128, opt="adamw", lr=1e-3, weight_decay=0.05, reprob=0.25,
-        mixup=1.0, cutmix=1.0, mix_prob=0.5,
-        # What main_distillation.py has flags for.
+    parser.set_defaults(  # what main_distillation.py has flags for
         warmup_lr=1e-6, min_lr=1e-6, mix_switch_prob=0.5, bce_loss=False, fsdp=False,
     )  # fmt: skip
+
+
+def parse_with_recipe(parser, argv, **defaults):
+    """The flags of `add_small_image_flags`; the defaults are those of the recipe that they name, then `defaults`."""
+    argv = sys.argv[1:] if argv is None else argv
+    named = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0]
+    recipe = {name: value for name, value in RECIPES[named.recipe].items() if name != "aug"}  # see `resolve`
+    parser.set_defaults(**recipe | defaults)
+    return parser.parse_args(argv)
 
 
 def resolve(args):
@@ -166,7 +191,7 @@ def resolve(args):
     if args.data_path is None and args.data_set.startswith("CIFAR"):
         args.data_path = f"./data/{args.data_set}"
     digits = args.data_set == "DIGITS"
-    args.aug = args.aug or ("none" if digits else "trivial")
+    args.aug = args.aug or ("none" if digits else RECIPES[args.recipe]["aug"])
     args.hflip = (0.0 if digits else 0.5) if args.hflip is None else args.hflip
     args.warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs
     check_training(args)

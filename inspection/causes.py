@@ -24,7 +24,8 @@ from utils import BadInput
 
 KINDS = {"cls": "class token", "registers": "registers"}
 PROBED = {"cls": "class token", "registers": "mean of the registers"}
-REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", "its initial")
+INITIAL = "its initial"
+REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", INITIAL)
 
 
 def check(model):

@@ -20,8 +20,10 @@ from utils import counted, flag_value
 COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
     "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
-    "train_seconds", "test_images", "artefacts_begin_at",
+    "train_seconds", "test_images", "artefacts_begin_at", "causal_depth", "causal_depth_low", "causal_depth_high",
+    "sinks_on_cls", "sinks_on_registers", "sinks_on_patches",
 )  # fmt: skip
+MEANS = (*COLUMNS[8:15], "causal_depth", "sinks_on_cls", "sinks_on_registers", "sinks_on_patches")  # of a group
 LEVEL = 0.05  # family-wise, of all intervals of a table
 MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy
@@ -142,7 +144,7 @@ def summarise(records) -> dict:
             "val_top1": mean_of([r["val_top1"] for r in group.values()]),
             "test_top1": mean_of([r["test_top1"] for r in group.values()]),
             "against_0_0": paired(group, others[key], len(others)) if key in others else None,
-            **{name: _mean(group, name) for name in COLUMNS[8:15]},
+            **{name: _mean(group, name) for name in MEANS},
         })  # fmt: skip
     if not rows:
         return {"groups": [], "best": None, "tied": [], "comparisons": 0, "verdict": "No cell is finished."}
@@ -166,7 +168,7 @@ def position_of(row) -> dict:
 
 
 def _mean(group, name):
-    values = [r[name] for r in group.values()]
+    values = [r.get(name) for r in group.values()]  # cells of an earlier revision lack some
     return None if None in values else float(np.mean(values))
 
 
@@ -254,7 +256,7 @@ def markdown(summary) -> str:
     """A table: a line per group, the best in bold."""
     heads = (
         "CLS at", "registers", "at", "seeds", "held-out %", "test %", "against 0/0 (95 % interval)", "MFLOPs",
-        "images/s", "artefacts", "CLS to registers",
+        "images/s", "artefacts", "CLS to registers", "CLS harmless until", "sinks: CLS, registers, patches",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in summary["groups"]:
@@ -263,8 +265,8 @@ def markdown(summary) -> str:
             flag_value(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
             str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
-            f"{row['artefact_share']:.2f} %",
-            "-" if row["cls_to_registers"] is None else f"{row['cls_to_registers']:.1f} %",
+            f"{row['artefact_share']:.2f} %", _number(row["cls_to_registers"], " %"), _number(row["causal_depth"]),
+            ", ".join(_number(row[f"sinks_on_{kind}"], " %") for kind in ("cls", "registers", "patches")),
         ]  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
     note = (
@@ -272,6 +274,10 @@ def markdown(summary) -> str:
         f"images, paired; from {MIN_SEEDS} common seeds on."
     )
     return "\n".join([*lines, "", *([note, ""] if summary["comparisons"] else []), summary["verdict"], ""])
+
+
+def _number(value, unit="") -> str:
+    return "-" if value is None else f"{value:.1f}{unit}"
 
 
 def _difference(against) -> str:

@@ -149,14 +149,26 @@ def read_record(file) -> dict:
         if not file.is_file():  # a pipe would never end
             raise ValueError("it is no file")
         record = json.loads(file.read_text())
-        wrong = first_wrong(record, CELL_RESULT if file.name == "result.json" else {})
-        if file.name == "result.json" and not wrong and (hits := hits_of(record)) is not None:
-            wrong = None if abs(100 * hits.mean() - record["test_top1"]) < 1e-6 else "test_hits"
-        if wrong:
+        if wrong := _wrong_result(record) if file.name == "result.json" else first_wrong(record, {}):
             raise ValueError(f"{wrong} missing or wrong")
         return record
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
+
+
+def _wrong_result(record) -> str | None:
+    """The first part of a result.json that is missing or wrong."""
+    if wrong := first_wrong(record, CELL_RESULT):
+        return wrong
+    hits = hits_of(record)
+    if hits is not None and abs(100 * hits.mean() - record["test_top1"]) >= 1e-6:
+        return "test_hits"
+    curve, ends, entry = record.get("causal_cost"), record.get("causal_cost_interval"), record["cls_pos"]
+    if curve is ends is None:
+        return None
+    absent = [[value is None for value in values or ()] for values in (curve, ends)]
+    begins = entry is not None and absent[0] == absent[1] == [True] * entry + [False] * (len(absent[0]) - entry)
+    return None if begins else "causal_cost"
 
 
 def packed(hits) -> str:

@@ -12,6 +12,7 @@ from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, 
 from loading.memory import MemoryLoader
 from sweep import results
 from sweep.cells import GridCell, describe_cls, describe_registers
+from sweep.prediction import predictions
 from training.film import token_maps
 
 IMAGES = 3  # on the page of attention maps
@@ -25,6 +26,8 @@ def draw_sweep(folder, data: ImageData, about: str):
         return
     summary = results.summarise(records)
     figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
+    found = predictions(records)
+    figures += [prediction_page(found, about)] if found["cells"] else []
     page = attention_page(folder, records, summary, data)
     figures += [] if page is None else [draw_page(page, vmax=page.largest())]
     write_pdf(iter(figures), folder / "sweep.pdf")
@@ -123,6 +126,41 @@ def accuracy_and_flops(summary, about):
     handles += [ax.plot([], [], m, color="0.4", label=describe_registers(c))[0] for c, m in zip(counts, MARKERS)]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def prediction_page(found, about):
+    """What the causal curve of CLS at 0 predicts for CLS at k, and the cell that was trained so. `found`: predictions.
+
+    A point a cell, with its k beside it.
+    """
+    reading = (
+        "Across: minus the top-1 that the cell with CLS at 0 (same registers, same seed) loses where CLS is replaced "
+        "by its initial token at the output of block k - 1. Up: the accuracy of the cell trained with CLS at k (the "
+        "number) minus that of the cell with CLS at 0. Dashed: equal. Bars: 95 % over images, paired. "
+        + found["verdict"]
+    )
+    figure = headed_figure((9.5, 6.6), "Does a trained model say where CLS can enter?", about, reading)
+    ax = figure.add_axes((0.08, 0.26, 0.7, 0.6))
+    groups = {}
+    for cell in found["cells"]:
+        registers = results.label(cell).partition(", ")[2]
+        groups.setdefault(registers, []).append(cell)
+    for i, (registers, cells) in enumerate(groups.items()):
+        x, y = (np.array([cell[name] for cell in cells]) for name in ("predicted", "measured"))
+        bars = [
+            np.abs(np.array([cell[f"{name}_interval"] or [cell[name]] * 2 for cell in cells]) - values[:, None]).T
+            for name, values in (("predicted", x), ("measured", y))
+        ]
+        style = dict(fmt=MARKERS[i % len(MARKERS)], color=f"C{i % 10}", markersize=4, elinewidth=0.6)
+        ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], label=registers, **style)
+        for cell in cells:
+            at = cell["predicted"], cell["measured"]
+            ax.annotate(str(cell["cls_pos"]), at, (4, 4), textcoords="offset points", fontsize=8)
+    ax.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
+    ax.set(xlabel="predicted change of top-1 (points)", ylabel="measured change of top-1 (points)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.grid(alpha=0.3)
     return figure
 

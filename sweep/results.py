@@ -15,6 +15,7 @@ from scipy import stats
 
 import utils
 from sweep.cells import describe_positions, hits_of, read_record
+from sweep.prediction import predictions
 from utils import counted, flag_value
 
 COLUMNS = (
@@ -241,7 +242,7 @@ def _margin(by_seed: list[list[dict]]) -> dict:
 def write_tables(folder, about: dict) -> dict:
     """Write results.csv (a line per cell), results.json (with the statistics) and .md; returns the statistics."""
     folder, records = Path(folder), collect(folder)
-    summary = summarise(records)
+    summary = summarise(records) | {"prediction": predictions(records)}
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -273,7 +274,21 @@ def markdown(summary) -> str:
         f"Intervals: 95 % for all {counted(summary['comparisons'], 'comparison')} together, over seeds and test "
         f"images, paired; from {MIN_SEEDS} common seeds on."
     )
-    return "\n".join([*lines, "", *([note, ""] if summary["comparisons"] else []), summary["verdict"], ""])
+    parts = [*([note, ""] if summary["comparisons"] else []), summary["verdict"], ""]
+    return "\n".join([*lines, "", *parts, *_predicted(summary.get("prediction"))])
+
+
+def _predicted(prediction) -> list[str]:
+    """Lines: what the causal curve predicts at each position, means over seeds, and the verdict on that."""
+    if not prediction or not prediction["cells"]:
+        return []
+    heads = ("CLS at", "registers", "at", "seeds", "predicted change", "measured change (points of test top-1)")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (cls, reg, count), group in grouped(prediction["cells"]).items():
+        means = (np.mean([cell[name] for cell in group.values()]) for name in ("predicted", "measured"))
+        words = [cls, count, "-" if reg is None else reg, len(group), *(f"{value:+.2f}" for value in means)]
+        lines.append(f"| {' | '.join(map(str, words))} |")
+    return [*lines, "", prediction["verdict"], ""]
 
 
 def _number(value, unit="") -> str:

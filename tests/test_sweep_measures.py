@@ -16,9 +16,11 @@ from sweep import cells, measures, results
 from test_sweep import ONE, RECIPE, record, sweep
 from utils import BadInput
 
-NEW = {"causal_depth": 1, "causal_depth_low": -1, "causal_depth_high": 2, "causal_cost": [0.0, None],
-       "causal_cost_interval": [[-1.0, 2], None], "sinks_on_cls": 12.5, "sinks_on_registers": None,
-       "sinks_on_patches": 3.25}  # fmt: skip
+NEW = {
+    "causal_depth": 1, "causal_depth_low": -1, "causal_depth_high": 2, "causal_cost": [0.0, 2.5],
+    "causal_cost_interval": [[-1.0, 2], [1, 4]], "sinks_on_cls": 12.5, "sinks_on_registers": None,
+    "sinks_on_patches": 3.25,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

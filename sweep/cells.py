@@ -35,7 +35,7 @@ from utils import BadInput, RunFailed, say
 NOT_SETTINGS = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
     "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
-    "launcher", "jobs", "cluster", "partition", "timeout",
+    "launcher", "jobs", "cluster", "partition", "timeout", "measure",
 )  # fmt: skip
 
 

@@ -76,3 +76,8 @@ def sinks_by_kind(model, batches) -> dict:
 # Each takes (model, a function that returns batches of images and labels) and returns a part of the record, which
 # `checkpoints.schema.CELL_RESULT` describes; those in `results.COLUMNS` are in the tables.
 MEASURES = (attention_and_artefacts, causal_depth, sinks_by_kind)
+# What a verdict may be on (`--measure`): its name in the record, and 1 if more of it is better, -1 if less.
+PRIMARY = {
+    "accuracy": ("test_top1", 1), "top5": ("test_top5", 1), "loss": ("test_loss", -1),
+    "artefacts": ("artefact_share", -1), "patch_sinks": ("sinks_on_patches", -1),
+}  # fmt: skip

@@ -19,29 +19,32 @@ IMAGES = 3  # on the page of attention maps
 MARKERS = "osD^vP*X"
 
 
-def draw_sweep(folder, data: ImageData, about: str):
-    """Write sweep.pdf and sweep.png from the finished cells in `folder`. `about`: a line on data and recipe."""
+def draw_sweep(folder, data: ImageData, about: str, measure="accuracy"):
+    """Write sweep.pdf and sweep.png from the finished cells in `folder`.
+
+    `about`: a line on data and recipe; `measure`: one of `measures.PRIMARY`, of the verdict and the heat maps.
+    """
     folder, records = Path(folder), results.collect(folder)
     if not records:
         return
-    summary = results.summarise(records)
+    summary = results.summarise(records, measure)
     figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
     found = predictions(records)
     figures += [prediction_page(found, about)] if found["cells"] else []
-    page = attention_page(folder, records, summary, data)
+    page = attention_page(folder, records, summary, data) if summary["best"] else None
     figures += [] if page is None else [draw_page(page, vmax=page.largest())]
     write_pdf(iter(figures), folder / "sweep.pdf")
     utils.write_atomically(folder / "sweep.png", lambda file: figures[0].savefig(file, format="png", dpi=130))
 
 
 def heat_maps(summary, about):
-    """Test accuracy over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds."""
+    """The verdict's measure over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds."""
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    rows = summary["groups"]
+    rows, accuracy = summary["groups"], summary["measure"] == "accuracy"
     counts = sorted({row["num_reg"] for row in rows})
-    means = [row["test_top1"]["mean"] for row in rows]
+    means = [row["primary"]["mean"] for row in rows if row["primary"]] or [0]
     scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
     panels = {c: [row for row in rows if row["num_reg"] == c] for c in counts}
     columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
@@ -49,19 +52,21 @@ def heat_maps(summary, about):
     widths = [len(columns[c]) for c in counts]
     width = max(7.5, sum(widths) + 0.75 * len(counts) + 1.2)  # inches
     height = 0.7 * max(map(len, lines.values())) + 2.9
+    what = "Accuracy on the test images in %" if accuracy else f"{summary['measure']} (see docs/SWEEP.md)"
     reading = (
-        "Accuracy on the test images in %: mean over seeds ± standard deviation, and the number of seeds. "
-        f"Frame: the best cell on the held-out images. {summary['verdict']}"
+        f"{what}: mean over seeds ± standard deviation, and the number of seeds. Frame: the best cell"
+        f"{' on the held-out images' if accuracy else ''}. {summary['verdict']}"
     )
-    figure = headed_figure((width, height), "Where the tokens enter, and the accuracy", about, reading)
+    name = "the accuracy" if accuracy else summary["measure"]
+    figure = headed_figure((width, height), f"Where the tokens enter, and {name}", about, reading)
     inside = dict(left=0.8 / width, right=1 - 0.2 / width, top=1 - 1.35 / height, bottom=1.55 / height)
     panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
     for c, axes in zip(counts, panes):
         shown = np.full((len(lines[c]), len(columns[c])), np.nan)
-        for row in panels[c]:
+        for row in (row for row in panels[c] if row["primary"]):
             x, y = columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"])
-            shown[y, x] = row["test_top1"]["mean"]
-            words = results.mean_and_sd(row["test_top1"]).replace(" ", "\n", 1) + f"\nn = {row['test_top1']['n']}"
+            shown[y, x] = row["primary"]["mean"]
+            words = results.mean_and_sd(row["primary"]).replace(" ", "\n", 1) + f"\nn = {row['primary']['n']}"
             colour = "black" if scale(shown[y, x]) > 0.55 else "white"
             axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
             if results.position_of(row) == summary["best"]:
@@ -72,7 +77,7 @@ def heat_maps(summary, about):
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
         axes.set_title(describe_registers(c), fontsize=10, loc="left")
-    figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)")
+    figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)" if accuracy else name)
     return figure
 
 

@@ -24,6 +24,7 @@ from checkpoints.files import load_checkpoint
 from loading.memory import load_data
 from sweep import pages, results
 from sweep.cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
+from sweep.measures import PRIMARY
 from training import flags, signals, slurm
 from training.setup import start
 from utils import BadInput, RunFailed, Stopped, number, say
@@ -61,6 +62,8 @@ def get_parser():
     group.add_argument("--from", "--finetune", dest="finetune", metavar="FILE", help="start each cell from these "
                        "weights, their tokens moved")  # fmt: skip
     group.add_argument("--output_dir", default="sweeps/grid", help="a folder for this grid")
+    group.add_argument("--measure", choices=PRIMARY, default="accuracy", help="what the verdict is on; all others are "
+                       "exploratory (default: accuracy)")  # fmt: skip
     group.add_argument("--mix", action="store_true", help="allow cells of other settings in one table")
     group.add_argument("--dry_run", action="store_true", help="only list the cells, and estimate the time left")
     group = parser.add_argument_group("several processes (they may also be started by hand in the same folder)")
@@ -131,8 +134,8 @@ def list_cells(cells, args, data, device):
 
 
 def write_results(args, data):
-    pages.draw_sweep(args.output_dir, data, about(args, data))
-    summary = results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
+    pages.draw_sweep(args.output_dir, data, about(args, data), args.measure)
+    summary = results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)}, args.measure)
     folder = Path(args.output_dir)
     if summary["groups"]:
         say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png in {folder}")
@@ -145,7 +148,7 @@ def work(args, data, current, cells, device):
 
         def after(cell):
             bar.update()
-            results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)})
+            results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)}, args.measure)
             left = sum(not finished(c, args) for c in mine)
             if left:
                 time_left = duration(seconds_left(mine, args, data, device))

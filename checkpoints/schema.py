@@ -175,7 +175,14 @@ CELL_RESULT = dict.fromkeys(
      "images_per_s", "train_seconds", "artefact_share"), number,
 ) | dict.fromkeys(
     ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself"), optional(number)
-) | {"cls_pos": optional(whole()), "reg_pos": optional(whole()), "num_reg": whole(), "seed": whole()}  # fmt: skip
+) | dict.fromkeys(  # cells of an earlier revision have none of these
+    ("sinks_on_cls?", "sinks_on_registers?", "sinks_on_patches?"), optional(real(0, 100))
+) | dict.fromkeys(
+    ("causal_depth?", "causal_depth_low?", "causal_depth_high?"), optional(whole(-1))
+) | {
+    "causal_cost?": optional(several(optional(real(-100, 100)))),
+    "causal_cost_interval?": optional(several(optional(several(real(-100, 100), 2)))),
+} | {"cls_pos": optional(whole()), "reg_pos": optional(whole()), "num_reg": whole(), "seed": whole()}  # fmt: skip
 
 
 def first_wrong(value, schema, where="") -> str | None:

@@ -4,7 +4,7 @@ At the output of each block the token is replaced, and the rest of the model run
 over the images; a Gaussian of that mean and variance, coordinate by coordinate; the token of another image (the
 previous one); the token as it entered, the same for all images, which is what a later entry would have brought.
 Activation patching, after Vig et al. (2020), "Investigating gender bias in language models using causal mediation
-analysis" (arXiv 2004.12265).
+analysis" (arXiv 2004.12265). Beside it, what a linear probe reads from the token there: decodable is not used.
 """
 
 import math
@@ -16,13 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from inspection import ridge
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap, mean
 from inspection.pages import headed_figure
 from utils import BadInput
 
 KINDS = {"cls": "class token", "registers": "registers"}
-REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", "its initial")
+PROBED = {"cls": "class token", "registers": "mean of the registers"}
+INITIAL = "its initial"
+REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", INITIAL)
 
 
 def check(model):
@@ -31,25 +34,35 @@ def check(model):
         raise BadInput("causes: this model has neither a class token nor registers to replace")
 
 
-def measure(model, batches, images=256, epsilon=1.0, seed=0) -> dict:
+def measure(model, batches, images=256, epsilon=1.0, seed=0, kinds=KINDS, replacements=REPLACEMENTS) -> dict:
     """What each replacement at the output of each block does to the output, on the first `images` images (0: all).
 
+    Args:
+        kinds, replacements: only these.
+
     Returns:
-        {"tokens": {kind: {replacement: see `_summary`}}, "effective_rank": of the intact CLS at each block, ...}.
+        {"tokens": {kind: {replacement: see `_summary`}}, "effective_rank": of the intact CLS at each block,
+        "probe": see `ridge.probe`, ...}.
         An entry of a list is a block; None: the token is absent, or, without a head, there are no predictions.
     """
     batches, depth = partial(_first, batches, images), model.depth
-    given, rows, hits = _Replacements(model, batches, seed), {}, []
+    given, rows, hits, features, classes = _Replacements(model, batches, seed), {}, [], {}, []
     for shown, labels in tqdm(batches(), "causes", leave=False, disable=None):
         outputs: dict = {}
         logits = trace(model, shown, output=lambda i, x, outputs=outputs: outputs.update({i: x}))
         intact = logits, outputs[depth - 1]
         hits += [] if labels is None else (logits.argmax(dim=1) == labels).tolist()
+        classes += [] if labels is None else labels.tolist()
         for i in range(depth):
             for kind, part in _parts(model, i).items():
-                for name, new in given.of(kind, i, outputs[i][:, part]).items():
+                if kind not in kinds:
+                    continue
+                own = outputs[i][:, part]
+                features.setdefault((kind, i), []).append(own.mean(dim=1).cpu().double().numpy())
+                new = given.of(kind, i, own)
+                for name in replacements:
                     x = outputs[i].clone()
-                    x[:, part] = new
+                    x[:, part] = new[name]
                     found = compare(model, intact, _resumed(model, shown, i, x), labels)
                     rows.setdefault((kind, name), [[] for _ in range(depth)])[i].append(found)
     return {
@@ -57,9 +70,10 @@ def measure(model, batches, images=256, epsilon=1.0, seed=0) -> dict:
         "top1": 100 * float(np.mean(hits)) if hits and model.num_classes else None,
         "effective_rank": [given.rank(i) for i in range(depth)],
         "tokens": {
-            kind: {name: _summary(rows[kind, name], epsilon, model.num_classes) for name in REPLACEMENTS}
-            for kind in KINDS if (kind, "zero") in rows
+            kind: {name: _summary(rows[kind, name], epsilon, model.num_classes) for name in replacements}
+            for kind in kinds if any(kind == one for one, _ in rows)
         },
+        "probe": ridge.probe(features, classes, depth, seed),
     }  # fmt: skip
 
 
@@ -201,26 +215,30 @@ def lines(result) -> list[str]:
             words.append("{} {} ({}..{})".format(name, *("-" if block is None else block for block in until)))
         limit = f"Replacing the {KINDS[kind]} costs at most {result['epsilon']:g} {what} up to block"
         found += [f"{limit} (95% interval; -: at none): {', '.join(words)}"] if words else []
+    if result["probe"] or (result["labelled"] and result["tokens"]):
+        found += ridge.lines(result["probe"], PROBED)
     return found or ["Causes: no class token or registers to replace, or no head to judge it by"]
 
 
 def page(result, about=""):
     """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
-    kinds, labelled = result["tokens"], result["labelled"]
+    kinds, labelled, probed = result["tokens"], result["labelled"], result["probe"]
     judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
     titles = {
         "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
         "divergence_bits": "divergence (bits)", "output_cosine": "cosine of outputs",
-        "patch_cosine": "cosine of final patches", "effective_rank": "effective rank",
+        "patch_cosine": "cosine of final patches", "probe": "accuracy of a probe (%)",
+        "effective_rank": "effective rank",
     }  # fmt: skip
-    for key in ("output_cosine",) if judged else ("cost", "divergence_bits"):
+    for key in (("output_cosine",) if judged else ("cost", "divergence_bits")) + (() if probed else ("probe",)):
         del titles[key]
     figure = headed_figure(
-        (11, 7), "Up to which block does it not matter what a token holds?",
+        (2.75 * len(titles), 7), "Up to which block does it not matter what a token holds?",
         f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
-        "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent.",
+        "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent."
+        + " Probe: ridge regression on the unchanged token; dotted: chance. Decodable is not used." * bool(probed),
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.11, 0.98, 0.79), w_pad=0.08)
@@ -228,11 +246,15 @@ def page(result, about=""):
     for row, (kind, by_name) in zip(grid, kinds.items()):
         for axes, (key, title) in zip(row, titles.items()):
             axes.set_title(f"{KINDS[kind]}: {title}", fontsize=9)
+            if key == "probe":
+                _draw(axes, PROBED[kind], probed["accuracy"][kind], probed["interval"][kind])
+                axes.axhline(probed["chance"], color="0.3", linestyle=":", linewidth=1)
+                continue
             for name, values in by_name.items() if key in by_name["zero"] else [("unchanged", result)]:
                 _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
         if judged:
             row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
-        row[-2].legend(fontsize=7, frameon=False)
+        row[list(titles).index("patch_cosine")].legend(fontsize=7, frameon=False)
         row[-1].set_visible(kind == "cls")
     return figure
 

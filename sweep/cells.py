@@ -23,21 +23,19 @@ from cifar_test import test_model
 from cifar_train import train_from_flags
 from datasets import ImageData
 from engine import TrainingStep, train_one_epoch
-from inspection.statistics import TokenStatistics
-from loading.memory import MemoryLoader
 from models_dynamic import plain_attention_on_cpu
+from sweep.measures import measured
 from training import run_folder
 from training.film import write_film
 from training.run_log import git_revision, plain_args, read_json_lines
 from training.setup import build_model, make_optimizer
 from utils import BadInput, RunFailed, say
 
-EXAMINED = 500  # held-out images for the shares of attention and of artefacts
 # Flags that do not change the result of a cell. All others, the data and the code are its settings.
 NOT_SETTINGS = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
     "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
-    "launcher", "jobs", "cluster", "partition", "timeout",
+    "launcher", "jobs", "cluster", "partition", "timeout", "measure",
 )  # fmt: skip
 
 
@@ -47,6 +45,10 @@ class GridCell:
     reg_pos: int | None  # None: no registers
     num_reg: int
     seed: int
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.cls_pos is not None or self.num_reg > 0
 
     @property
     def name(self) -> str:
@@ -93,6 +95,8 @@ def cell_args(cell: GridCell, args):
     mine.cls_pos, mine.reg_pos, mine.num_reg, mine.seed = cell.cls_pos, cell.reg_pos or 0, cell.num_reg, cell.seed
     mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
     mine.overwrite, mine.resume = True, None
+    if not cell.has_tokens:
+        mine.viz_every = mine.viz_images = None  # it has no maps
     if args.equal_flops:
         first = GridCell(0, 0 if cell.num_reg else None, cell.num_reg, cell.seed)
         mine.repeats = args.repeats * flops(first, args) / flops(cell, args)
@@ -145,14 +149,26 @@ def read_record(file) -> dict:
         if not file.is_file():  # a pipe would never end
             raise ValueError("it is no file")
         record = json.loads(file.read_text())
-        wrong = first_wrong(record, CELL_RESULT if file.name == "result.json" else {})
-        if file.name == "result.json" and not wrong and (hits := hits_of(record)) is not None:
-            wrong = None if abs(100 * hits.mean() - record["test_top1"]) < 1e-6 else "test_hits"
-        if wrong:
+        if wrong := _wrong_result(record) if file.name == "result.json" else first_wrong(record, {}):
             raise ValueError(f"{wrong} missing or wrong")
         return record
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
+
+
+def _wrong_result(record) -> str | None:
+    """The first part of a result.json that is missing or wrong."""
+    if wrong := first_wrong(record, CELL_RESULT):
+        return wrong
+    hits = hits_of(record)
+    if hits is not None and abs(100 * hits.mean() - record["test_top1"]) >= 1e-6:
+        return "test_hits"
+    curve, ends, entry = record.get("causal_cost"), record.get("causal_cost_interval"), record["cls_pos"]
+    if curve is ends is None:
+        return None
+    absent = [[value is None for value in values or ()] for values in (curve, ends)]
+    begins = entry is not None and absent[0] == absent[1] == [True] * entry + [False] * (len(absent[0]) - entry)
+    return None if begins else "causal_cost"
 
 
 def packed(hits) -> str:
@@ -180,6 +196,8 @@ def run_cells(cells, args, data: ImageData, current: dict, device, after) -> tup
     Returns the cells that other processes have locked, and those that failed (a loss that is not finite).
     """
     busy, failed = [], []
+    if args.viz_every and any(not cell.has_tokens and not finished(cell, args) for cell in cells):
+        say("note: --viz_every draws nothing for cells without CLS and registers")
     for cell in cells:
         if finished(cell, args):
             continue
@@ -217,7 +235,7 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
         raise BadInput(f"{error.problem}; {advice}") from None
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
-    record = {**asdict(cell), **_scores(mine, best, tested), **attention_and_artefacts(mine.model_path, data, device)}
+    record = {**asdict(cell), **_scores(mine, best, tested), **measured(mine.model_path, data, device)}
     utils.write_text(folder / "result.json", json.dumps(record, indent=1))
     for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
         file.unlink()
@@ -250,31 +268,6 @@ def _scores(mine, best, tested) -> dict:
         "test_hits": packed(tested["hits"]),
         "params": sum(p.numel() for p in model.parameters()), "flops": model.forward_flops(), "repeats": mine.repeats,
         "images_per_s": sum(e["images_per_s"] * e["seconds"] for e in epochs) / seconds, "train_seconds": seconds,
-    }  # fmt: skip
-
-
-@utils.full_precision()
-@torch.no_grad()
-def attention_and_artefacts(model_path, data: ImageData, device) -> dict:
-    """Shares of attention and of artefacts on held-out images, in per cent, of the weights that were tested.
-
-    The artefact share is that of the block with most; the class token's attention is a mean over heads, at the last
-    block. None for an absent token.
-    """
-    model, checkpoint = load_model(model_path)
-    statistics, count = TokenStatistics(model.to(device), probe_images=0), min(EXAMINED, len(data.val))
-    for images, _ in MemoryLoader(data.val.part(range(count)).to(device), checkpoint["data"], 100):
-        statistics.add(images)
-    found = statistics.result()
-
-    def share(kind):
-        heads = found["cls_attention"].get(kind, [None])[-1]
-        return None if heads is None else 100 * sum(heads) / len(heads)
-
-    artefacts = [block["share"] for block in found["artefacts"]["blocks"]]
-    return {
-        "artefact_share": 100 * max(artefacts), "artefacts_begin_at": found["artefacts"]["begins_at_block"],
-        "cls_to_patches": share("patches"), "cls_to_registers": share("registers"), "cls_to_itself": share("cls"),
     }  # fmt: skip
 
 

@@ -12,33 +12,39 @@ from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, 
 from loading.memory import MemoryLoader
 from sweep import results
 from sweep.cells import GridCell, describe_cls, describe_registers
+from sweep.prediction import predictions
 from training.film import token_maps
 
 IMAGES = 3  # on the page of attention maps
 MARKERS = "osD^vP*X"
 
 
-def draw_sweep(folder, data: ImageData, about: str):
-    """Write sweep.pdf and sweep.png from the finished cells in `folder`. `about`: a line on data and recipe."""
+def draw_sweep(folder, data: ImageData, about: str, measure="accuracy"):
+    """Write sweep.pdf and sweep.png from the finished cells in `folder`.
+
+    `about`: a line on data and recipe; `measure`: one of `measures.PRIMARY`, of the verdict and the heat maps.
+    """
     folder, records = Path(folder), results.collect(folder)
     if not records:
         return
-    summary = results.summarise(records)
+    summary = results.summarise(records, measure)
     figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
-    page = attention_page(folder, records, summary, data)
+    found = predictions(records)
+    figures += [prediction_page(found, about)] if found["cells"] else []
+    page = attention_page(folder, records, summary, data) if summary["best"] else None
     figures += [] if page is None else [draw_page(page, vmax=page.largest())]
     write_pdf(iter(figures), folder / "sweep.pdf")
     utils.write_atomically(folder / "sweep.png", lambda file: figures[0].savefig(file, format="png", dpi=130))
 
 
 def heat_maps(summary, about):
-    """Test accuracy over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds."""
+    """The verdict's measure over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds."""
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    rows = summary["groups"]
+    rows, accuracy = summary["groups"], summary["measure"] == "accuracy"
     counts = sorted({row["num_reg"] for row in rows})
-    means = [row["test_top1"]["mean"] for row in rows]
+    means = [row["primary"]["mean"] for row in rows if row["primary"]] or [0]
     scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
     panels = {c: [row for row in rows if row["num_reg"] == c] for c in counts}
     columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
@@ -46,19 +52,21 @@ def heat_maps(summary, about):
     widths = [len(columns[c]) for c in counts]
     width = max(7.5, sum(widths) + 0.75 * len(counts) + 1.2)  # inches
     height = 0.7 * max(map(len, lines.values())) + 2.9
+    what = "Accuracy on the test images in %" if accuracy else f"{summary['measure']} (see docs/SWEEP.md)"
     reading = (
-        "Accuracy on the test images in %: mean over seeds ± standard deviation, and the number of seeds. "
-        f"Frame: the best cell on the held-out images. {summary['verdict']}"
+        f"{what}: mean over seeds ± standard deviation, and the number of seeds. Frame: the best cell"
+        f"{' on the held-out images' if accuracy else ''}. {summary['verdict']}"
     )
-    figure = headed_figure((width, height), "Where the tokens enter, and the accuracy", about, reading)
+    name = "the accuracy" if accuracy else summary["measure"]
+    figure = headed_figure((width, height), f"Where the tokens enter, and {name}", about, reading)
     inside = dict(left=0.8 / width, right=1 - 0.2 / width, top=1 - 1.35 / height, bottom=1.55 / height)
     panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
     for c, axes in zip(counts, panes):
         shown = np.full((len(lines[c]), len(columns[c])), np.nan)
-        for row in panels[c]:
+        for row in (row for row in panels[c] if row["primary"]):
             x, y = columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"])
-            shown[y, x] = row["test_top1"]["mean"]
-            words = results.mean_and_sd(row["test_top1"]).replace(" ", "\n", 1) + f"\nn = {row['test_top1']['n']}"
+            shown[y, x] = row["primary"]["mean"]
+            words = results.mean_and_sd(row["primary"]).replace(" ", "\n", 1) + f"\nn = {row['primary']['n']}"
             colour = "black" if scale(shown[y, x]) > 0.55 else "white"
             axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
             if results.position_of(row) == summary["best"]:
@@ -69,7 +77,7 @@ def heat_maps(summary, about):
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
         axes.set_title(describe_registers(c), fontsize=10, loc="left")
-    figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)")
+    figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)" if accuracy else name)
     return figure
 
 
@@ -123,6 +131,41 @@ def accuracy_and_flops(summary, about):
     handles += [ax.plot([], [], m, color="0.4", label=describe_registers(c))[0] for c, m in zip(counts, MARKERS)]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def prediction_page(found, about):
+    """What the causal curve of CLS at 0 predicts for CLS at k, and the cell that was trained so. `found`: predictions.
+
+    A point a cell, with its k beside it.
+    """
+    reading = (
+        "Across: minus the top-1 that the cell with CLS at 0 (same registers, same seed) loses where CLS is replaced "
+        "by its initial token at the output of block k - 1. Up: the accuracy of the cell trained with CLS at k (the "
+        "number) minus that of the cell with CLS at 0. Dashed: equal. Bars: 95 % over images, paired. "
+        + found["verdict"]
+    )
+    figure = headed_figure((9.5, 6.6), "Does a trained model say where CLS can enter?", about, reading)
+    ax = figure.add_axes((0.08, 0.26, 0.7, 0.6))
+    groups = {}
+    for cell in found["cells"]:
+        registers = results.label(cell).partition(", ")[2]
+        groups.setdefault(registers, []).append(cell)
+    for i, (registers, cells) in enumerate(groups.items()):
+        x, y = (np.array([cell[name] for cell in cells]) for name in ("predicted", "measured"))
+        bars = [
+            np.abs(np.array([cell[f"{name}_interval"] or [cell[name]] * 2 for cell in cells]) - values[:, None]).T
+            for name, values in (("predicted", x), ("measured", y))
+        ]
+        style = dict(fmt=MARKERS[i % len(MARKERS)], color=f"C{i % 10}", markersize=4, elinewidth=0.6)
+        ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], label=registers, **style)
+        for cell in cells:
+            at = cell["predicted"], cell["measured"]
+            ax.annotate(str(cell["cls_pos"]), at, (4, 4), textcoords="offset points", fontsize=8)
+    ax.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
+    ax.set(xlabel="predicted change of top-1 (points)", ylabel="measured change of top-1 (points)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.grid(alpha=0.3)
     return figure
 

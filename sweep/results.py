@@ -15,13 +15,17 @@ from scipy import stats
 
 import utils
 from sweep.cells import describe_positions, hits_of, read_record
+from sweep.measures import PRIMARY
+from sweep.prediction import predictions
 from utils import counted, flag_value
 
 COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
     "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
-    "train_seconds", "test_images", "artefacts_begin_at",
+    "train_seconds", "test_images", "artefacts_begin_at", "causal_depth", "causal_depth_low", "causal_depth_high",
+    "sinks_on_cls", "sinks_on_registers", "sinks_on_patches",
 )  # fmt: skip
+MEANS = (*COLUMNS[8:15], "causal_depth", "sinks_on_cls", "sinks_on_registers", "sinks_on_patches")  # of a group
 LEVEL = 0.05  # family-wise, of all intervals of a table
 MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy
@@ -89,20 +93,26 @@ def half_width(values, least, largest, comparisons=1) -> np.ndarray:
     return np.sqrt(t[0] ** 2 * variances[0] + t[1] ** 2 * variances[1])
 
 
-def paired(group, baseline, comparisons=1) -> dict | None:
-    """The difference of two groups in points of test accuracy; None without a common seed.
+def paired(group, baseline, comparisons=1, measure="accuracy") -> dict | None:
+    """The difference of two groups in points of test accuracy, or in another of `PRIMARY`; None without a common seed.
+
+    The interval of accuracy is over seeds and test images, that of others over seeds alone (Student's t).
 
     Returns:
         `mean_of` the differences, seed by seed, "seeds", and the interval "low" to "high", which holds together with
         those of all `comparisons`. Without an interval, both are None and "lacks" is the reason.
     """
-    seeds = sorted(group.keys() & baseline.keys())
+    seeds = sorted(having(group, measure).keys() & having(baseline, measure).keys())
     if not seeds:
         return None
-    found = mean_of([group[s]["test_top1"] - baseline[s]["test_top1"] for s in seeds]) | {"seeds": seeds}
-    lacks = _why_no_interval([*(group[s] for s in seeds), *(baseline[s] for s in seeds)], len(seeds))
+    name, _ = PRIMARY[measure]
+    found = mean_of([group[s][name] - baseline[s][name] for s in seeds]) | {"seeds": seeds}
+    lacks = _why_no_interval([*(group[s] for s in seeds), *(baseline[s] for s in seeds)], len(seeds), measure)
     if lacks:
         return found | {"low": None, "high": None, "lacks": lacks}
+    if measure != "accuracy":
+        half = stats.t.isf(LEVEL / comparisons / 2, len(seeds) - 1) * found["sd"] / math.sqrt(len(seeds))
+        return found | {"low": found["mean"] - half, "high": found["mean"] + half, "lacks": None}
     hits = [np.array([hits_of(one[s]) for s in seeds], np.float32) for one in (group, baseline)]
     return found | _interval(found["mean"], hits[0] - hits[1], -1, comparisons) | {"lacks": None}
 
@@ -112,10 +122,17 @@ def _interval(mean, hits, least, comparisons=1) -> dict:
     return {"low": mean - half, "high": mean + half}
 
 
-def _why_no_interval(records, seeds) -> str | None:
+def having(group, measure) -> dict[int, dict]:
+    """The records of a group that have the measure; those of an earlier revision may lack it."""
+    return {seed: record for seed, record in group.items() if record.get(PRIMARY[measure][0]) is not None}
+
+
+def _why_no_interval(records, seeds, measure="accuracy") -> str | None:
     """The reason why these records have no interval; None if they have one."""
     if seeds < MIN_SEEDS:
         return f"it needs {MIN_SEEDS} common seeds, there are {seeds}; add {MIN_SEEDS - seeds} to --seeds"
+    if measure != "accuracy":
+        return None
     if any(hits_of(record) is None for record in records):
         return (
             "it needs the hits on each test image, which cells of an earlier revision lack; train them again, "
@@ -131,9 +148,9 @@ def baseline_of(key) -> tuple:
     return 0, 0 if key[2] else None, key[2]
 
 
-def summarise(records) -> dict:
-    """Results of every group, the best one, those that tie with it, and the verdict."""
-    groups = grouped(records)
+def summarise(records, measure="accuracy") -> dict:
+    """Results of every group, the best one, those that tie with it, and the verdict on a measure of `PRIMARY`."""
+    groups, (name, _) = grouped(records), PRIMARY[measure]
     others = {key: groups[baseline_of(key)] for key in groups if baseline_of(key) in groups.keys() - {key}}
     rows = []
     for key, group in groups.items():
@@ -141,24 +158,33 @@ def summarise(records) -> dict:
             "cls_pos": key[0], "reg_pos": key[1], "num_reg": key[2], "seeds": sorted(group),
             "val_top1": mean_of([r["val_top1"] for r in group.values()]),
             "test_top1": mean_of([r["test_top1"] for r in group.values()]),
-            "against_0_0": paired(group, others[key], len(others)) if key in others else None,
-            **{name: _mean(group, name) for name in COLUMNS[8:15]},
+            "primary": mean_of([r[name] for r in having(group, measure).values()]) if having(group, measure) else None,
+            "against_0_0": paired(group, others[key], len(others), measure) if key in others else None,
+            **{name: _mean(group, name) for name in MEANS},
         })  # fmt: skip
-    if not rows:
-        return {"groups": [], "best": None, "tied": [], "comparisons": 0, "verdict": "No cell is finished."}
-    best, *tied = best_of(rows)
-    return {
-        "groups": rows, "best": position_of(best), "tied": list(map(position_of, tied)), "comparisons": len(others),
-        "verdict": verdict(best, tied, len(others)),
+    found = {"measure": measure, "groups": rows, "best": None, "tied": [], "comparisons": len(others)}
+    if not any(row["primary"] for row in rows):
+        lacks = f"No finished cell has {measure}: they are of an earlier revision." if rows else "No cell is finished."
+        return found | {"verdict": lacks}
+    best, *tied = best_of(rows, measure)
+    return found | {
+        "best": position_of(best), "tied": list(map(position_of, tied)),
+        "verdict": verdict(best, tied, len(others), measure),
     }  # fmt: skip
 
 
-def best_of(rows) -> list[dict]:
-    """The row that is best on the held-out images, then those that are as good there but need more FLOPs."""
-    most = max(row["val_top1"]["n"] for row in rows)  # a mean of fewer seeds would win by its luck
-    rows = [row for row in rows if row["val_top1"]["n"] == most]
-    highest = max(row["val_top1"]["mean"] for row in rows)
-    return sorted((row for row in rows if row["val_top1"]["mean"] >= highest - TIED), key=lambda row: row["flops"])
+def best_of(rows, measure="accuracy") -> list[dict]:
+    """The row that is best, then those that are as good but need more FLOPs.
+
+    In accuracy, that on the held-out images. Other measures are of the test images: their best one is partly the
+    luckiest, which the intervals allow for, as they hold together for all cells.
+    """
+    name, sign = ("val_top1", 1) if measure == "accuracy" else ("primary", PRIMARY[measure][1])
+    rows = [row for row in rows if row[name]]
+    most = max(row[name]["n"] for row in rows)  # a mean of fewer seeds would win by its luck
+    rows = [row for row in rows if row[name]["n"] == most]
+    highest = max(sign * row[name]["mean"] for row in rows)
+    return sorted((row for row in rows if sign * row[name]["mean"] >= highest - TIED), key=lambda row: row["flops"])
 
 
 def position_of(row) -> dict:
@@ -166,36 +192,40 @@ def position_of(row) -> dict:
 
 
 def _mean(group, name):
-    values = [r[name] for r in group.values()]
+    values = [r.get(name) for r in group.values()]  # cells of an earlier revision lack some
     return None if None in values else float(np.mean(values))
 
 
-def verdict(best, tied, comparisons) -> str:
-    """Whether the best cell is better than 0/0 beyond the noise of seeds and test images.
+def verdict(best, tied, comparisons, measure="accuracy") -> str:
+    """Whether the best cell is better than 0/0 beyond the noise of seeds and, in accuracy, of test images.
 
     The best of many cells is partly the luckiest: its interval is one of those that hold together for all cells.
     """
-    words = f"Best on the held-out images: {label(best)}"
+    of_images, sign = measure == "accuracy", PRIMARY[measure][1]
+    where = "on the held-out images" if of_images else f"by {measure} ({'more' if sign > 0 else 'less'} is better)"
+    words = f"Best {where}: {label(best)}"
     if tied:
         more = f"; and {len(tied) - TIES_NAMED} more" if len(tied) > TIES_NAMED else ""
         named = "; ".join(map(label, tied[:TIES_NAMED]))
         words += f" (tied with {named}{more}: the one with the fewest FLOPs is taken)"
-    words += f", {mean_and_sd(best['test_top1'])}% of the test images ({counted(best['test_top1']['n'], 'seed')})."
+    words += f", {mean_and_sd(best['primary'])}{'% of the test images' if of_images else ''}"
+    words += f" ({counted(best['primary']['n'], 'seed')})."
     if key_of(best) == baseline_of(key_of(best)):
         return f"{words} No cell with tokens that enter later is better there."
     against = best["against_0_0"]
     if against is None:
         return f"{words} There is no 0/0 cell with as many registers and a common seed to compare it with."
-    difference = f"{words} That is {against['mean']:+.2f} points against 0/0"
+    difference = f"{words} That is {against['mean']:+.2f}{' points' if of_images else ''} against 0/0"
     if against["lacks"]:
         return f"{difference}; no verdict: {against['lacks']}."
+    noise = "seed and image noise" if of_images else "seed noise"
     interval = (
-        f"95 % interval {against['low']:+.2f} to {against['high']:+.2f} over {counted(against['n'], 'seed')} and the "
-        f"test images, corrected for {counted(comparisons, 'comparison')}"
+        f"95 % interval {against['low']:+.2f} to {against['high']:+.2f} over {counted(against['n'], 'seed')}"
+        f"{' and the test images' if of_images else ''}, corrected for {counted(comparisons, 'comparison')}"
     )
     if against["low"] <= 0 <= against["high"]:
-        return f"{difference} ({interval}): no difference beyond seed and image noise."
-    return f"{difference} ({interval}): {'better' if against['mean'] > 0 else 'worse'} beyond seed and image noise."
+        return f"{difference} ({interval}): no difference beyond {noise}."
+    return f"{difference} ({interval}): {'better' if sign * against['mean'] > 0 else 'worse'} beyond {noise}."
 
 
 def label(row) -> str:
@@ -236,10 +266,10 @@ def _margin(by_seed: list[list[dict]]) -> dict:
     return point | _interval(point["mean"], hits, 0)
 
 
-def write_tables(folder, about: dict) -> dict:
+def write_tables(folder, about: dict, measure="accuracy") -> dict:
     """Write results.csv (a line per cell), results.json (with the statistics) and .md; returns the statistics."""
     folder, records = Path(folder), collect(folder)
-    summary = summarise(records)
+    summary = summarise(records, measure) | {"prediction": predictions(records)}
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -252,26 +282,48 @@ def write_tables(folder, about: dict) -> dict:
 
 def markdown(summary) -> str:
     """A table: a line per group, the best in bold."""
+    measure, other = summary["measure"], summary["measure"] != "accuracy"
     heads = (
-        "CLS at", "registers", "at", "seeds", "held-out %", "test %", "against 0/0 (95 % interval)", "MFLOPs",
-        "images/s", "artefacts", "CLS to registers",
+        "CLS at", "registers", "at", "seeds", "held-out %", "test %", *([measure] if other else ()),
+        "against 0/0 (95 % interval)", "MFLOPs", "images/s", "artefacts", "CLS to registers", "CLS harmless until",
+        "sinks: CLS, registers, patches",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in summary["groups"]:
         is_best = position_of(row) == summary["best"]
+        primary = [mean_and_sd(row["primary"]) if row["primary"] else "-"] if other else []
         cells = [
             flag_value(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
-            str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
+            str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]), *primary,
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
-            f"{row['artefact_share']:.2f} %",
-            "-" if row["cls_to_registers"] is None else f"{row['cls_to_registers']:.1f} %",
+            f"{row['artefact_share']:.2f} %", _number(row["cls_to_registers"], " %"), _number(row["causal_depth"]),
+            ", ".join(_number(row[f"sinks_on_{kind}"], " %") for kind in ("cls", "registers", "patches")),
         ]  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
     note = (
-        f"Intervals: 95 % for all {counted(summary['comparisons'], 'comparison')} together, over seeds and test "
-        f"images, paired; from {MIN_SEEDS} common seeds on."
+        f"Intervals: of {measure}, 95 % for all {counted(summary['comparisons'], 'comparison')} together, over seeds"
+        f"{'' if other else ' and test images'}, paired; from {MIN_SEEDS} common seeds on. All other measures are "
+        "exploratory."
     )
-    return "\n".join([*lines, "", *([note, ""] if summary["comparisons"] else []), summary["verdict"], ""])
+    parts = [*([note, ""] if summary["comparisons"] else []), summary["verdict"], ""]
+    return "\n".join([*lines, "", *parts, *_predicted(summary.get("prediction"))])
+
+
+def _predicted(prediction) -> list[str]:
+    """Lines: what the causal curve predicts at each position, means over seeds, and the verdict on that."""
+    if not prediction or not prediction["cells"]:
+        return []
+    heads = ("CLS at", "registers", "at", "seeds", "predicted change", "measured change (points of test top-1)")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for (cls, reg, count), group in grouped(prediction["cells"]).items():
+        means = (np.mean([cell[name] for cell in group.values()]) for name in ("predicted", "measured"))
+        words = [cls, count, "-" if reg is None else reg, len(group), *(f"{value:+.2f}" for value in means)]
+        lines.append(f"| {' | '.join(map(str, words))} |")
+    return [*lines, "", prediction["verdict"], ""]
+
+
+def _number(value, unit="") -> str:
+    return "-" if value is None else f"{value:.1f}{unit}"
 
 
 def _difference(against) -> str:

@@ -28,7 +28,7 @@ from inspection.statistics import (
     quantile,
 )
 from loading.memory import load_data
-from sweep import cells, pages
+from sweep import measures, pages
 
 
 def still(**kwargs):
@@ -601,9 +601,7 @@ def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monk
         if script:
             assert run(script.main, [*argv, *more.split()], capsys)[0] == 0
         elif what == "behaviour":
-            cells.attention_and_artefacts(
-                trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu")
-            )
+            measures.measured(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
         else:
             assert pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
         assert seen == {(False, "highest")}

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from conftest import noise, tiny
-from inspection import causes
+from inspection import causes, ridge
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap
 from inspection.causes import REPLACEMENTS, divergence, effective_rank, harmless_until, lines, measure, page
@@ -203,6 +203,65 @@ def test_only_so_many_images_are_measured():
     assert found["images"] == 3
 
 
+def two_classes(model, count=40):
+    """Bright and dark images, alternating."""
+    labels = torch.arange(count) % 2
+    return noise(model, count) / 4 + 3 * labels[:, None, None, None] - 1.5, labels
+
+
+def test_what_a_probe_reads_beside_what_the_model_uses():
+    """Tokens read the patches from block 2 on, and the head uses nothing."""
+    model = tiny(cls_pos=1, reg_pos=0, num_register_tokens=2)
+    images, labels = two_classes(model)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        for layer in [model.blocks[i].attn.proj for i in (0, 1)]:
+            layer.weight.zero_()
+    found = measure(model, in_batches(images, labels, size=16))
+    probed, cost = found["probe"], found["tokens"]["cls"]["zero"]["cost"]
+    assert {name: probed[name] for name in ("trained_on", "scored_on", "classes", "chance")} == {
+        "trained_on": 20, "scored_on": 20, "classes": 2, "chance": 50
+    }  # fmt: skip
+    assert probed["accuracy"]["cls"] == [None, 50, 100, 100] and cost == [None, 0, 0, 0]
+    assert probed["interval"]["cls"][2] == [100, 100] and probed["interval"]["cls"][0] is None
+    low, high = probed["interval"]["cls"][1]
+    assert low < 50 < high
+    assert probed["accuracy"]["registers"] == [50, 50, 100, 100]
+    assert "class token in 100.0% (100.0..100.0) at block 2, 100.0% (100.0..100.0) at block 3" in lines(found)[2]
+    assert "mean of the registers in" in lines(found)[3] and "20 images; chance 50.0%" in lines(found)[3]
+    drawn = {axes.get_title(): axes for axes in page(found).axes if axes.get_visible()}
+    assert len(drawn) == 9
+    shown = drawn["class token: accuracy of a probe (%)"].get_lines()[0]
+    assert (list(shown.get_xdata()), list(shown.get_ydata())) == ([1, 2, 3], [50, 100, 100])
+
+
+def test_the_probe_is_scored_on_images_that_it_has_not_seen():
+    """Random labels and more dimensions than images: on its own half it would score 100 %."""
+    chance = np.random.default_rng(0)
+    features = {("cls", 0): [chance.normal(size=(200, 300)), chance.normal(size=(200, 300))]}
+    found = ridge.probe(features, list(chance.integers(2, size=400)), 1)
+    assert found["scored_on"] == 200 and 40 < found["accuracy"]["cls"][0] < 60
+    low, high = found["interval"]["cls"][0]
+    assert high - low == pytest.approx(2 * 1.96 * 50 / math.sqrt(200), abs=1.5)
+
+
+def test_a_probe_needs_two_classes_of_four_images():
+    features = {("cls", 0): [np.arange(9.0)[:, None]]}
+    assert ridge.probe(features, [0, 0, 0, 0, 0, 1, 1, 1, 2], 1) is None
+    found = ridge.probe(features, [0, 0, 0, 0, 0, 1, 1, 1, 1], 1)
+    assert found["classes"] == 2 and found["trained_on"] + found["scored_on"] == 9
+    assert ridge.probe({("cls", 0): [np.zeros((8, 1))]}, [5, 5, 7, 7, 5, 5, 7, 7], 1)["accuracy"]["cls"] == [50]
+    assert ridge.probe({}, [0] * 9 + [1] * 9, 1) is ridge.probe(features, [], 1) is None
+
+
+def test_only_some_replacements():
+    model = late()
+    images, labels = noise(model, 6), torch.arange(6) % 5
+    found = measure(model, in_batches(images, labels), kinds=("cls",), replacements=("its initial",))
+    whole = measure(model, in_batches(images, labels))
+    assert found["tokens"] == {"cls": {"its initial": whole["tokens"]["cls"]["its initial"]}}
+
+
 def test_divergence_by_hand():
     p = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [1, 0, 0]], dtype=torch.float64)
     q = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0.5, 0]], dtype=torch.float64)
@@ -253,7 +312,8 @@ def test_what_is_written_and_drawn(make):
     assert [list(by_name) for by_name in found["tokens"].values()] == [list(REPLACEMENTS)] * 2
     titles = [axes.get_title() for axes in page(found).axes if axes.get_visible()]
     if model.num_classes:
-        assert len(lines(found)) == 2 and all(name in lines(found)[0] for name in REPLACEMENTS)
+        assert len(lines(found)) == 3 and all(name in lines(found)[0] for name in REPLACEMENTS)
+        assert found["probe"] is None and lines(found)[2].startswith("No probe beside it: it needs two classes with 4")
         assert len(titles) == 7 and "registers: top-1 lost (points)" in titles
     else:
         assert "no head" in lines(found)[0]

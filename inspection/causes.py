@@ -98,11 +98,14 @@ class _Replacements:
 
     def __init__(self, model, batches, seed):
         self.count, self.sums, self.squares, self.gram = 0, {}, {}, {}
-        self.initial, self.last, self.chance = {}, {}, np.random.default_rng(seed)
+        self.initial, self.entered, self.last, self.chance = {}, {}, {}, np.random.default_rng(seed)
 
-        def tokens(i, x):
+        def tokens(i, x):  # at its first block, each token is the same for all images
             for kind, part in _parts(model, i).items():
-                self.initial.setdefault(kind, x[:1, part].clone())  # at its first block, the same for all images
+                names = [(kind, n) for n in (model.token_layout(i).numbers if kind == "registers" else [0])]
+                for name, token in zip(names, x[:1, part].split(1, dim=1)):
+                    self.initial.setdefault(name, token.clone())
+                self.entered[kind, i] = torch.cat([self.initial[name] for name in names], dim=1)
 
         def output(i, x):
             for kind, part in _parts(model, i).items():
@@ -123,7 +126,7 @@ class _Replacements:
         drawn = average + deviation * torch.from_numpy(self.chance.standard_normal(own.shape))
         others = torch.cat([self.last[kind, i], own[:-1]])
         self.last[kind, i] = own[-1:]
-        found = torch.zeros_like(own), average.to(own), drawn.to(own), others, self.initial[kind]
+        found = torch.zeros_like(own), average.to(own), drawn.to(own), others, self.entered[kind, i]
         return dict(zip(REPLACEMENTS, found))
 
     def rank(self, i) -> float | None:
@@ -181,11 +184,16 @@ def _summary(rows, epsilon, head) -> dict:
     "cost": top-1 lost, in points (without labels, predictions changed, in per cent), with a paired interval;
     "harmless_until": the last block up to which that is at most `epsilon`; None in it and in its interval: at none.
     """
-    entry = next(i for i, parts in enumerate(rows) if parts)
-    values = np.stack([np.concatenate(parts) for parts in rows[entry:]], axis=1)  # (images, blocks, 5)
+    present = [i for i, parts in enumerate(rows) if parts]  # registers may leave
+    values = np.stack([np.concatenate(rows[i]) for i in present], axis=1)  # (images, blocks, 5)
     cost, agreement, *others = np.moveaxis(values * [100, 100, 1, 1, 1], 2, 0)
     names = ("agreement", "divergence_bits", "patch_cosine", "output_cosine")
-    found = {name: [None] * entry + mean(each).tolist() for name, each in zip(names, (agreement, *others))}
+
+    def of_blocks(each):
+        values = dict(zip(present, each.tolist()))
+        return [values.get(i) for i in range(len(rows))]
+
+    found = {name: of_blocks(mean(each)) for name, each in zip(names, (agreement, *others))}
     judged = ("cost", "cost_interval", "harmless_until", "harmless_interval")
     if not head:
         return found | dict.fromkeys((*names[:2], *judged))
@@ -194,8 +202,8 @@ def _summary(rows, epsilon, head) -> dict:
         return harmless_until(mean(some), epsilon)
 
     low, high = bootstrap(cost, until)
-    blocks = [None if n < 0 else entry + n for n in (until(cost), math.floor(low), math.ceil(high))]
-    lists = [[None] * entry + each.tolist() for each in (mean(cost), bootstrap(cost).T)]
+    blocks = [None if n < 0 else present[n] for n in (until(cost), math.floor(low), math.ceil(high))]
+    lists = [of_blocks(each) for each in (mean(cost), bootstrap(cost).T)]
     return found | dict(zip(judged, (*lists, blocks[0], blocks[1:])))
 
 
@@ -263,11 +271,12 @@ def _draw(axes, name, values, interval):
     """A curve over the blocks with its band, grey where the token is absent."""
     from matplotlib.ticker import MaxNLocator
 
-    entry = sum(value is None for value in values)
-    blocks = range(entry, len(values))
-    (line,) = axes.plot(blocks, values[entry:], marker=".", linewidth=1.2, label=name)
+    blocks = [i for i, value in enumerate(values) if value is not None]
+    (line,) = axes.plot(blocks, [values[i] for i in blocks], marker=".", linewidth=1.2, label=name)
     if interval:
-        axes.fill_between(blocks, *zip(*interval[entry:]), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.axvspan(-0.5, entry - 0.5, color="0.88", linewidth=0)
+        ends = zip(*(interval[i] for i in blocks))
+        axes.fill_between(blocks, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+    for i in set(range(len(values))) - set(blocks):
+        axes.axvspan(i - 0.5, i + 0.5, color="0.88", linewidth=0)
     axes.set(xlim=(-0.5, len(values) - 0.5), xlabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -87,7 +87,7 @@ def test_without_tokens_there_is_nothing_to_replace():
 def test_its_initial_token_at_the_input_of_its_entry_block_changes_nothing(make, kind):
     model = make()
     images, entry = noise(model, 4), {"cls": model.cls_pos, "registers": model.reg_pos}[kind]
-    initial = causes._Replacements(model, in_batches(images), 0).initial[kind]
+    initial = causes._Replacements(model, in_batches(images), 0).entered[kind, model.depth - 1]
 
     def replace(i, x):
         if i == entry:
@@ -178,7 +178,7 @@ def test_the_gaussian_has_the_mean_and_the_variance_of_the_images():
     deviation = own.std(dim=0, correction=0)
     assert torch.allclose(drawn.std(dim=0), deviation, rtol=0.06)
     assert ((drawn.mean(dim=0) - own.mean(dim=0)).abs() < 0.08 * deviation).all()
-    assert given.initial["registers"].shape == (1, 2, 24)
+    assert given.entered["registers", model.depth - 1].shape == (1, 2, 24)
 
 
 def test_without_labels_the_cost_is_what_changes():
@@ -318,3 +318,21 @@ def test_what_is_written_and_drawn(make):
     else:
         assert "no head" in lines(found)[0]
         assert len(titles) == 5 and "class token: cosine of outputs" in titles
+
+
+def test_registers_that_come_and_go_are_replaced_by_their_own_initial_tokens():
+    """Number 0 leaves at block 1, numbers 1 and 2 enter at block 2: none is there in between."""
+    model = tiny(num_register_tokens=3, reg_pos=(0, 2, 2), reg_end=(1, 4, 4))
+    images, given = noise(model, 4), {}
+
+    def record(i, x):
+        given[i] = x[:, model.token_layout(i).registers] if i != 1 else None
+
+    trace(model, images, output=record)
+    made = causes._Replacements(model, lambda: [(images, None)], 0)
+    for i, numbers in ((0, [0]), (2, [1, 2]), (3, [1, 2])):
+        own = made.of("registers", i, given[i])[causes.INITIAL]
+        assert torch.equal(own, model.register_tokens[:, numbers])
+    found = causes.measure(model, lambda: [(images, torch.zeros(4, dtype=torch.long))])["tokens"]["registers"]["zero"]
+    assert [value is None for value in found["cost"]] == [False, True, False, False]
+    causes.page(causes.measure(model, lambda: [(images, None)]))

@@ -80,7 +80,8 @@ def kinds_to_draw(model, blocks, asked) -> list[str]:
 
     Raises BadInput for a requested token that is present at none of them, and if there are no tokens at all.
     """
-    there, last = {kind: blocks_of(model, kind) for kind in KINDS}, max(blocks)
+    there = {kind: [i for i in blocks_of(model, kind) if kind in parts_at(model, i)] for kind in KINDS}
+    last = max(blocks)
     tokens = set().union(*(parts_at(model, block) for block in blocks))
     present = [kind for kind in KINDS if kind in tokens]
     at = f"at block {last}" if len(blocks) == 1 else f"at blocks {', '.join(map(str, blocks))}"
@@ -110,11 +111,11 @@ def kinds_to_draw(model, blocks, asked) -> list[str]:
 def _why_not(model, kind, there, block) -> str:
     """Why a kind of token that is present at the blocks `there` does not attend at `block`."""
     plural = "" if kind == "reg" else "s"
+    if block in blocks_of(model, kind):
+        return f"{WORDS[kind]} do not attend at block {block}, whose class attention is of CLS alone"
     if block < there[0]:
         return f"{WORDS[kind]} only enter{plural} at block {there[0]}"
-    if block > there[-1]:
-        return f"{WORDS[kind]} leave{plural} at block {there[-1] + 1}"
-    return f"{WORDS[kind]} do not attend at block {block}, whose class attention is of CLS alone"
+    return f"{WORDS[kind]} leave{plural} at block {there[-1] + 1}"
 
 
 def tokens_of(model, kinds, patches) -> list[Token]:
@@ -181,7 +182,7 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
     if "heads" in kinds_of_pages:
         for block in blocks:
             for token in tokens:
-                if block in token.blocks and there(token, block):
+                if token.key in seen.maps[block]:
                     rows = [row(token, block, "")]
                     yield Page(f"block{block}_{token.key}", _title(token, block), rows, seen.caption)
     if "blocks" in kinds_of_pages:

@@ -109,6 +109,7 @@ class TokenStatistics:
             "cls_attention": {kind: of_blocks("mean", "cls_share", kind) for kind in kinds},
             "cls_attention_deviation": {kind: of_blocks("deviation", "cls_share", kind) for kind in kinds},
             "register_similarity": of_blocks("mean", "similarity"),
+            "register_numbers": [list(layout.numbers) for layout in self.layouts],
         }
 
     def _artefacts(self, i) -> dict:

@@ -16,7 +16,7 @@ def statistics_pages(results):
     """Figures of what is in `results` (see `analyze_tokens.analyze`) and asked for there."""
     pages = [norms_page, artefacts_page] if "norms" in results["what"] else []
     if "attention" in results["what"]:
-        pages += [entropy_page, distance_page]
+        pages += [entropy_page, *[distance_page] * any(results["distance"])]  # none if only CLS attends
         pages += [attention_page] if results["cls_attention"] and any(results["cls_attention"]["patches"]) else []
         pages += [similarity_page] if any(results["register_similarity"]) else []
     pages += [probe_page] if results.get("readout") else []
@@ -140,13 +140,14 @@ def _draw_heads(figure, axes, blocks, title, label, vmin=0.0, vmax=None):
 
 def entropy_page(results):
     entropy = results["entropy"]
-    kinds = [kind for kind in ("cls", "patches", "registers", "dist") if kind in entropy]
+    kinds = [kind for kind in ("cls", "patches", "registers", "dist") if any(entropy.get(kind, ()))]
     largest = math.log(max(results["tokens"]))
     figure = _page(
         results, "Entropy of the attention of each head",
         "In nats, mean over images (and over the tokens of a kind): 0 is attention to one token alone, "
         f"{largest:.2f} is the same to all of the {max(results['tokens'])} tokens, so e to this power is the "
-        "number of tokens attended to. Grey: the token is absent.", (11, 1.6 + 2.6 * math.ceil(len(kinds) / 2)),
+        "number of tokens attended to. Grey: the token is absent, or does not attend.",
+        (11, 1.6 + 2.6 * math.ceil(len(kinds) / 2)),
     )  # fmt: skip
     plots = figure.subplots(math.ceil(len(kinds) / 2), 2, squeeze=False)
     for axes, kind in zip(plots.flat, kinds):
@@ -166,9 +167,10 @@ def distance_page(results):
         "head; low dots are local heads. Attention to other tokens is left out.", (11, 5),
     )  # fmt: skip
     left, right = figure.subplots(1, 2)
-    for i, heads in enumerate(results["distance"]):
+    of_blocks = {i: heads for i, heads in enumerate(results["distance"]) if heads is not None}
+    for i, heads in of_blocks.items():
         left.plot([i] * len(heads), heads, "o", color=HUES["patches"], alpha=0.6, markersize=4)
-    left.plot([sum(heads) / len(heads) for heads in results["distance"]], color="black", linewidth=1, label="mean")
+    left.plot([*of_blocks], [sum(h) / len(h) for h in of_blocks.values()], color="black", linewidth=1, label="mean")
     left.set(ylabel="pixels", ylim=(0, None), title="heads")
     left.legend()
     _block_axis(left, results)
@@ -230,8 +232,8 @@ def similarity_page(results):
             axes.set_title(f"block {i}: absent", fontsize=8)
             continue
         drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap="viridis")
-        axes.set_xticks(range(len(cosines)))
-        axes.set_yticks(range(len(cosines)))
+        axes.set_xticks(range(len(cosines)), results["register_numbers"][i])
+        axes.set_yticks(range(len(cosines)), results["register_numbers"][i])
         axes.tick_params(labelsize=6)
         others = [v for a, row in enumerate(cosines) for b, v in enumerate(row) if a != b]
         mean = f", mean {sum(others) / len(others):.2f}" if others else ""

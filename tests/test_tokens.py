@@ -6,9 +6,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import analyze_tokens
+import cifar_main
+import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import noise, tiny
+from conftest import TINY, noise, run, tiny
 from models_dynamic import TokenLayout, set_fused_attention
 from test_properties import close, examples
 from tokens.layout import blocks_with
@@ -218,3 +221,27 @@ def test_checkpointed_gradients_are_the_same():
             model.set_grad_checkpointing(enable)
             grads.append(torch.autograd.grad(model(noise(model)).square().sum(), list(model.parameters())))
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_a_run_of_the_scripts(tmp_path, capsys):
+    """Trained, resumed, tested, drawn and analysed: what is absent is said to be, and nothing else is drawn."""
+    model = tmp_path / "m.pth"
+    argv = [*TINY, *"--data_set DIGITS --repeats 0.2 --depth 4 --num_reg 3 --reg_pos 0 1 2 --reg_end 2 3 4".split()]
+    argv += [*"--cls_pos 1 --cls_mode reader --class_attention 1 --stem conv --opt nmuon --model_path".split(), model]
+    for more in (["--epochs", 1], ["--epochs", 2, "--resume"]):
+        status, out, err = run(cifar_main.main, [*argv, *more], capsys)
+        assert status == 0, err
+    assert "3 registers at block 0 1 2, leaving at 2 3 4, CLS only read, class attention in the last 1" in out
+    draw = ["--model_path", model, "--output_dir", tmp_path, "--layer_num", "all", "--format", "png"]
+    status, out, err = run(visualize_attention.main, [*draw, "--pages", "heads", "rollout", "class"], capsys)
+    assert status == 0, err
+    drawn = {file.stem.partition("_block")[2] for file in tmp_path.glob("*_block[0-9]_*.png")}
+    assert drawn == {"0_reg0", "1_reg0", "1_reg1", "1_cls", "2_reg1", "2_reg2", "2_cls", "3_cls"}
+    for layer, token, words in ((3, "reg", "class attention is of CLS alone"), (0, "cls", "only enters at block 1")):
+        argv = [*draw, "--layer_num", layer, "--tokens", token]
+        status, _, err = run(visualize_attention.main, argv, capsys)
+        assert status == 2 and words in err
+    what = ["--num_images", 60, "--what", *analyze_tokens.STATISTICS, *analyze_tokens.PARTS, "--ablate", "registers"]
+    what.remove("dense") if "dense" in what else None
+    status, out, err = run(analyze_tokens.main, ["--model_path", model, "--output_dir", tmp_path, *what], capsys)
+    assert status == 0 and "linear:" in out, err

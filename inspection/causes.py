@@ -19,11 +19,11 @@ from tqdm import tqdm
 from inspection import ridge
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap, mean
-from inspection.pages import headed_figure
+from inspection.causes_page import page as page
+from inspection.statistics_pages import WORDS
 from utils import BadInput
 
-KINDS = {"cls": "class token", "registers": "registers"}
-PROBED = {"cls": "class token", "registers": "mean of the registers"}
+KINDS = ("cls", "registers")
 INITIAL = "its initial"
 REPLACEMENTS = ("zero", "mean", "Gaussian", "another image's", INITIAL)
 
@@ -221,62 +221,8 @@ def lines(result) -> list[str]:
         for name, values in by_name.items() if by_name["zero"]["cost"] else ():
             until = (values["harmless_until"], *values["harmless_interval"])
             words.append("{} {} ({}..{})".format(name, *("-" if block is None else block for block in until)))
-        limit = f"Replacing the {KINDS[kind]} costs at most {result['epsilon']:g} {what} up to block"
+        limit = f"Replacing the {WORDS[kind]} costs at most {result['epsilon']:g} {what} up to block"
         found += [f"{limit} (95% interval; -: at none): {', '.join(words)}"] if words else []
     if result["probe"] or (result["labelled"] and result["tokens"]):
-        found += ridge.lines(result["probe"], PROBED)
+        found += ridge.lines(result["probe"])
     return found or ["Causes: no class token or registers to replace, or no head to judge it by"]
-
-
-def page(result, about=""):
-    """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
-    kinds, labelled, probed = result["tokens"], result["labelled"], result["probe"]
-    judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
-    titles = {
-        "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
-        "divergence_bits": "divergence (bits)", "output_cosine": "cosine of outputs",
-        "patch_cosine": "cosine of final patches", "probe": "accuracy of a probe (%)",
-        "effective_rank": "effective rank",
-    }  # fmt: skip
-    for key in (("output_cosine",) if judged else ("cost", "divergence_bits")) + (() if probed else ("probe",)):
-        del titles[key]
-    figure = headed_figure(
-        (2.75 * len(titles), 7), "Up to which block does it not matter what a token holds?",
-        f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
-        "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
-        f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
-        "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent."
-        + " Probe: ridge regression on the unchanged token; dotted: chance. Decodable is not used." * bool(probed),
-        layout="constrained",
-    )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.11, 0.98, 0.79), w_pad=0.08)
-    grid = figure.subplots(max(1, len(kinds)), len(titles), squeeze=False)
-    for row, (kind, by_name) in zip(grid, kinds.items()):
-        for axes, (key, title) in zip(row, titles.items()):
-            axes.set_title(f"{KINDS[kind]}: {title}", fontsize=9)
-            if key == "probe":
-                _draw(axes, PROBED[kind], probed["accuracy"][kind], probed["interval"][kind])
-                axes.axhline(probed["chance"], color="0.3", linestyle=":", linewidth=1)
-                continue
-            for name, values in by_name.items() if key in by_name["zero"] else [("unchanged", result)]:
-                _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
-        if judged:
-            row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
-        row[list(titles).index("patch_cosine")].legend(fontsize=7, frameon=False)
-        row[-1].set_visible(kind == "cls")
-    return figure
-
-
-def _draw(axes, name, values, interval):
-    """A curve over the blocks with its band, grey where the token is absent."""
-    from matplotlib.ticker import MaxNLocator
-
-    blocks = [i for i, value in enumerate(values) if value is not None]
-    (line,) = axes.plot(blocks, [values[i] for i in blocks], marker=".", linewidth=1.2, label=name)
-    if interval:
-        ends = zip(*(interval[i] for i in blocks))
-        axes.fill_between(blocks, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
-    for i in set(range(len(values))) - set(blocks):
-        axes.axvspan(i - 0.5, i + 0.5, color="0.88", linewidth=0)
-    axes.set(xlim=(-0.5, len(values) - 0.5), xlabel="block")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -5,6 +5,7 @@ import numpy as np
 from inspection.bootstrap import bootstrap
 
 PER_CLASS = 4  # images of a class, at least
+PROBED = {"cls": "class token", "registers": "mean of the registers"}
 
 
 def probe(features: dict, labels: list[int], depth, seed=0) -> dict | None:
@@ -43,20 +44,20 @@ def probe(features: dict, labels: list[int], depth, seed=0) -> dict | None:
     return about | {"accuracy": accuracy, "interval": interval}
 
 
-def lines(result, names) -> list[str]:
-    """A line for each kind of token, of `names`: the block where it is most decodable, and the last one."""
+def lines(result) -> list[str]:
+    """A line for each kind of token: the block where it is most decodable, and the last one."""
     if result is None:
         return [f"No probe beside it: it needs two classes with {PER_CLASS} images each"]
     found = []
-    for kind in filter(result["accuracy"].get, names):
+    for kind in filter(result["accuracy"].get, PROBED):
         values = result["accuracy"][kind]
-        best = max((i for i, v in enumerate(values) if v is not None), key=values.__getitem__)
+        blocks = [i for i, value in enumerate(values) if value is not None]
         words = [
             "{:.1f}% ({:.1f}..{:.1f}) at block {}".format(values[i], *result["interval"][kind][i], i)
-            for i in dict.fromkeys((best, len(values) - 1))
+            for i in dict.fromkeys((max(blocks, key=values.__getitem__), blocks[-1]))
         ]
         found.append(
-            f"A ridge probe reads the class from the {names[kind]} in {', '.join(words)} "
+            f"A ridge probe reads the class from the {PROBED[kind]} in {', '.join(words)} "
             f"({result['scored_on']} images; chance {result['chance']:.1f}%)"
         )
     return found

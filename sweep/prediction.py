@@ -59,10 +59,10 @@ def _cell(late, base) -> dict:
 def _why_not(cells) -> str | None:
     positions = {cell["cls_pos"] for cell in cells}
     if len(cells) < MIN_CELLS or len(positions) < MIN_POSITIONS:
+        there = f"{counted(len(cells), 'such cell')} at {counted(len(positions), 'position')}"
         return (
-            f"it takes {MIN_CELLS} cells and {MIN_POSITIONS} positions of CLS behind block 0 beside cells with CLS at "
-            f"0, there are {counted(len(cells), 'cell')} and {counted(len(positions), 'position')}; add some to "
-            "--cls_pos"
+            f"it takes {MIN_CELLS} cells at {MIN_POSITIONS} positions of CLS behind block 0, each with another one "
+            f"beside the same cell with CLS at 0; there are {there}; add some to --cls_pos"
         )
     if min(np.ptp(_deviations(cells), axis=1)) < 1e-9:
         return "the curve, or the accuracy, is the same at all positions"

@@ -232,7 +232,8 @@ def test_what_a_probe_reads_beside_what_the_model_uses():
     drawn = {axes.get_title(): axes for axes in page(found).axes if axes.get_visible()}
     assert len(drawn) == 9
     shown = drawn["class token: accuracy of a probe (%)"].get_lines()[0]
-    assert (list(shown.get_xdata()), list(shown.get_ydata())) == ([1, 2, 3], [50, 100, 100])
+    assert list(shown.get_xdata()) == [0, 1, 2, 3] and list(shown.get_ydata())[1:] == [50, 100, 100]
+    assert np.isnan(shown.get_ydata()[0])
 
 
 def test_the_probe_is_scored_on_images_that_it_has_not_seen():
@@ -336,3 +337,19 @@ def test_registers_that_come_and_go_are_replaced_by_their_own_initial_tokens():
     found = causes.measure(model, lambda: [(images, torch.zeros(4, dtype=torch.long))])["tokens"]["registers"]["zero"]
     assert [value is None for value in found["cost"]] == [False, True, False, False]
     causes.page(causes.measure(model, lambda: [(images, None)]))
+
+
+def test_a_block_without_registers_has_no_cost_and_no_probe():
+    """The first at blocks 0 and 1, the second at 1, the third at 3; then all leave before the last block."""
+    for ends, absent in (((2, 2, 4), 2), ((2, 2, 3), 3)):
+        model = tiny(num_register_tokens=3, reg_pos=(0, 1, ends[2] - 1), reg_end=ends)
+        found = measure(model, in_batches(*two_classes(model, 12)))
+        assert [i for i, value in enumerate(found["probe"]["accuracy"]["registers"]) if value is None] == [absent]
+        assert None not in found["probe"]["accuracy"]["cls"] and len(lines(found)) == 4
+        drawn = {axes.get_title(): axes for axes in page(found).axes}["registers: top-1 lost (points)"]
+        assert [i for i, y in enumerate(drawn.get_lines()[0].get_ydata()) if np.isnan(y)] == [absent]  # a gap
+    rows = [[], [np.zeros((50, 5))], [], [np.zeros((50, 5))]]
+    assert causes._summary(rows, 1.0, 5)["harmless_until"] == 3
+    rows[3][0][:, 0] = 1
+    values = causes._summary(rows, 1.0, 5)
+    assert (values["harmless_until"], values["harmless_interval"]) == (1, [1, 1])

@@ -66,10 +66,13 @@ def test_each_cell_is_compared_with_the_one_beside_it():
 
 def test_what_cannot_be_judged():
     few = planted([0, -2, -5], seeds=1)
-    assert "cannot be judged: it takes 4 cells and 3 positions" in predictions(few)["verdict"]
-    assert "there are 3 cells and 3 positions" in predictions(few)["verdict"] and predictions(few)["pearson"] is None
-    assert "6 cells and 2 positions" in predictions(planted([0, -2]))["verdict"]
-    assert "0 cells and 0 positions" in predictions([base(0, COST), record(1, 0, 4, 0, 70)])["verdict"]
+    assert "cannot be judged: it takes 4 cells at 3 positions" in predictions(few)["verdict"]
+    assert (
+        "there are 3 such cells at 3 positions; add some to --cls_pos" in predictions(few)["verdict"]
+        and predictions(few)["pearson"] is None
+    )
+    assert "6 such cells at 2 positions" in predictions(planted([0, -2]))["verdict"]
+    assert "0 such cells at 0 positions" in predictions([base(0, COST), record(1, 0, 4, 0, 70)])["verdict"]
     assert "the same at all positions" in predictions(planted([-3, -3, -3]))["verdict"]
     assert predictions([record(0, 0, 4, 0, 80), record(1, 0, 4, 0, 70)]) == {  # of an earlier revision
         "cells": [], "pearson": None, "spearman": None, "verdict": ""

@@ -132,7 +132,7 @@ def train_one_epoch(
     step, group = start.step, []
     first_update = step - start.batch // accum if start.first_update is None else start.first_update
     parts.model.train()
-    watch = _Watch(title, parts.optimizer, skip_bad, start.sums["skipped"] if start.sums else 0)
+    watch = Watch(title, parts.optimizer, skip_bad, start.sums["skipped"] if start.sums else 0)
     progress = _Progress(title, len(batches), parts.optimizer, watch, start.batch, start.sums)
     for i, (images, labels) in enumerate(progress.timed(batches), start.batch):
         if last_step is not None and step >= last_step:
@@ -156,7 +156,7 @@ def train_one_epoch(
     return progress.close() | {"step": step, "skipped": watch.skipped}
 
 
-class _Watch:
+class Watch:
     """Looks whether loss and gradient of each step are finite, without waiting for a GPU, whose answer comes later.
 
     With `skip_bad` it waits: a step to be left out must be known before it is taken. Of the steps that a GPU has not

@@ -280,7 +280,10 @@ class DynamicViT(nn.Module):
 
     @torch.jit.unused
     def _needed(self) -> int | None:
-        """How many first tokens the last block has to compute; None: all, since somebody watches its modules."""
+        """How many first tokens the last block has to compute; None: all, since somebody watches its modules.
+
+        Hooks on all modules at once do not count: torch's FLOP counter has such, and would count what is not done.
+        """
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         watched = any(getattr(module, kind) for module in self.blocks[-1].modules() for kind in hooks)
         return None if watched else self._classified()

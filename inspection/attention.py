@@ -59,11 +59,9 @@ class AttentionCall(NamedTuple):
 
     def weights(self, rows=None) -> Tensor:
         """(B, H, number of rows, N): the softmaxed attention of some queries (slices or numbers; None: of all)."""
-        query, key, mask = self.query, self.key, self.attn_mask
+        query, key, mask = self.query, self._of_heads(self.key), self.attn_mask
         if self.is_causal:
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        if self.enable_gqa:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         if rows is not None:
             query = _take(query, rows)
             mask = mask if mask is None or mask.shape[-2] == 1 else _take(mask, rows)
@@ -72,6 +70,14 @@ class AttentionCall(NamedTuple):
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(dim=-1)
+
+    def mixed(self, attention: Tensor) -> Tensor:
+        """(B, H, M, N) -> (B, H, M, d): the result of the call with this attention."""
+        return attention @ self._of_heads(self.value)
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """Keys or values of every head, which groups of heads may share."""
+        return x.repeat_interleave(self.query.shape[1] // x.shape[1], dim=1) if self.enable_gqa else x
 
 
 def _one_call(query, key, value, front, back, dropout_p, fused) -> AttentionCall:
@@ -85,7 +91,7 @@ def _take(x: Tensor, rows) -> Tensor:
     return torch.cat([x[..., row if isinstance(row, slice) else [row], :] for row in rows], dim=-2)
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Shows `see(block, call)` each attention of `block`; a tensor that it returns takes the place of the result."""
 
     def __init__(self, see):
@@ -119,7 +125,7 @@ def set_fused_attention(model: nn.Module, on: bool):
 
 
 @contextmanager
-def _as_evaluated(model: nn.Module):
+def as_evaluated(model: nn.Module):
     """Dropout and stochastic depth off, attention through the one function; afterwards every module is as it was."""
     before = [(module, module.training, getattr(module, "fused_attn", None)) for module in model.modules()]
     model.eval()
@@ -133,7 +139,7 @@ def _as_evaluated(model: nn.Module):
                 module.fused_attn = fused
 
 
-def _forward(model: nn.Module, images: Tensor, see, last: int, tokens=None, output=None):
+def watched_pass(model: nn.Module, images: Tensor, see, last: int, tokens=None, output=None):
     """The logits of a forward pass whose blocks are watched, or None if it ended behind block `last`.
 
     `see(i, call)` is shown the attention of block i, `tokens(i, x)` its input and `output(i, x)` its output; what they
@@ -146,7 +152,7 @@ def _forward(model: nn.Module, images: Tensor, see, last: int, tokens=None, outp
             raise _Enough
         return result
 
-    recorder, handles = _Recorder(seen), []
+    recorder, handles = Recorder(seen), []
 
     def watch(i, block):
         def before(_, args):
@@ -166,7 +172,7 @@ def _forward(model: nn.Module, images: Tensor, see, last: int, tokens=None, outp
     try:
         for i, block in enumerate(blocks_of(model)):
             watch(i, block)
-        with _as_evaluated(model), recorder:
+        with as_evaluated(model), recorder:
             return model(images)
     except _Enough:
         return None
@@ -181,7 +187,7 @@ def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=No
     `see(i, call)` is shown the `AttentionCall` of block i; a tensor (B, H, M, d) that it returns takes the place of
     the result. `tokens` and `output` are those of `trace`.
     """
-    return _forward(model, images, see, -1, tokens, output)
+    return watched_pass(model, images, see, -1, tokens, output)
 
 
 @torch.no_grad()
@@ -218,7 +224,7 @@ def _recorded(model, images, blocks, keep) -> dict:
             found[i] = keep(i, call)
 
     if wanted:
-        _forward(model, images, see, max(wanted))
+        watched_pass(model, images, see, max(wanted))
     for block in sorted(wanted - found.keys()):
         kind = type(blocks_of(model)[block]).__name__
         raise ValueError(f"the attention of block {block} ({kind}) cannot be seen: it is not torch's own function")
@@ -229,7 +235,7 @@ def _recorded(model, images, blocks, keep) -> dict:
 def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.Size, torch.Size]]:
     """{block: shapes of its queries (B, H, M, d) and keys (B, H, N, d)} of the blocks whose attention can be seen."""
     shapes: dict = {}
-    _forward(model, images, lambda i, call: shapes.update({i: (call.query.shape, call.key.shape)}), -1)
+    watched_pass(model, images, lambda i, call: shapes.update({i: (call.query.shape, call.key.shape)}), -1)
     return shapes
 
 
@@ -361,7 +367,7 @@ def trace(model: nn.Module, images: Tensor, *, tokens=None, attention=None, outp
 
     def see(i, call):
         new = None if attention is None else attention(i, call.weights())
-        return None if new is None else new @ call.value
+        return None if new is None else call.mixed(new)
 
     last = -1 if last is None else check_block(last, len(blocks_of(model)))
-    return _forward(model, images, see, last, tokens, output)
+    return watched_pass(model, images, see, last, tokens, output)

@@ -41,12 +41,12 @@ def measure(model, batches, images=256, epsilon=1.0, seed=0, kinds=KINDS, replac
         kinds, replacements: only these.
 
     Returns:
-        {"tokens": {kind: {replacement: see `_summary`}}, "effective_rank": of the intact CLS at each block,
+        {"tokens": {kind: {replacement: see `summary`}}, "effective_rank": of the intact CLS at each block,
         "probe": see `ridge.probe`, ...}.
         An entry of a list is a block; None: the token is absent, or, without a head, there are no predictions.
     """
     batches, depth = partial(_first, batches, images), model.depth
-    given, rows, hits, features, classes = _Replacements(model, batches, seed), {}, [], {}, []
+    given, rows, hits, features, classes = Replacements(model, batches, seed), {}, [], {}, []
     for shown, labels in tqdm(batches(), "causes", leave=False, disable=None):
         outputs: dict = {}
         logits = trace(model, shown, output=lambda i, x, outputs=outputs: outputs.update({i: x}))
@@ -70,7 +70,7 @@ def measure(model, batches, images=256, epsilon=1.0, seed=0, kinds=KINDS, replac
         "top1": 100 * float(np.mean(hits)) if hits and model.num_classes else None,
         "effective_rank": [given.rank(i) for i in range(depth)],
         "tokens": {
-            kind: {name: _summary(rows[kind, name], epsilon, model.num_classes) for name in replacements}
+            kind: {name: summary(rows[kind, name], epsilon, model.num_classes) for name in replacements}
             for kind in kinds if any(kind == one for one, _ in rows)
         },
         "probe": ridge.probe(features, classes, depth, seed),
@@ -93,7 +93,7 @@ def _parts(model, block) -> dict[str, slice]:
     return {kind: getattr(layout, kind) for kind in KINDS if getattr(layout, kind) is not None}
 
 
-class _Replacements:
+class Replacements:
     """What takes a token's place, and the rank of CLS: from a first pass, which keeps sums over the images."""
 
     def __init__(self, model, batches, seed):
@@ -178,7 +178,7 @@ def compare(model, intact, changed, labels) -> np.ndarray:
     return torch.stack([values.cpu().double() for values in found], dim=1).numpy()
 
 
-def _summary(rows, epsilon, head) -> dict:
+def summary(rows, epsilon, head) -> dict:
     """Lists with an entry for each block, from the lists of what `compare` returned there; None without a head.
 
     "cost": top-1 lost, in points (without labels, predictions changed, in per cent), with a paired interval;

@@ -32,7 +32,7 @@ def relevance(model, images: Tensor, target=None) -> Tensor:
 
     def see(i, call):
         attention[i] = call.weights().requires_grad_()  # also where it does not depend on the image
-        return attention[i] @ call.value
+        return call.mixed(attention[i])
 
     def output(i, x):
         if i < model.depth:

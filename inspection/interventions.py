@@ -45,7 +45,7 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
     """
     sums, last, count = {}, {}, 0
     for images, _ in tqdm(batches(), "ablation: means", leave=False, disable=None):
-        _, seen = _record(model, images, kinds)
+        _, seen = recorded(model, images, kinds)
         for key, values in seen.items():
             sums[key] = sums.get(key, 0) + values.sum(dim=0)
             last[key] = values[-1:]
@@ -53,7 +53,7 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
     means = {key: total / count for key, total in sums.items()}
     hits, changed = Counter(), Counter()
     for images, labels in tqdm(batches(), "ablation", leave=False, disable=None):
-        logits, seen = _record(model, images, kinds)
+        logits, seen = recorded(model, images, kinds)
         clean = logits.argmax(dim=1)
         hits["clean"] += int((clean == labels).sum())
         others = {key: torch.cat([last[key], values[:-1]]) for key, values in seen.items()}
@@ -61,7 +61,7 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
         zeros = {key: torch.zeros_like(values) for key, values in means.items()}
         for kind in kinds:
             for name, new in zip(REPLACEMENTS, (zeros, means, others)):
-                predicted = _replaced(model, images, kind, new).argmax(dim=1)
+                predicted = replaced(model, images, kind, new).argmax(dim=1)
                 hits[kind, name] += int((predicted == labels).sum())
                 changed[kind, name] += int((predicted != clean).sum())
 
@@ -74,7 +74,7 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
     return result
 
 
-def _record(model, images, kinds) -> tuple:
+def recorded(model, images, kinds) -> tuple:
     """(logits, {(kind, block): (B, R, D) registers at the block's input, or (B, H, R) attention of CLS to them})."""
     seen = {}
 
@@ -92,8 +92,8 @@ def _record(model, images, kinds) -> tuple:
     return logits, {key: values for key, values in seen.items() if key[0] in kinds}
 
 
-def _replaced(model, images, kind, new):
-    """Logits with the values of `new` (see `_record`) in place of the model's own."""
+def replaced(model, images, kind, new):
+    """Logits with the values of `new` (see `recorded`) in place of the model's own."""
 
     def tokens(i, x):
         if ("registers", i) in new:

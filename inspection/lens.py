@@ -20,7 +20,7 @@ from inspection.bootstrap import bootstrap, mean
 from inspection.foreign import ForeignViT
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
-from inspection.statistics_pages import HUES, LINES, WORDS, _block_axis
+from inspection.statistics_pages import HUES, LINES, WORDS, block_axis
 
 LARGE, TIMES = 100, 1000  # there: massive is above 100, and at least about 1,000 times the median
 
@@ -176,7 +176,7 @@ def page(result, about=""):
     sizes.plot(result["median"], ".-", color="0.3", label="median")
     sizes.set(title="|activation|, mean over images", yscale="log")
     for axes in (top, side, cosines, sizes):
-        _block_axis(axes, result)
+        block_axis(axes, result)
         if axes.lines:
             axes.legend(fontsize=7, frameon=False)
         else:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from inspection.attention import _as_evaluated, _forward, _Recorder
+from inspection.attention import Recorder, as_evaluated, watched_pass
 from inspection.bootstrap import bootstrap
 from inspection.cka import CKA
 from inspection.lens import Readout
 from inspection.pages import headed_figure
 from inspection.statistics import parts_of
-from inspection.statistics_pages import HUES, WORDS, _block_axis
+from inspection.statistics_pages import HUES, WORDS, block_axis
 from utils import BadInput
 
 PARTS = WORDS | {"cls": "itself", "none": "nothing", "bias": "biases", "skip": "skip path"}
@@ -99,11 +99,11 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
         if model.token_layout(i).cls is not None:
             cls[i] = x[:, model.token_layout(i).cls.start]
 
-    _forward(model, images, see, last, tokens, output)
-    block, recorder = model.blocks[last], _Recorder(lambda i, call: seen["mixed"])
+    watched_pass(model, images, see, last, tokens, output)
+    block, recorder = model.blocks[last], Recorder(lambda i, call: seen["mixed"])
     recorder.block = last
     x = seen["skip"].repeat_interleave(len(parts), dim=0)  # (B * parts, 1, D): CLS alone, once for each part
-    with _as_evaluated(model), recorder:
+    with as_evaluated(model), recorder:
         whole = block(x)
         silent = block.mlp.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
         try:
@@ -159,7 +159,7 @@ def page(result, about=""):
     ends = np.array([v or [None, None] for v in result["cosine_interval"]], float).T
     cosine.fill_between(range(len(result["cosine"])), *ends, color=HUES["cls"], alpha=0.15, linewidth=0)
     cosine.set_title("cosine of CLS with the last block's", fontsize=10)
-    _block_axis(cosine, result)
+    block_axis(cosine, result)
     for axes in (attention, output, norms):
         axes.tick_params(axis="x", rotation=60)
     return figure

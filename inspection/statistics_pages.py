@@ -39,7 +39,7 @@ def _page(results, title, reading, size=(11, 7)):
     return figure
 
 
-def _block_axis(axes, results):
+def block_axis(axes, results):
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlim=(-0.5, len(results["tokens"]) - 0.5), xlabel="block")
@@ -68,7 +68,7 @@ def norms_page(results):
         axes.set(yscale="log", ylim=(low, high), title=WORDS[kind])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else "")
-        _block_axis(axes, results)
+        block_axis(axes, results)
     plots[0].set_ylabel("norm")
     figure.colorbar(drawn, ax=plots, label="tokens, relative to the fullest bin", pad=0.01)
     return figure
@@ -113,7 +113,7 @@ def artefacts_page(results):
     axes.set(ylabel="% of patches", ylim=(0, max(*shares, 0.1) * 1.15))
     if not with_some:
         axes.text(0.5, 0.5, "no patch is above its block's threshold", ha="center", transform=axes.transAxes)
-    _block_axis(axes, results)
+    block_axis(axes, results)
     top = max((max(map(max, found["where"])) for found in with_some.values()), default=1)
     plots = []
     for n, (i, found) in enumerate(with_some.items()):
@@ -152,7 +152,7 @@ def entropy_page(results):
     plots = figure.subplots(math.ceil(len(kinds) / 2), 2, squeeze=False)
     for axes, kind in zip(plots.flat, kinds):
         _draw_heads(figure, axes, entropy[kind], f"rows of the {WORDS[kind]}", "nats", vmax=largest)
-        _block_axis(axes, results)
+        block_axis(axes, results)
     for axes in plots.flat[len(kinds) :]:
         axes.set_axis_off()
     return figure
@@ -173,9 +173,9 @@ def distance_page(results):
     left.plot([*of_blocks], [sum(h) / len(h) for h in of_blocks.values()], color="black", linewidth=1, label="mean")
     left.set(ylabel="pixels", ylim=(0, None), title="heads")
     left.legend()
-    _block_axis(left, results)
+    block_axis(left, results)
     _draw_heads(figure, right, results["distance"], "each head", "pixels")
-    _block_axis(right, results)
+    block_axis(right, results)
     return figure
 
 
@@ -201,12 +201,12 @@ def attention_page(results):
         base = [b + v for b, v in zip(base, values)]
     axes.set(ylabel="% of its attention", ylim=(0, 100))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), frameon=False)
-    _block_axis(axes, results)
+    block_axis(axes, results)
     for column, kind in enumerate(kinds):
         axes = figure.add_subplot(grid[1, column])
         percent = [None if values is None else [100 * v for v in values] for values in shares[kind]]
         _draw_heads(figure, axes, percent, f"to {names[kind]}", "%")
-        _block_axis(axes, results)
+        block_axis(axes, results)
     return figure
 
 
@@ -267,7 +267,7 @@ def probe_page(results):
         axes.axhline(probes["chance"], color="0.4", linestyle="--", linewidth=1)
         axes.set(title=title, ylabel="accuracy (%)", ylim=(0, 102))
         axes.grid(alpha=0.3)
-        _block_axis(axes, results)
+        block_axis(axes, results)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 

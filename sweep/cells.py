@@ -149,14 +149,14 @@ def read_record(file) -> dict:
         if not file.is_file():  # a pipe would never end
             raise ValueError("it is no file")
         record = json.loads(file.read_text())
-        if wrong := _wrong_result(record) if file.name == "result.json" else first_wrong(record, {}):
+        if wrong := wrong_result(record) if file.name == "result.json" else first_wrong(record, {}):
             raise ValueError(f"{wrong} missing or wrong")
         return record
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read ({error}); remove {file.parent} to train that cell anew") from None
 
 
-def _wrong_result(record) -> str | None:
+def wrong_result(record) -> str | None:
     """The first part of a result.json that is missing or wrong."""
     if wrong := first_wrong(record, CELL_RESULT):
         return wrong

@@ -91,12 +91,12 @@ def correlations(cells) -> dict:
         weights *= chance.multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, place]
     found = {}
     for name, (x, y) in (("pearson", values), ("spearman", stats.rankdata(values.round(9), axis=1))):
-        low, high = np.nanquantile(_correlation(x, y, weights), ENDS)
-        found[name] = {"value": float(_correlation(x, y, np.ones(len(x)))), "low": float(low), "high": float(high)}
+        low, high = np.nanquantile(correlation(x, y, weights), ENDS)
+        found[name] = {"value": float(correlation(x, y, np.ones(len(x)))), "low": float(low), "high": float(high)}
     return found
 
 
-def _correlation(x, y, weights) -> np.ndarray:
+def correlation(x, y, weights) -> np.ndarray:
     """(n,), (n,), (..., n) -> (...): Pearson's coefficient of weighted pairs; NaN where x or y does not vary."""
     with np.errstate(invalid="ignore"):
         weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -17,7 +17,7 @@ from checkpoints.files import save_checkpoint
 from conftest import noise, run, shell, tiny
 from images import picture
 from inspection.attention import trace
-from inspection.interventions import _record, _replaced, ablate
+from inspection.interventions import ablate, recorded, replaced
 from inspection.statistics import (
     LOWEST,
     PER_DECADE,
@@ -346,7 +346,7 @@ def test_replacing_by_ones_own_changes_nothing():
 def test_the_rest_of_the_row_is_scaled_to_one(monkeypatch):
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
     images, rows = noise(model), {}
-    _, seen = _record(model, images, ["cls_attention_to_registers"])
+    _, seen = recorded(model, images, ["cls_attention_to_registers"])
     assert {block for _, block in seen} == {2, 3}
     expected = model.attention(images, 2)[:, :, 0]
     assert torch.allclose(seen["cls_attention_to_registers", 2], expected[..., -2:], atol=1e-6)
@@ -360,7 +360,7 @@ def test_the_rest_of_the_row_is_scaled_to_one(monkeypatch):
 
     monkeypatch.setattr("inspection.interventions.trace", watched)
     new = {("cls_attention_to_registers", 2): torch.full((3, 2), 0.1)}
-    _replaced(model, images, "cls_attention_to_registers", new)
+    replaced(model, images, "cls_attention_to_registers", new)
     assert rows[3] is None
     row = rows[2][:, :, 0]
     assert torch.allclose(row.sum(dim=-1), torch.ones(2, 3), atol=1e-5)

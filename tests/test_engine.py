@@ -181,7 +181,7 @@ class Late:
 
 
 def test_a_gpu_is_not_waited_for_until_it_is_far_behind():
-    watch = engine._Watch("", plain(tiny())[0], skip_bad=0)
+    watch = engine.Watch("", plain(tiny())[0], skip_bad=0)
     about = (3, [(3, 1, torch.tensor(float("nan")))], torch.tensor(1.0), 0.1)
     answers = [Late(100) for _ in range(engine.LAG)]
     for answer in answers:
@@ -197,9 +197,9 @@ def test_a_gpu_is_not_waited_for_until_it_is_far_behind():
 
 def never_answers(monkeypatch):
     """A CPU that is as a GPU far behind: whether steps were finite is known when the epoch ends."""
-    look = engine._Watch.look
-    monkeypatch.setattr(engine._Watch, "look", lambda watch, lag: look(watch, lag) if lag == 0 else None)
-    monkeypatch.setattr(engine._Watch, "sees", lambda watch, *batch: setattr(watch, "batch", batch))
+    look = engine.Watch.look
+    monkeypatch.setattr(engine.Watch, "look", lambda watch, lag: look(watch, lag) if lag == 0 else None)
+    monkeypatch.setattr(engine.Watch, "sees", lambda watch, *batch: setattr(watch, "batch", batch))
 
 
 @pytest.mark.parametrize("accum_steps", [1, 8])

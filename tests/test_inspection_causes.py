@@ -87,7 +87,7 @@ def test_without_tokens_there_is_nothing_to_replace():
 def test_its_initial_token_at_the_input_of_its_entry_block_changes_nothing(make, kind):
     model = make()
     images, entry = noise(model, 4), {"cls": model.cls_pos, "registers": model.reg_pos}[kind]
-    initial = causes._Replacements(model, in_batches(images), 0).entered[kind, model.depth - 1]
+    initial = causes.Replacements(model, in_batches(images), 0).entered[kind, model.depth - 1]
 
     def replace(i, x):
         if i == entry:
@@ -171,7 +171,7 @@ def test_every_measure_equals_that_of_whole_passes(make):
 def test_the_gaussian_has_the_mean_and_the_variance_of_the_images():
     model = late()
     images = noise(model, 40)
-    given, outputs = causes._Replacements(model, in_batches(images, size=7), 0), {}
+    given, outputs = causes.Replacements(model, in_batches(images, size=7), 0), {}
     trace(model, images, output=lambda i, x: outputs.update({i: x}))
     own = outputs[3][:, model.token_layout(3).registers]
     drawn = given.of("registers", 3, own.repeat(100, 1, 1))["Gaussian"]
@@ -283,12 +283,12 @@ def test_harmless_until_the_first_block_that_costs_more():
     # 1 of 100 images at block 1, all at block 2; after an entry at block 3
     rows = [[], [], [], *([np.zeros((100, 5))] for _ in range(3))]
     rows[4][0][:1, 0], rows[5][0][:, 0] = 1, 1
-    found = causes._summary(rows, 1.0, 10)
+    found = causes.summary(rows, 1.0, 10)
     assert (found["harmless_until"], found["harmless_interval"]) == (4, [3, 4])
     assert found["cost"] == [None, None, None, 0, 1, 100]
     assert found["cost_interval"][4] == pytest.approx([0, 3], abs=0.5)
     rows[3][0][:, 0] = 1
-    found = causes._summary(rows, 1.0, 10)
+    found = causes.summary(rows, 1.0, 10)
     assert (found["harmless_until"], found["harmless_interval"]) == (None, [None, None])
 
 
@@ -330,7 +330,7 @@ def test_registers_that_come_and_go_are_replaced_by_their_own_initial_tokens():
         given[i] = x[:, model.token_layout(i).registers] if i != 1 else None
 
     trace(model, images, output=record)
-    made = causes._Replacements(model, lambda: [(images, None)], 0)
+    made = causes.Replacements(model, lambda: [(images, None)], 0)
     for i, numbers in ((0, [0]), (2, [1, 2]), (3, [1, 2])):
         own = made.of("registers", i, given[i])[causes.INITIAL]
         assert torch.equal(own, model.register_tokens[:, numbers])
@@ -349,7 +349,7 @@ def test_a_block_without_registers_has_no_cost_and_no_probe():
         drawn = {axes.get_title(): axes for axes in page(found).axes}["registers: top-1 lost (points)"]
         assert [i for i, y in enumerate(drawn.get_lines()[0].get_ydata()) if np.isnan(y)] == [absent]  # a gap
     rows = [[], [np.zeros((50, 5))], [], [np.zeros((50, 5))]]
-    assert causes._summary(rows, 1.0, 5)["harmless_until"] == 3
+    assert causes.summary(rows, 1.0, 5)["harmless_until"] == 3
     rows[3][0][:, 0] = 1
-    values = causes._summary(rows, 1.0, 5)
+    values = causes.summary(rows, 1.0, 5)
     assert (values["harmless_until"], values["harmless_interval"]) == (1, [1, 1])

@@ -8,7 +8,7 @@ import torch
 from checkpoints.models import at_size
 from checkpoints.weights import load_weights
 from conftest import noise, tiny
-from inspection.attention import attention_maps, attention_rollout, projections, trace
+from inspection.attention import AttentionCall, attention_maps, attention_rollout, projections, trace
 from test_models_dynamic import inputs_of_blocks
 
 PAIRS = list(itertools.product((0, 1, 2, 3, None), (0, 1, 2, 3)))
@@ -214,3 +214,12 @@ def test_the_same_weights_for_images_of_another_size():
     assert torch.equal(fresh(noise(fresh)), other(noise(fresh)))
     assert torch.equal(at_size(model, (16, 24))(noise(model)), model(noise(model)))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_heads_that_share_keys_and_values():
+    """Grouped queries: 4 heads of queries, 2 of keys and values; drawn and replaced as torch computes them."""
+    q, kv = torch.randn(1, 4, 5, 3), torch.randn(2, 1, 2, 5, 3)
+    call = AttentionCall(q, *kv, enable_gqa=True)
+    by_torch = torch.nn.functional.scaled_dot_product_attention(q, *kv, enable_gqa=True)
+    assert torch.allclose(call.mixed(call.weights()), by_torch, atol=1e-6)

@@ -94,7 +94,7 @@ def test_the_noise_of_the_cell_with_cls_at_0_correlates_nothing():
 def test_a_cell_counts_as_often_as_it_is_drawn():
     x, y = np.random.default_rng(0).normal(size=(2, 6))
     weights = np.array([[1, 1, 1, 1, 1, 1], [2, 0, 3, 1, 0, 1], [4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
-    found = prediction._correlation(x, y, weights)
+    found = prediction.correlation(x, y, weights)
     drawn = [np.repeat(np.arange(6), w) for w in weights[:2]]
     assert found[:2] == pytest.approx([np.corrcoef(x[d], y[d])[0, 1] for d in drawn]) and np.isnan(found[2:]).all()
 
@@ -118,12 +118,12 @@ def test_of_300_grids_without_a_relation_few_are_found_to_have_one(positions, se
 def test_a_damaged_curve_is_refused():
     good = base(0, COST) | {"best_epoch": 1, "test_top5": 99, "test_loss": 0.5, "repeats": 1, "train_seconds": 1.5}
     good |= {"artefacts_begin_at": None}
-    assert cells._wrong_result(good) is None
+    assert cells.wrong_result(good) is None
     for wrong in (
         {"causal_cost": [None, *COST[1:]]}, {"causal_cost": []}, {"causal_cost": None}, {"causal_cost_interval": None},
         {"cls_pos": 1}, {"cls_pos": None}, {"causal_cost": COST[1:]},
     ):  # fmt: skip
-        assert cells._wrong_result(good | wrong) == "causal_cost"
+        assert cells.wrong_result(good | wrong) == "causal_cost"
 
 
 def test_tables_and_page():

@@ -15,9 +15,11 @@ from torch import Tensor
 
 import utils
 from loading.folders import FOLDERS, PARTS, class_folders, find_folders, folder_of, listing, note_left_out, visible
+from loading.scenes import CLASSES, scans, scenes
 from utils import BadInput, RunFailed
 
-DATA_SETS = ("CIFAR10", "CIFAR100", "DIGITS", "FOLDER")
+DIGITS = ("DIGITS", "DIGITS_SCENES")  # embedded; a mirrored digit is none
+DATA_SETS = ("CIFAR10", "CIFAR100", *DIGITS, "FOLDER")
 CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # and the folders that torchvision reads
 ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIFAR100"}
 TEST_SIZE = 0.1  # of class folders without train/
@@ -86,7 +88,7 @@ def detect_data_set(path) -> str:
             return name
     name, there = path.name.upper(), visible(path)
     archives = [ARCHIVES[file] for file in there if file in ARCHIVES]
-    if name in (*CIFAR, "DIGITS") and (not there or archives):
+    if name in (*CIFAR, *DIGITS) and (not there or archives):
         return name
     return archives[0] if archives else "FOLDER"
 
@@ -136,6 +138,8 @@ def check_number(i, count):
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
     if name == "DIGITS":
         images, labels, classes = _read_digits(train)
+    elif name == "DIGITS_SCENES":
+        (images, labels, _), classes = scenes(train), CLASSES
     else:
         utils.main_decides(lambda: _read_cifar(name, path, train) and None)  # the first process downloads
         images, labels, classes = _read_cifar(name, path, train)
@@ -169,16 +173,11 @@ def _read_cifar(name, path, train):
 
 
 def _read_digits(train):
-    """The 1,797 handwritten digits that scikit-learn ships (8 x 8, 0..16), as 32 x 32 RGB; 360 of them are the test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    chosen = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
-    chosen = chosen[0] if train else chosen[1]
-    small = torch.from_numpy(digits.images[chosen]).float()[:, None] * (255 / 16)
+    """As 32 x 32 RGB."""
+    digits, labels = scans(train)
+    small = torch.from_numpy(digits).float()[:, None] * (255 / 16)
     images = F.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
-    return images.contiguous(), torch.from_numpy(digits.target[chosen]).long(), [str(n) for n in range(10)]
+    return images.contiguous(), torch.from_numpy(labels).long(), CLASSES
 
 
 # Training, held-out and test images --------------------------------------------------------------------------------

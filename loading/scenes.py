@@ -10,12 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 SIZE, COUNTS = 64, {True: 4000, False: 1000}  # pixels; training and test scenes
-DIGIT, PIECE, PIECES = (
-    (22, 40),
-    (9, 15),
-    10,
-)  # pixels of a side; pieces, less those on the digit
-CONTRAST = 90  # of 255, at least, between the brightness of the background and that of digit and pieces
+DIGIT, PIECE = (30, 46), (9, 15)  # pixels of a side
+PIECES = 8  # less those that would touch the digit
+GROUND, INK = 110, 150  # of 255: the background is darker than the one, digit and pieces are lighter than the other
 CLASSES = [str(n) for n in range(10)]
 
 
@@ -58,10 +55,10 @@ def truth(train) -> tuple[Tensor, Tensor]:
 
 def _compose(digit, label, digits, chance) -> tuple[np.ndarray, np.ndarray]:
     """A scene (64, 64, 3), and its mask (64, 64)."""
-    dark, light = np.sort(chance.integers(256, size=(2, 3)), axis=0)
+    dark, light = np.sort(chance.integers(GROUND, size=(2, 3)), axis=0)
     coarse, fine = (_noise(cells, dark, light, chance) for cells in (4, 16))
     scene = Image.blend(coarse, fine, 0.35)
-    own, *colours = _colours(int(np.asarray(scene.convert("L")).mean()), 1 + PIECES, chance)
+    own, *colours = map(tuple, chance.integers(INK, 256, size=(1 + PIECES, 3)).tolist())
     sides = [int(chance.integers(*DIGIT, endpoint=True)), *chance.integers(*PIECE, size=PIECES, endpoint=True).tolist()]
     (left, upper), *places = chance.integers(SIZE + 1 - np.array(sides)[:, None], size=(1 + PIECES, 2)).tolist()
     pieces, corners = chance.integers(len(digits), size=PIECES).tolist(), chance.integers(1, 4, (PIECES, 2)).tolist()
@@ -80,13 +77,3 @@ def _compose(digit, label, digits, chance) -> tuple[np.ndarray, np.ndarray]:
 def _noise(cells, dark, light, chance):
     values = chance.integers(dark, light, size=(cells, cells, 3), endpoint=True).astype(np.uint8)
     return Image.fromarray(values).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-
-
-def _colours(brightness, count, chance) -> list[tuple[int, int, int]]:
-    """Colours that stand out from a background of that brightness: dark ones on a light one, and the other way."""
-    colours = chance.integers(256, size=(count, 3))
-    if brightness >= 128:
-        colours = colours * (brightness - CONTRAST) // 255
-    else:
-        colours = 255 - colours * (255 - CONTRAST - brightness) // 255
-    return list(map(tuple, colours.tolist()))

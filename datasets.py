@@ -2,9 +2,7 @@
 
 import math
 import os
-import warnings
-from collections import Counter, deque
-from contextlib import suppress
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -13,22 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 import utils
+from loading.folders import FOLDERS, PARTS, class_folders, find_folders, folder_of, listing, note_left_out, visible
+from loading.scenes import CLASSES, scans, scenes
 from utils import BadInput, RunFailed
 
-DATA_SETS = ("CIFAR10", "CIFAR100", "DIGITS", "FOLDER")
+DIGITS = ("DIGITS", "DIGITS_SCENES")  # embedded; a mirrored digit is none
+DATA_SETS = ("CIFAR10", "CIFAR100", *DIGITS, "FOLDER")
 CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # and the folders that torchvision reads
 ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIFAR100"}
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # and names of their folders
-LIKE_PARTS = {"training", "testing", *(name for names in PARTS.values() for name in names)}  # no names of classes
-FOLDERS = {"FOLDER": "test", "IMNET": "val"}  # and the part that is the test, unless a checkpoint has another
-EXPECTED = {
-    "FOLDER": "train/<class>/ and test/<class>/ (or val/<class>/), or with <class>/ alone",
-    "IMNET": "train/<class>/ and val/<class>/; --data_set FOLDER takes others, too",
-}
 TEST_SIZE = 0.1  # of class folders without train/
 MAX_PIXELS = 200_000_000  # of an image file that is read
 BAD_IMAGES = ("error", "skip")
@@ -95,7 +88,7 @@ def detect_data_set(path) -> str:
             return name
     name, there = path.name.upper(), visible(path)
     archives = [ARCHIVES[file] for file in there if file in ARCHIVES]
-    if name in (*CIFAR, "DIGITS") and (not there or archives):
+    if name in (*CIFAR, *DIGITS) and (not there or archives):
         return name
     return archives[0] if archives else "FOLDER"
 
@@ -118,7 +111,7 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     if name not in FOLDERS:
         return _small_images(name, path, train)
     part, left_out = "train" if train else "test", Counter()
-    folders = _folders(name, path, about)
+    folders = find_folders(name, path, about)
     if "all" in folders:
         about = about or {}
         parts, classes, origin = _split_classes(path, about.get("test_size"), left_out, max_pixels)
@@ -131,7 +124,7 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
             )
         split = parts[part]
     else:
-        split, classes = _class_folders(_folder_of(part, folders, name, path), left_out, max_pixels)
+        split, classes = _class_folders(folder_of(part, folders, name, path), left_out, max_pixels)
     note_left_out(path, left_out)
     return split, classes
 
@@ -145,6 +138,8 @@ def check_number(i, count):
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
     if name == "DIGITS":
         images, labels, classes = _read_digits(train)
+    elif name == "DIGITS_SCENES":
+        (images, labels, _), classes = scenes(train), CLASSES
     else:
         utils.main_decides(lambda: _read_cifar(name, path, train) and None)  # the first process downloads
         images, labels, classes = _read_cifar(name, path, train)
@@ -162,7 +157,7 @@ def _read_cifar(name, path, train):
     there = folder.is_dir()
     if not there and set(visible(path)) - {*ARCHIVES, *CIFAR.values()}:
         raise BadInput(
-            f"there is no {name} in {path} ({_listing(path)}), and nothing is downloaded to where other files are; "
+            f"there is no {name} in {path} ({listing(path)}), and nothing is downloaded to where other files are; "
             "give --data_path the folder that has it, or an empty or absent one to download to"
         )
     try:
@@ -178,24 +173,19 @@ def _read_cifar(name, path, train):
 
 
 def _read_digits(train):
-    """The 1,797 handwritten digits that scikit-learn ships (8 x 8, 0..16), as 32 x 32 RGB; 360 of them are the test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    chosen = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
-    chosen = chosen[0] if train else chosen[1]
-    small = torch.from_numpy(digits.images[chosen]).float()[:, None] * (255 / 16)
+    """As 32 x 32 RGB."""
+    digits, labels = scans(train)
+    small = torch.from_numpy(digits).float()[:, None] * (255 / 16)
     images = F.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
-    return images.contiguous(), torch.from_numpy(digits.target[chosen]).long(), [str(n) for n in range(10)]
+    return images.contiguous(), torch.from_numpy(labels).long(), CLASSES
 
 
-# Folders of images -----------------------------------------------------------------------------------------------
+# Training, held-out and test images --------------------------------------------------------------------------------
 
 
 def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
     """('train' and 'test' images, and 'val' if that has a folder; classes; `ImageData.origin`). Nothing is read yet."""
-    folders = _folders(name, path) if name in FOLDERS else {}
+    folders = find_folders(name, path) if name in FOLDERS else {}
     if test_size is not None and "all" not in folders:
         raise BadInput(f"--test_size is for class folders without train/, and {path or name} has its own test images")
     if val_size is not None and "val" in folders:
@@ -207,7 +197,7 @@ def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, S
     if "all" in folders:
         parts, classes, origin = _split_classes(path, test_size, left_out, max_pixels)
     else:
-        wanted = {part: _folder_of(part, folders, name, path) for part in ("train", "test")}
+        wanted = {part: folder_of(part, folders, name, path) for part in ("train", "test")}
         parts, classes = {}, None
         for part, folder in (wanted | folders).items():
             parts[part], these = _class_folders(folder, left_out, max_pixels)
@@ -219,79 +209,9 @@ def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, S
     return parts, classes, origin
 
 
-def _folders(name, path, about=None) -> dict[str, Path]:
-    """Those that are there of 'train', 'test', and 'val' if another one is the test; of class folders alone, 'all'.
-
-    With val/ and test/, val/ is held out. With one of them that is the test, as it is for a checkpoint (`about`).
-    """
-    if path is None:
-        raise BadInput(f"--data_set {name} needs --data_path, a folder with {EXPECTED[name]}")
-    root, there = Path(path), {}
-    for part, names in PARTS.items():
-        found = [root / n for n in names if os.path.isdir(root / n)]
-        if len(found) > 1:
-            raise BadInput(f"{' and '.join(map(str, found))} are both there; keep one, or move one into the other")
-        there |= {part: found[0]} if found else {}
-    subfolders = class_names(root) if not there and name == "FOLDER" else []
-    if len(subfolders) > 1 and not {n.lower() for n in subfolders} & LIKE_PARTS:
-        return {"all": root}
-    if name == "IMNET" and {"val", "test"} <= there.keys() and not class_names(there["test"]):
-        del there["test"]  # ImageNet's own, without labels
-    test = "test" if about is None else about.get("test_folder", FOLDERS[name])
-    if test not in there:
-        test = "val" if test == "test" else "test"
-    of_parts = {"train": "train", "test": test} | ({"val": "val"} if test == "test" else {})
-    return {part: there[folder] for part, folder in of_parts.items() if folder in there}
-
-
-def _folder_of(part, folders, name, path) -> Path:
-    """Raises BadInput, with what is there and what is expected, if that part is not there."""
-    if part in folders:
-        return folders[part]
-    root = Path(path)
-    names = [root / "train"] if part == "train" else [root / n for n in ("test", "val")]
-    download = "" if visible(root) or name == "IMNET" else "; --data_set CIFAR10 would be downloaded there"
-    raise BadInput(
-        f"there is no folder {' or '.join(map(str, names))}; give --data_path a folder with {EXPECTED[name]} "
-        f"({_listing(root)}{download})"
-    )
-
-
-def visible(folder) -> list[str]:
-    """What a folder has, without what is hidden; nothing if it is not there. Raises BadInput for a file."""
-    if not os.path.isdir(folder):
-        if os.path.lexists(folder):
-            raise BadInput(f"--data_path {folder} is no folder; give a folder")
-        return []
-    return sorted(name for name in os.listdir(folder) if name[0] != ".")
-
-
-def _listing(folder) -> str:
-    names = [f"{name}/" if os.path.isdir(Path(folder) / name) else name for name in visible(folder)]
-    if not names:
-        return f"{folder} {'is empty' if os.path.isdir(folder) else 'does not exist'}"
-    return f"{folder} has {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-
-
-def class_names(folder) -> list[str]:
-    return [name for name in visible(folder) if os.path.isdir(Path(folder) / name)]
-
-
 def _class_folders(root, left_out, max_pixels) -> tuple[Split, list[str]]:
-    """`root/<class>/*`, at any depth, in any format that Pillow reads."""
-    classes = class_names(root)
-    if not classes:
-        raise BadInput(f"{root} has no class folders; put the images into {root}/<class>/, or move it away")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = image_files(root / name, left_out)
-        if not found:
-            others = f" ({_words(left_out)})" if left_out else ""
-            raise BadInput(f"class folder {root / name} has no images{others}; add some or remove it")
-        files += [os.fsencode(file) for file in found]
-        labels += [label] * len(found)
-    # One array of bytes: worker processes share it, while a list of a million strings is copied into each of them.
-    return Split(np.array(files), torch.tensor(labels), max_pixels), classes
+    files, labels, classes = class_folders(root, left_out)
+    return Split(files, labels, max_pixels), classes
 
 
 def _split_classes(path, test_size, left_out, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
@@ -301,72 +221,6 @@ def _split_classes(path, test_size, left_out, max_pixels) -> tuple[dict[str, Spl
     rest, test = _hold_out(everything, classes, size, "--test_size", of_each_class=True)
     names = b"\0".join(os.path.relpath(file, os.fsencode(path)) for file in test.images.tolist())
     return {"train": rest, "test": test}, classes, {"test_size": size, "test_files": sha256(names).hexdigest()}
-
-
-def image_files(folder, left_out: Counter | None = None) -> list[Path]:
-    """The files at any depth below `folder`, sorted, whose ending is that of a format that is read; each once.
-
-    Hidden files and folders are left out. Links are followed, but not to a folder that was visited, nor to one that
-    `folder` is in. Of a file that several links lead to, its own place counts, else the first link.
-
-    Args:
-        left_out: here the other files are counted, by their ending.
-    """
-    prepare_pillow()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, links = {}, []
-    visited, waiting = set(map(str, Path(os.path.realpath(folder)).parents)), deque([os.fspath(folder)])
-    while waiting:
-        here = waiting.popleft()
-        place = os.path.realpath(here)
-        if place in visited:
-            continue
-        visited.add(place)
-        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
-            if entry.name[0] == ".":
-                continue
-            if entry.is_dir():  # those that links lead to come last: they may also have a place of their own
-                (waiting.append if entry.is_symlink() else waiting.appendleft)(entry.path)
-            elif entry.is_symlink():
-                links.append(entry.path)
-            else:
-                files[os.path.join(place, entry.name)] = entry.path
-    for link in sorted(links):
-        files.setdefault(os.path.realpath(link), link)
-    found = sorted(map(Path, files.values()))
-    if left_out is not None:
-        left_out.update(file.suffix.lower() for file in found if file.suffix.lower() not in endings)
-    return [file for file in found if file.suffix.lower() in endings]
-
-
-def note_left_out(place, left_out: Counter):
-    """Print what `image_files` left out in a folder, once a process."""
-    if left_out:
-        utils.note_once(os.path.abspath(place), _words(left_out))
-
-
-def _words(left_out) -> str:
-    counts = ", ".join(f"{ending or 'no ending'}: {n}" for ending, n in left_out.most_common())
-    heif = f", and {HEIF_NEEDS}" if any(ending in HEIF_ENDINGS for ending in left_out) else ""
-    return f"left out for their ending: {counts}{heif}"
-
-
-# Image files -----------------------------------------------------------------------------------------------------
-
-
-HEIF_ENDINGS = (".heic", ".heif", ".hif")
-HEIF_NEEDS = "HEIC takes a package: pip install pillow-heif"
-
-
-@cache
-def prepare_pillow():
-    """Once a process: with HEIC if its package is there, without PostScript, and quiet."""
-    with suppress(ImportError):
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    EpsImagePlugin.gs_binary = False  # PostScript is a program, and Pillow would have it run by Ghostscript
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of a tag, or of many pixels; errors are reported
 
 
 def held_out(name, parts, classes, val_size) -> tuple[Split, Split | None]:

@@ -28,12 +28,12 @@ import torch
 from torchvision.ops import box_iou
 
 import utils
-from datasets import image_files
 from inspection import inputs
 from inspection.annotations import Annotated, check_matches, entry_of, folder_of_images, index_of, read_annotations
 from inspection.objects import FEATURES, Found, lost, model_sizes, patch_features
 from inspection.objects_pages import boxes_pages, one_line, short
 from inspection.pages import write_pdf
+from loading.folders import image_files
 from utils import BadInput, number
 
 SAME = 0.5  # intersection over union from which an object is found

@@ -21,7 +21,7 @@ import torch
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
-from datasets import DATA_SETS
+from datasets import DATA_SETS, DIGITS
 from engine import TrainingStep, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from models_dynamic import SIZES, plain_attention_on_cpu
@@ -175,7 +175,7 @@ def resolve(args, given):
     if given.eval_crop_ratio is None and small:
         args.eval_crop_ratio = 1.0
     if args.hflip is None:
-        args.hflip = 0.0 if args.data_set == "DIGITS" else 0.5
+        args.hflip = 0.0 if args.data_set in DIGITS else 0.5
     if given.warmup_epochs is None:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     if args.no_aug:

@@ -146,7 +146,7 @@ TIMM_ARGS = {
     "init_values?": optional(real(-1e3, 1e3)),
 }  # fmt: skip
 DATA = {
-    "name": lambda value: text(value) and value.isalnum(),  # it is put into names of files
+    "name": lambda value: text(value) and value.replace("_", "").isalnum(),  # it is put into names of files
     "classes": several(text), "images?": named(whole()), "input_size": several(whole(1, 2**14), 2),
     "mean": several(real(), 3), "std": several(POSITIVE, 3), "test_folder?": one_of("test", "val"),
     "test_size?": POSITIVE, "test_files?": text, "crop_pct?": real(1e-30, 1),

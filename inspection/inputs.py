@@ -16,9 +16,10 @@ from torch import Tensor
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, data_folder, model_from_checkpoint
-from datasets import DATA_SETS, check_classes, check_number, eval_transform, find_split, image_files, note_left_out
+from datasets import DATA_SETS, check_classes, check_number, eval_transform, find_split
 from inspection.foreign import SOURCES, ForeignViT, create, data_of
 from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read_picture
+from loading.folders import image_files, note_left_out
 from models_dynamic import DynamicViT
 from utils import BadInput, RunFailed, number
 

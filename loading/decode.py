@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
 import utils
-from datasets import HEIF_NEEDS, MAX_PIXELS, Split, prepare_pillow
+from datasets import MAX_PIXELS, Split
+from loading.folders import HEIF_NEEDS, prepare_pillow
 from utils import BadInput, number
 
 SHOWN = 20  # images that one error names

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
 import utils
-from datasets import FOLDERS, MAX_PIXELS, ImageData, Split, channel_statistics, find_parts, held_out
+from datasets import MAX_PIXELS, ImageData, Split, channel_statistics, find_parts, held_out
 from loading.decode import failures, fit_image, joined, read_image, read_picture, without_errors
+from loading.folders import FOLDERS
 from utils import BadInput, signals_blocked
 
 

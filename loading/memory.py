@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from datasets import (
-    FOLDERS,
     MAX_PIXELS,
     ImageData,
     Split,
@@ -24,6 +23,7 @@ from datasets import (
 )
 from loading.augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
 from loading.decode import failures, fit_image, joined, read_picture, without_errors
+from loading.folders import FOLDERS
 from utils import BadInput
 
 

@@ -15,7 +15,7 @@ BLOCK, NEURON = 1, 5
 
 
 def plant(model, blocks):
-    """Neuron 5 of block 1 fires on patches whose number 1 is large, and writes 300 as number 0, which later blocks read."""
+    """Neuron 5 of block 1 fires on patches whose number 1 is large, and writes 300 as number 0; others read it."""
     with torch.no_grad():
         for block in blocks:
             for module in (block.mlp.fc1, block.mlp.fc2):

@@ -11,15 +11,15 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 import cifar_main
 import cifar_test
-import datasets
 import main_distillation
 import utils
 import visualize_attention
 from conftest import STUDENT, TINY, run
-from datasets import image_files
 from images import damage, folder_of_images, names, picture
+from loading import folders
 from loading.decode import crop_box, fit_image, read_image, read_picture
 from loading.files import load_file_data
+from loading.folders import image_files
 from loading.memory import load_data
 from utils import BadInput
 
@@ -222,7 +222,7 @@ def test_heic(tmp_path):
 def test_heic_without_its_package(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(100))  # renamed, as telephones do
-    monkeypatch.setattr(datasets, "prepare_pillow", lambda: None)
+    monkeypatch.setattr(folders, "prepare_pillow", lambda: None)
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
     endings = {k: v for k, v in Image.registered_extensions().items() if v != "HEIF"}
     monkeypatch.setattr(Image, "EXTENSION", endings)
@@ -231,7 +231,7 @@ def test_heic_without_its_package(tmp_path, monkeypatch, capsys):
             read_image(tmp_path / name)
     left_out = Counter()
     assert image_files(tmp_path, left_out) == [tmp_path / "a.jpg"] and left_out == {".heic": 1}
-    datasets.note_left_out(tmp_path, left_out)
+    folders.note_left_out(tmp_path, left_out)
     assert capsys.readouterr().out.endswith(".heic: 1, and HEIC takes a package: pip install pillow-heif\n")
 
 

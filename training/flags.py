@@ -4,7 +4,7 @@ import sys
 from argparse import SUPPRESS
 
 import utils
-from datasets import BAD_IMAGES, DATA_SETS, TEST_SIZE, detect_data_set
+from datasets import BAD_IMAGES, DATA_SETS, DIGITS, TEST_SIZE, detect_data_set
 from loading.decode import add_max_pixels
 from models_dynamic import SIZES
 from tokens.blocks import STEMS
@@ -128,7 +128,7 @@ def add_data_flags(group):
         "--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out"
     )
     add_max_pixels(group)
-    group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for DIGITS)")
+    group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for digits)")
     group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
     group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
     group.add_argument("--cutmix", type=number(float, 0), help="CutMix's alpha, 0 for none")
@@ -153,7 +153,7 @@ def add_small_image_flags(parser):
     add_data_flags(group)
     group.add_argument(
         "--aug", choices=("trivial", "rand", "none"),
-        help="TrivialAugment or RandAugment (default: the recipe's; none for DIGITS)",
+        help="TrivialAugment or RandAugment (default: the recipe's; none for digits)",
     )  # fmt: skip
     group.add_argument(
         "--repeats", type=number(float, above=0), help="times that an epoch goes through the images, each augmented "
@@ -190,7 +190,7 @@ def resolve(args):
     args.data_set = args.data_set or detect_data_set(args.data_path)
     if args.data_path is None and args.data_set.startswith("CIFAR"):
         args.data_path = f"./data/{args.data_set}"
-    digits = args.data_set == "DIGITS"
+    digits = args.data_set in DIGITS
     args.aug = args.aug or ("none" if digits else RECIPES[args.recipe]["aug"])
     args.hflip = (0.0 if digits else 0.5) if args.hflip is None else args.hflip
     args.warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import utils
 from checkpoints.files import load_checkpoint
 from loading.memory import load_data
-from sweep import pages, results
+from sweep import explorer, pages, results
 from sweep.cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
 from sweep.measures import PRIMARY
 from training import flags, signals, slurm
@@ -136,9 +136,10 @@ def list_cells(cells, args, data, device):
 def write_results(args, data):
     pages.draw_sweep(args.output_dir, data, about(args, data), args.measure)
     summary = results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)}, args.measure)
+    explorer.write_explorer(args.output_dir, data, about(args, data))
     folder = Path(args.output_dir)
     if summary["groups"]:
-        say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png in {folder}")
+        say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png, .html in {folder}")
 
 
 def work(args, data, current, cells, device):

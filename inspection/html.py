@@ -62,7 +62,7 @@ def encode_image(
     size = packed_size({block: layouts[block] for block in attention}, heads)
     _, height, width = shown.shape
     return {
-        "name": name, "caption": caption, "src": _data_uri(shown), "size": [height, width], "grid": list(grid),
+        "name": name, "caption": caption, "src": data_uri(shown), "size": [height, width], "grid": list(grid),
         "heads": heads, "bytes": size,
         "blocks": {block: _encode_block(block, layouts[block], attention[block]) for block in sorted(attention)},
     }  # fmt: skip
@@ -97,7 +97,7 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _data_uri(shown: Tensor) -> str:
+def data_uri(shown: Tensor) -> str:
     from torchvision.transforms.functional import to_pil_image
 
     image, file = to_pil_image(shown.cpu()), io.BytesIO()

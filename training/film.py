@@ -138,9 +138,9 @@ def _chosen_images(args, folder, model, val_batches) -> list[int]:
 
 
 def token_maps(model: DynamicViT, images: Tensor) -> dict[str, np.ndarray]:
-    """{'cls', 'dist', 'reg0', ...: (B, blocks, gh, gw)}: means over heads; NaN in blocks before the token enters."""
+    """{'cls', 'dist', 'reg0', ...: (B, blocks, gh, gw)}: means over heads; NaN in blocks where it is absent or does not attend."""
     found, maps = model.attention_maps(images, range(model.depth)), {}
-    for block in reversed(range(model.depth)):  # the last one has all tokens
+    for block in reversed(range(model.depth)):
         for key, heads in by_token(found[block]).items():
             absent = np.full((len(images), model.depth, *model.grid_size), np.nan, np.float32)
             maps.setdefault(key, absent)[:, block] = heads.mean(dim=1).cpu()
@@ -160,10 +160,11 @@ def _tokens(saved) -> list[str]:
 def _page(saved, key, epochs) -> Page:
     """One token at one epoch: a row for each image, a column for each block."""
     all_maps, pictures, rows = torch.from_numpy(saved[key]), torch.from_numpy(saved["pictures"]), []
-    enters = int(all_maps[0, :, 0, 0].isnan().sum())
+    present = (~all_maps[0, :, 0, 0].isnan()).nonzero().flatten().tolist()
+    enters = present[0]
+    why = [f"absent: enters at block {enters}" if b < enters else "absent" for b in range(all_maps.shape[1])]
     for caption, picture, maps in zip(saved["captions"], pictures, all_maps):
-        present = [None] * enters + list(maps[enters:])
-        cells = [MapCell(f"block {b}", m, f"absent: enters at block {enters}") for b, m in enumerate(present)]
+        cells = [MapCell(f"block {b}", m if b in present else None, why[b]) for b, m in enumerate(maps)]
         rows.append(Row(str(caption), picture, cells))
     name = token_name(key, sum(token.startswith("reg") for token in _tokens(saved)))
     title, about = f"{name}, epoch {int(saved['epoch'])} of {epochs}", f"enters at block {enters}; {saved['about']}"

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from inspection import causes, inputs, interventions, lens, outputs, sinks
+from inspection import causes, inputs, interventions, lens, outputs, sinks, test_time_registers
 from inspection.pages import write_pdf
 from inspection.statistics import TokenStatistics, probe_accuracies
 from inspection.statistics_pages import about, statistics_pages
@@ -68,10 +68,13 @@ def analyze(args) -> dict:
     if args.ablate:
         interventions.check(model, args.ablate)
     found = choose_images(args, data, checkpoint)
+    own = model.to(device)
+    model = test_time_registers.from_flags(args, own, data, found, checkpoint)
+    is_what = describe(own) + (f", {model}" if model is not own else "")
     parts, folder, failed = chosen_parts(args, model), utils.writable_folder(args.output_dir), []
-    batches = batches_of(found, model.to(device), data, device, failed)
+    batches = batches_of(found, model, data, device, failed)
     results = {
-        "model": {"path": str(args.model_path), "is": describe(model), "args": model.model_args},
+        "model": {"path": str(args.model_path), "is": is_what, "args": model.model_args},
         "data": {
             "name": data["name"], "images": len(found), "seed": args.seed, "input_size": list(data["input_size"]),
             "image_path": args.image_path, "chosen": [image.name for image in found[:10]], "left_out": failed,
@@ -215,6 +218,7 @@ def main(argv=None):
         "--sink", type=number(float, 0), nargs=4, default=(0.9, 0.5, 0.2, 0.5), metavar="SHARE",
         help="of sinks: the queries, their attention, and the norms up to which it is a NOP, from which a broadcast",
     )  # fmt: skip
+    test_time_registers.add_flags(parser)
     inputs.add_checkpoint_flags(parser)
     args = parser.parse_args(argv)
     results = analyze(args)

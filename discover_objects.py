@@ -28,7 +28,7 @@ import torch
 from torchvision.ops import box_iou
 
 import utils
-from inspection import inputs
+from inspection import inputs, test_time_registers
 from inspection.annotations import Annotated, check_matches, entry_of, folder_of_images, index_of, read_annotations
 from inspection.objects import FEATURES, Found, lost, model_sizes, patch_features
 from inspection.objects_pages import boxes_pages, one_line, short
@@ -118,8 +118,9 @@ def discover(args):
     device = utils.pick_device(args.device)
     model, data, checkpoint = inputs.load(args.model_path, args)
     (block,) = inputs.chosen_blocks(model, [model.depth - 1 if args.layer_num is None else args.layer_num])
-    model_for = model_sizes(model.to(device), args)
     images, index = find_images(args, data, checkpoint)
+    model = test_time_registers.from_flags(args, model.to(device), data, images, checkpoint)
+    model_for = model_sizes(model, args)
     folder, records, failed = utils.writable_folder(args.output_dir), [], []
 
     def examine(image):
@@ -165,6 +166,7 @@ def main(argv=None):
     )
     flag("--max_side", type=number(int, 1), help="pixels of the longer side for the model (default: its own)")
     flag("--max_drawn", type=number(int, 1), default=60, help="number of images to draw")
+    test_time_registers.add_flags(parser)
     inputs.add_checkpoint_flags(parser)
     discover(parser.parse_args(argv))
 

@@ -17,7 +17,7 @@ columns of the patches.
 from pathlib import Path
 
 import utils
-from inspection import inputs, maps
+from inspection import inputs, maps, test_time_registers
 from inspection.class_maps import class_number
 from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.pages import draw_page, write_pages
@@ -32,6 +32,8 @@ def check(args):
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
         raise BadInput("--compare needs at least two checkpoints: --compare A.pth B.pth")
+    if args.compare and args.test_time_registers:
+        raise BadInput("--test_time_registers is for one model; leave out --compare, or draw it twice")
     if args.target and "class" not in (args.pages or ()):
         raise BadInput("--target is the class of --pages class; add that, or leave out --target")
     if args.compare and args.pages:
@@ -156,6 +158,8 @@ def visualize(args):
     least_depth = min((model for model, _, _ in loaded), key=lambda model: model.depth)
     blocks = inputs.chosen_blocks(least_depth, args.layer_num)
     found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []
+    model = test_time_registers.from_flags(args, model, data, found, checkpoint)
+    loaded[0] = model, data, checkpoint
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     if args.format == "html":
         write_html(args, model, data, found, blocks, failed)
@@ -214,6 +218,7 @@ def parse(argv=None):
     parser.add_argument(
         "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
     )
+    test_time_registers.add_flags(parser)
     inputs.add_checkpoint_flags(parser, several=True)
     args = parser.parse_args(argv)
     check(args)

@@ -112,6 +112,12 @@ class ForeignViT(nn.Module):
             ) from None
 
 
+def own_model(model: nn.Module) -> nn.Module:
+    """The model itself, out of a `ForeignViT` and of `test_time_registers.WithRegisters`."""
+    model = getattr(model, "inner", model)
+    return model.model if isinstance(model, ForeignViT) else model
+
+
 def create(source: str, weights=None, img_size=None, key=None) -> nn.Module:
     """A model of timm's from `timm:NAME`, `hf-hub:USER/REPO` or `local-dir:FOLDER`, in eval mode.
 

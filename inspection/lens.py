@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap, mean
-from inspection.foreign import ForeignViT
+from inspection.foreign import own_model
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
 from inspection.statistics_pages import HUES, LINES, WORDS, block_axis
@@ -29,7 +29,7 @@ class Readout:
     """The end of a DynamicViT or a ForeignViT: its last norm and heads."""
 
     def __init__(self, model):
-        own = model.model if isinstance(model, ForeignViT) else model
+        own = own_model(model)
         self.norm, self.fc_norm = own.norm, getattr(own, "fc_norm", None) or nn.Identity()
         # Behind an attention pooling the head is for what the pooling makes of the tokens.
         has_head = model.num_classes and getattr(model, "pool_pos", None) is None

@@ -14,7 +14,6 @@ import utils
 from checkpoints.models import at_size
 from datasets import normalise
 from inspection.attention import projections
-from inspection.foreign import ForeignViT
 from utils import BadInput
 
 FEATURES = ("queries", "keys", "values")  # in the order of DynamicViT.projections
@@ -76,7 +75,7 @@ def model_sizes(model, args) -> Callable:
     @lru_cache(maxsize=4)
     def resized(size):
         try:
-            return model.at_size(size) if isinstance(model, ForeignViT) else at_size(model, size)
+            return model.at_size(size) if hasattr(model, "at_size") else at_size(model, size)
         except ValueError as error:
             raise BadInput(f"--max_side {longer}: {error}") from None
 

@@ -8,16 +8,49 @@ an image goes to an added token that enters as zeros. New here: it enters at a b
 
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints.models import at_size
+from inspection import inputs
 from inspection.attention import trace
-from inspection.statistics import TokenStatistics
-from utils import BadInput, say
+from inspection.foreign import own_model
+from inspection.statistics import BEGIN, TokenStatistics
+from utils import BadInput, number, say
 
-LEAST = 8  # images
+LEAST, BATCH = 8, 16  # images
+
+
+def add_flags(parser):
+    group = parser.add_argument_group("registers without training (arXiv 2506.08010)")
+    group.add_argument("--test_time_registers", type=number(int, 0), default=0, metavar="N", help="add N tokens that "
+                       "take over what register neurons write into artefact patches")  # fmt: skip
+    group.add_argument("--register_pos", type=number(int, 0), default=0, metavar="BLOCK", help="that they enter at")
+    group.add_argument("--register_neurons", type=number(int, 1), default=10, metavar="K", help="how many to take")
+    group.add_argument("--registers_from", nargs="+", metavar="PATH", help="images, or folders of them, in which the "
+                       f"neurons are looked for, at least {LEAST} (default: those that are looked at)")  # fmt: skip
+
+
+def from_flags(args, model, data, found, checkpoint):
+    """The model with the registers that the flags ask for; `found`: the `InputImage`s that are looked at."""
+    if not args.test_time_registers:
+        if args.registers_from:
+            raise BadInput("--registers_from is for --test_time_registers; add that, or leave it out")
+        return model
+    if getattr(model, "cls_only", False):
+        raise BadInput("--test_time_registers: the patches of this model cannot be seen to attend; leave it out")
+    if args.registers_from:
+        found = inputs.find_images(args, data, checkpoint, files=inputs.image_paths(args.registers_from))
+    device = next(model.parameters()).device
+
+    def batches():
+        left = inputs.readable(found, [])
+        while part := list(islice(left, BATCH)):
+            yield inputs.model_input([image.read() for image in part], part, data, device), None
+
+    return add_registers(model, batches, args.test_time_registers, args.register_pos, args.register_neurons)
 
 
 def add_registers(model, batches, count=1, entry=0, neurons=10):
@@ -41,9 +74,12 @@ def add_registers(model, batches, count=1, entry=0, neurons=10):
     if registers is not None and registers.stop != model.token_layout(model.depth - 1).length:
         raise BadInput("--test_time_registers: the trained registers of this model stand in front of its patches")
     before = _artefacts(model, batches)
-    begins = before["begins_at_block"]
+    begins = lasting([block["share"] for block in before["blocks"]])
     if begins is None:
-        raise BadInput("--test_time_registers: these images have no artefact patches in this model; leave it out")
+        raise BadInput(
+            "--test_time_registers: in the second half of this model's blocks no patch of these images is an artefact; "
+            "leave it out"
+        )
     ranked = rank_neurons(model, batches, begins, before["blocks"][begins]["threshold"])
     chosen = {}
     for block, n in ranked[:neurons]:
@@ -52,10 +88,22 @@ def add_registers(model, batches, count=1, entry=0, neurons=10):
         raise BadInput(f"--register_pos {entry}: the register neurons are in blocks up to {max(chosen)}; enter there")
     changed = WithRegisters(model, count, entry, {i: numbers for i, numbers in chosen.items() if i >= entry})
     after = _artefacts(changed, batches)
-    shares = (100 * max(block["share"] for block in found["blocks"]) for found in (before, after))
+    shares = (100 * max(block["share"] for block in found["blocks"][begins:]) for found in (before, after))
     where = "; ".join(f"block {i}: {', '.join(map(str, sorted(n)))}" for i, n in sorted(changed.neurons.items()))
-    say("register neurons: {}. Artefacts: {:.2f}% of the patches, now {:.2f}%".format(where, *shares))
+    words = "{:.2f}% of the patches, now {:.2f}%".format(*shares)
+    say(f"register neurons: {where}. Artefacts from block {begins} on: {words}")
     return changed
+
+
+def lasting(shares) -> int | None:
+    """The block from which on there are artefacts up to the second half of the model; None if there are none there.
+
+    High norms that only early blocks have are not what registers are for.
+    """
+    some = [i for i, share in enumerate(shares) if share >= BEGIN]
+    if not some or 2 * some[-1] < len(shares):
+        return None
+    return min(i for i in some if all(j in some for j in range(i, some[-1])))
 
 
 @torch.no_grad()
@@ -126,12 +174,15 @@ class WithRegisters(nn.Module):
         self._hook()
 
     def _hook(self):
-        blocks, norm = self.inner.blocks, getattr(self.inner, "model", self.inner).norm
+        blocks, norm = self.inner.blocks, own_model(self.inner).norm
         self.handles = [
             blocks[self.entry].register_forward_pre_hook(lambda _, args: (self._appended(args[0]), *args[1:])),
             *(_on_hidden(blocks[i], partial(self._moved, i)) for i in self.neurons),
             norm.register_forward_pre_hook(lambda _, args: (self._removed(args[0]),)),
         ]
+
+    def __str__(self):
+        return f"{self.count} test-time registers at block {self.entry}"
 
     def at_size(self, img_size) -> "WithRegisters":
         """The same for images of another size; the weights are shared."""

@@ -1,14 +1,21 @@
 """Registers without training, on a model with a planted register neuron."""
 
+import json
+
 import pytest
 import timm
 import torch
+from torchvision.transforms.functional import to_pil_image
 
-from conftest import noise, tiny
+import analyze_tokens
+import discover_objects
+import visualize_attention
+from checkpoints.files import save_checkpoint
+from conftest import noise, run, tiny
 from inspection.attention import attention_rows, trace
 from inspection.foreign import ForeignViT
 from inspection.statistics import TokenStatistics
-from inspection.test_time_registers import WithRegisters, add_registers, rank_neurons
+from inspection.test_time_registers import WithRegisters, add_registers, lasting, rank_neurons
 from utils import BadInput
 
 BLOCK, NEURON = 1, 5
@@ -74,7 +81,8 @@ def test_outliers_move_and_the_logits_stay(capsys):
     assert rank_neurons(model, in_batches(images), BLOCK, threshold)[0] == (BLOCK, NEURON)
     logits = model(images)
     changed = add_registers(model, in_batches(images), neurons=1)
-    assert f"block {BLOCK}: {NEURON}. Artefacts: 4.17% of the patches, now 0.00%" in capsys.readouterr().out
+    words = f"block {BLOCK}: {NEURON}. Artefacts from block {BLOCK} on: 4.17% of the patches, now 0.00%"
+    assert words in capsys.readouterr().out
     assert max(shares(changed, images)) == 0
     kept = changed(images)
     silent = WithRegisters(planted(cls_pos=0)[0], 1, 0, {})
@@ -122,15 +130,47 @@ def test_a_model_of_timms_whose_mean_is_classified():
     assert changed(images).shape == logits.shape and features["tokens"] == 24
 
 
+def test_artefacts_of_early_blocks_alone_do_not_count():
+    cases = [0.1, 0.1, 0, 0], [0.1, 0, 0.1, 0.1], [0, 0, 0, 0], [0.1] * 4, [0, 0.1, 0.1, 0]
+    assert [*map(lasting, cases)] == [None, 2, None, 0, 1]
+
+
+def test_the_scripts(tmp_path, capsys):
+    model, images = planted(cls_pos=0)
+    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (16, 24), "mean": [0.0] * 3, "std": [1.0] * 3}
+    args = {"epochs": 1, "data_path": None}
+    file, folder = tmp_path / "m.pth", tmp_path / "images"
+    save_checkpoint(file, {"model": model.state_dict(), "model_args": model.model_args, "data": data, "args": args})
+    folder.mkdir()
+    for i, image in enumerate(images):
+        to_pil_image((image.clamp(0, 1) * 255).byte()).save(folder / f"{i}.png")
+    common = ["--model_path", file, "--output_dir", tmp_path, "--image_path", folder, "--test_time_registers", 1]
+    common += ["--register_neurons", 1]
+    for main, more in (
+        (analyze_tokens.main, []),
+        (visualize_attention.main, ["--layer_num", 3, "--tokens", "reg"]),
+        (discover_objects.main, ["--max_side", 32]),
+    ):
+        status, out, err = run(main, [*common, *more], capsys)
+        assert status == 0 and f"register neurons: block {BLOCK}: {NEURON}. " in out, err
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert "1 test-time registers at block 0" in found["model"]["is"] and "registers" in found["norms"]
+    assert found["artefacts"]["begins_at_block"] is None
+    status, out, err = run(visualize_attention.main, [*common, "--image_path", folder / "0.png"], capsys)
+    assert status == 2 and "at least 8 images" in err
+    argv = [*common, "--image_path", folder / "0.png", "--registers_from", folder]
+    assert run(visualize_attention.main, argv, capsys)[0] == 0
+
+
 def test_nothing_to_do_and_what_cannot_be_done():
     model, images = planted(cls_pos=0)
     assert add_registers(model, in_batches(images), count=0) is model
     for made, pictures, options, words in (
-        (tiny(), noise(tiny(), 12), {}, "no artefact patches"),
+        (tiny(), noise(tiny(), 12), {}, "no patch of these images is an artefact"),
         (model, images[:4], {}, "at least 8 images"),
         (model, images, {"entry": 4}, r"blocks are 0\.\.3"),
         (model, images, {"entry": 2, "neurons": 1}, "blocks up to 1"),
-        (tiny(rope=True, num_register_tokens=0), images, {}, "no artefact patches"),
+        (tiny(rope=True, num_register_tokens=0), images, {}, "no patch of these images is an artefact"),
     ):
         with pytest.raises(BadInput, match=words):
             add_registers(made, in_batches(pictures), **options)

@@ -138,7 +138,7 @@ def _chosen_images(args, folder, model, val_batches) -> list[int]:
 
 
 def token_maps(model: DynamicViT, images: Tensor) -> dict[str, np.ndarray]:
-    """{'cls', 'dist', 'reg0', ...: (B, blocks, gh, gw)}: means over heads; NaN in blocks where it is absent or does not attend."""
+    """{'cls', 'dist', 'reg0', ...: (B, blocks, gh, gw)}: means over heads; NaN where it does not attend."""
     found, maps = model.attention_maps(images, range(model.depth)), {}
     for block in reversed(range(model.depth)):
         for key, heads in by_token(found[block]).items():

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from inspection import causes, inputs, interventions, lens, outputs, sinks, test_time_registers
+from inspection import causes, dense, inputs, interventions, lens, outputs, sinks, test_time_registers, truth
 from inspection.pages import write_pdf
 from inspection.statistics import TokenStatistics, probe_accuracies
 from inspection.statistics_pages import about, statistics_pages
@@ -25,23 +25,29 @@ from training.setup import describe
 from utils import BadInput, number, say
 
 STATISTICS = ("norms", "attention")  # of one pass; see inspection/statistics.py
-PARTS = {"causes": causes, "outputs": outputs, "sinks": sinks, "lens": lens}  # each with `measure`, `page` and `lines`
+# Each with `measure`, `page` and `lines`.
+PARTS = {"causes": causes, "outputs": outputs, "sinks": sinks, "lens": lens, "dense": dense}
 DEFAULT = ("norms", "attention", "outputs", "sinks", "lens")  # a minute for 1,000 small images on 2 cores
 BATCH = 64
 ATTENTION = 16_000_000  # elements of the attention of a batch, at most (unless it is of one image)
 
 
 def batches_of(found, model, data, device, failed):
-    """A function: () -> batches of (images, labels or None), read when needed; `failed`: see `inputs.readable`."""
+    """A function: () -> batches of (images, labels or None), read when needed; `failed`: see `inputs.readable`.
+
+    With a function of `truth.find_truth` it gives (images, labels or None, list of Truth).
+    """
     tokens = max(model.token_layout(i).length for i in range(model.depth))
     size = max(1, min(BATCH, ATTENTION // (model.model_args["num_heads"] * tokens**2)))
 
-    def batches():
+    def batches(truth=None):
         images_left = inputs.readable(found, failed)
         while part := list(islice(images_left, size)):
-            images = inputs.model_input([image.read() for image in part], part, data, device)
+            pixels = [image.read() for image in part]
+            images = inputs.model_input(pixels, part, data, device)
             labels = None if part[0].label is None else torch.tensor([image.label for image in part], device=device)
-            yield images, labels
+            annotated = [truth(image, own.size) for image, own in zip(part, pixels)] if truth else ()
+            yield (images, labels, annotated) if truth else (images, labels)
 
     return batches
 
@@ -72,6 +78,7 @@ def analyze(args) -> dict:
     model = test_time_registers.from_flags(args, own, data, found, checkpoint)
     is_what = describe(own) + (f", {model}" if model is not own else "")
     parts, folder, failed = chosen_parts(args, model), utils.writable_folder(args.output_dir), []
+    annotated = truth.find_truth(args, data, found) if "dense" in parts else None
     batches = batches_of(found, model, data, device, failed)
     results = {
         "model": {"path": str(args.model_path), "is": is_what, "args": model.model_args},
@@ -85,6 +92,7 @@ def analyze(args) -> dict:
         results |= measure_statistics(args, model, batches, len(found))
     options = {
         "causes": {"images": args.causes_images, "epsilon": args.epsilon, "seed": args.seed},
+        "dense": {"truth": annotated, "patches": args.dense_patches, "seed": args.seed},
         "sinks": dict(zip(("queries", "attention", "nop", "broadcast"), args.sink)),
     }
     for name, part in parts.items():
@@ -218,6 +226,8 @@ def main(argv=None):
         "--sink", type=number(float, 0), nargs=4, default=(0.9, 0.5, 0.2, 0.5), metavar="SHARE",
         help="of sinks: the queries, their attention, and the norms up to which it is a NOP, from which a broadcast",
     )  # fmt: skip
+    parser.add_argument("--dense_patches", type=number(int, 1), default=32, help="of an image, kept for dense's probes")
+    truth.add_flags(parser)
     test_time_registers.add_flags(parser)
     inputs.add_checkpoint_flags(parser)
     args = parser.parse_args(argv)

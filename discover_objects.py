@@ -30,13 +30,12 @@ from torchvision.ops import box_iou
 import utils
 from inspection import inputs, test_time_registers
 from inspection.annotations import Annotated, check_matches, entry_of, folder_of_images, index_of, read_annotations
-from inspection.objects import FEATURES, Found, lost, model_sizes, patch_features
+from inspection.objects import FEATURES, SAME, Found, lost, model_sizes, patch_features
 from inspection.objects_pages import boxes_pages, one_line, short
 from inspection.pages import write_pdf
 from loading.folders import image_files
 from utils import BadInput, number
 
-SAME = 0.5  # intersection over union from which an object is found
 NO_BOX, OTHER_SIZE = "no annotated box", "other size than annotated"
 
 

@@ -176,7 +176,8 @@ CELL_RESULT = dict.fromkeys(
 ) | dict.fromkeys(
     ("artefacts_begin_at", "cls_to_patches", "cls_to_registers", "cls_to_itself"), optional(number)
 ) | dict.fromkeys(  # cells of an earlier revision have none of these
-    ("sinks_on_cls?", "sinks_on_registers?", "sinks_on_patches?"), optional(real(0, 100))
+    ("sinks_on_cls?", "sinks_on_registers?", "sinks_on_patches?", "hit_ratio?", "corloc?", "knn_iou?"),
+    optional(real(0, 100)),
 ) | dict.fromkeys(
     ("causal_depth?", "causal_depth_low?", "causal_depth_high?"), optional(whole(-1))
 ) | {

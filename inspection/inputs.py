@@ -35,6 +35,7 @@ class InputImage:
     label: int | None = None
     in_memory: bool = False  # of a data set that training holds in memory, where images are resized and not cropped
     file: Path | None = None  # None: an image of the data set
+    number: int | None = None  # there
 
     @property
     def title(self) -> str:
@@ -206,7 +207,9 @@ def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputI
         check_number(i, len(split))
     in_memory = isinstance(split.images, Tensor)
     return [
-        InputImage(f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory)
+        InputImage(
+            f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory, number=i
+        )
         for i in numbers
     ]
 
@@ -278,11 +281,18 @@ def _sized(pixels, image, data) -> Tensor:
     return fit_image(pixels, data["input_size"], **_crop(data))
 
 
+def seen_part(width, height, image, data) -> tuple[float, float, float, float]:
+    """What of an image the model sees: left, upper, right, lower."""
+    if image.in_memory and "crop_pct" not in data:
+        return 0, 0, width, height
+    return crop_box(width, height, data["input_size"], data.get("crop_pct", 1.0))
+
+
 def as_seen(pixels, image, data, side=DISPLAY_SIDE) -> Tensor:
     """The part of a PIL image that the model sees, in up to `side` pixels, for display: (3, ., .) uint8."""
     if image.in_memory and "crop_pct" not in data:
         return _sized(pixels, image, data)
-    left, upper, right, lower = crop_box(pixels.width, pixels.height, data["input_size"], data.get("crop_pct", 1.0))
+    left, upper, right, lower = seen_part(pixels.width, pixels.height, image, data)
     scale = min(1, side / max(right - left, lower - upper))
     size = max(1, round(scale * (lower - upper))), max(1, round(scale * (right - left)))
     return fit_image(pixels, size, **_crop(data))

@@ -16,6 +16,7 @@ from datasets import normalise
 from inspection.attention import projections
 from utils import BadInput
 
+SAME = 0.5  # intersection over union from which an object is found
 FEATURES = ("queries", "keys", "values")  # in the order of DynamicViT.projections
 
 

@@ -72,7 +72,7 @@ class TokenStatistics:
         norms = x.norm(dim=-1)
         for kind, part in parts_of(self.layouts[i]).items():
             if (kind, i) not in self.norms:
-                self.norms[kind, i] = _Norms(part.stop - part.start)
+                self.norms[kind, i] = Norms(part.stop - part.start)
             self.norms[kind, i].add(norms[:, part])
             tokens = x[:, part]
             if kind == "registers":
@@ -157,7 +157,7 @@ class _Moments:
         return (self.squares / self.count - (self.sum / self.count).square()).clamp_min(0).sqrt().tolist()
 
 
-class _Norms:
+class Norms:
     """The distribution of norms at each of n positions in the sequence, as a histogram."""
 
     def __init__(self, positions):

@@ -30,6 +30,8 @@ MEASURES = {  # of a record: what they are called, and their unit
     "causal_depth": ("CLS can be replaced up to block", ""), "artefact_share": ("artefact patches", "%"),
     "cls_to_registers": ("attention of CLS to registers", "%"), "sinks_on_cls": ("sinks on CLS", "%"),
     "sinks_on_registers": ("sinks on registers", "%"), "sinks_on_patches": ("sinks on patches", "%"),
+    "hit_ratio": ("patch most like CLS is in the box", "%"), "corloc": ("CorLoc of LOST", "%"),
+    "knn_iou": ("segmentation by kNN, mean IoU", "%"),
 }  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """What a finished cell is measured by beside its accuracy: `MEASURES`, on the same test images for all cells."""
 
+from itertools import islice
+
 import torch
 
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
-from inspection import causes, sinks
+from inspection import causes, dense, sinks
+from inspection.inputs import InputImage
 from inspection.statistics import TokenStatistics
+from inspection.truth import of_scenes
+from loading import scenes
 from loading.memory import MemoryLoader
 
 IMAGES, BATCH = 512, 64  # of the test images, drawn at random
@@ -18,11 +23,34 @@ def measured(model_path, data: ImageData, device) -> dict:
     """What `MEASURES` add to the record of a cell, of the weights that were tested; None for an absent token."""
     model, checkpoint = load_model(model_path)
     model, order = model.to(device), torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-    images = data.test.part(order[:IMAGES].tolist()).to(device)  # folders come class by class
-    record = {}
+    numbers = order[:IMAGES].tolist()  # folders come class by class
+    images, record = data.test.part(numbers).to(device), {}
+    truths = _of_scenes(numbers, checkpoint["data"]) if data.name == "DIGITS_SCENES" else None
+
+    def batches(truth=None):
+        left = iter(truths or ())
+        for shown, labels in MemoryLoader(images, checkpoint["data"], BATCH):
+            yield (shown, labels, list(islice(left, len(shown)))) if truth else (shown, labels)
+
     for measure in MEASURES:
-        record |= measure(model, lambda: MemoryLoader(images, checkpoint["data"], BATCH))
-    return record
+        record |= measure(model, batches)
+    return record | (dense_quality(model, batches) if truths else {})
+
+
+def _of_scenes(numbers, data) -> list:
+    truth = of_scenes(data)
+    images = (InputImage(str(n), None, in_memory=True, number=n) for n in numbers)
+    return [truth(image, (scenes.SIZE, scenes.SIZE)) for image in images]
+
+
+def dense_quality(model, batches) -> dict:
+    """Hit ratio, LOST's CorLoc, and the mean IoU of patches by kNN, in per cent; see `inspection.dense`."""
+    found = dense.measure(model, batches, truth=True)
+    hits, segmented = found["hit_ratio"], found["segmentation"]
+    return {
+        "hit_ratio": hits and hits["value"], "corloc": found["corloc"] and found["corloc"]["value"],
+        "knn_iou": segmented and segmented["probes"]["kNN"]["iou"],
+    }  # fmt: skip
 
 
 def attention_and_artefacts(model, batches) -> dict:
@@ -79,5 +107,6 @@ MEASURES = (attention_and_artefacts, causal_depth, sinks_by_kind)
 # What a verdict may be on (`--measure`): its name in the record, and 1 if more of it is better, -1 if less.
 PRIMARY = {
     "accuracy": ("test_top1", 1), "top5": ("test_top5", 1), "loss": ("test_loss", -1),
-    "artefacts": ("artefact_share", -1), "patch_sinks": ("sinks_on_patches", -1),
+    "artefacts": ("artefact_share", -1), "patch_sinks": ("sinks_on_patches", -1), "hit_ratio": ("hit_ratio", 1),
+    "corloc": ("corloc", 1), "knn_iou": ("knn_iou", 1),
 }  # fmt: skip

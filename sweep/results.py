@@ -23,9 +23,9 @@ COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
     "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
     "train_seconds", "test_images", "artefacts_begin_at", "causal_depth", "causal_depth_low", "causal_depth_high",
-    "sinks_on_cls", "sinks_on_registers", "sinks_on_patches",
+    "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", "hit_ratio", "corloc", "knn_iou",
 )  # fmt: skip
-MEANS = (*COLUMNS[8:15], "causal_depth", "sinks_on_cls", "sinks_on_registers", "sinks_on_patches")  # of a group
+MEANS = (*COLUMNS[8:15], "causal_depth", *COLUMNS[-6:])  # of a group
 LEVEL = 0.05  # family-wise, of all intervals of a table
 MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy
@@ -283,10 +283,11 @@ def write_tables(folder, about: dict, measure="accuracy") -> dict:
 def markdown(summary) -> str:
     """A table: a line per group, the best in bold."""
     measure, other = summary["measure"], summary["measure"] != "accuracy"
+    judged = any(row["corloc"] is not None for row in summary["groups"])  # by boxes and masks
     heads = (
         "CLS at", "registers", "at", "seeds", "held-out %", "test %", *([measure] if other else ()),
         "against 0/0 (95 % interval)", "MFLOPs", "images/s", "artefacts", "CLS to registers", "CLS harmless until",
-        "sinks: CLS, registers, patches",
+        "sinks: CLS, registers, patches", *(["hit ratio, CorLoc, kNN IoU"] if judged else ()),
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in summary["groups"]:
@@ -298,6 +299,7 @@ def markdown(summary) -> str:
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %", _number(row["cls_to_registers"], " %"), _number(row["causal_depth"]),
             ", ".join(_number(row[f"sinks_on_{kind}"], " %") for kind in ("cls", "registers", "patches")),
+            *([", ".join(_number(row[name], " %") for name in COLUMNS[-3:])] if judged else ()),
         ]  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
     note = (

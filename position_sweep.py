@@ -23,8 +23,9 @@ import utils
 from checkpoints.files import load_checkpoint
 from loading.memory import load_data
 from sweep import explorer, pages, results
-from sweep.cells import check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
+from sweep.cells import AXES, check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
 from sweep.measures import PRIMARY
+from tokens.layout import MODES
 from training import flags, signals, slurm
 from training.setup import start
 from utils import BadInput, RunFailed, Stopped, number, say
@@ -56,6 +57,13 @@ def get_parser():
     group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK", help="or none")
     group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
     group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
+    group.add_argument("--reg_end", type=utils.position, nargs="+", default=[None], metavar="BLOCK", help="or none: "
+                       "they stay")  # fmt: skip
+    for flag in ("--cls_mode", "--reg_mode"):
+        group.add_argument(flag, choices=MODES, nargs="+", default=["token"], help="reader: it only reads")
+    group.add_argument(
+        "--class_attention", type=number(int, 0), nargs="+", default=[0], metavar="K", help="last blocks"
+    )
     group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1, 2], dest="seeds")
     group.add_argument("--equal_flops", action="store_true", help="cells with cheaper blocks train on more images, "
                        "up to the FLOPs of 0/0")  # fmt: skip
@@ -85,7 +93,7 @@ def parse(argv=None):
     digits = named.data_set is None and named.data_path is None
     args = flags.parse_with_recipe(get_parser(), argv, **DIGITS if digits else {})
     flags.resolve(args)
-    for name in ("cls_pos", "reg_pos", "num_reg", "seeds"):
+    for name in (*AXES, "seeds"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.val_size == 0:
         raise BadInput("--val_size 0 holds nothing out, but the best cell is chosen on held-out images; leave it out")

@@ -183,7 +183,10 @@ CELL_RESULT = dict.fromkeys(
 ) | {
     "causal_cost?": optional(several(optional(real(-100, 100)))),
     "causal_cost_interval?": optional(several(optional(several(real(-100, 100), 2)))),
-} | {"cls_pos": optional(whole()), "reg_pos": optional(whole()), "num_reg": whole(), "seed": whole()}  # fmt: skip
+} | {"cls_pos": optional(whole()), "reg_pos": optional(whole()), "num_reg": whole(), "seed": whole()} | {
+    "reg_end?": optional(whole()), "cls_mode?": one_of(*MODES), "reg_mode?": one_of(*MODES),
+    "class_attention?": whole(),
+}  # fmt: skip
 
 
 def first_wrong(value, schema, where="") -> str | None:

@@ -9,7 +9,8 @@ import copy
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,15 @@ from utils import BadInput, RunFailed, say
 NOT_SETTINGS = (
     "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
     "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
-    "launcher", "jobs", "cluster", "partition", "timeout", "measure",
+    "launcher", "jobs", "cluster", "partition", "timeout", "measure", "reg_end", "cls_mode", "reg_mode",
+    "class_attention",
 )  # fmt: skip
+
+
+# What a cell has beside positions and registers, and its value in a cell of an earlier revision.
+DESIGN = {"reg_end": None, "cls_mode": "token", "reg_mode": "token", "class_attention": 0}
+SHORT = {"reg_end": "end", "cls_mode": "cls", "reg_mode": "reg", "class_attention": "ca"}  # in names of folders
+AXES = ("cls_pos", "reg_pos", "num_reg", *DESIGN)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,10 @@ class GridCell:
     reg_pos: int | None  # None: no registers
     num_reg: int
     seed: int
+    reg_end: int | None = None  # None: registers stay
+    cls_mode: str = "token"
+    reg_mode: str = "token"
+    class_attention: int = 0
 
     @property
     def has_tokens(self) -> bool:
@@ -53,10 +65,16 @@ class GridCell:
     @property
     def name(self) -> str:
         where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
-        return f"cls{utils.flag_value(self.cls_pos)}{where}_x{self.num_reg}_seed{self.seed}"
+        more = "".join(f"_{SHORT[k]}{getattr(self, k)}" for k in DESIGN if getattr(self, k) != DESIGN[k])
+        return f"cls{utils.flag_value(self.cls_pos)}{where}_x{self.num_reg}{more}_seed{self.seed}"
+
+    @property
+    def flags(self) -> dict:
+        """The model's flags."""
+        return {name: getattr(self, name) for name in AXES} | {"reg_pos": self.reg_pos or 0}
 
     def __str__(self):
-        return f"{describe_positions(self.cls_pos, self.reg_pos, self.num_reg)}, seed {self.seed}"
+        return f"{describe_positions(*(getattr(self, name) for name in AXES))}, seed {self.seed}"
 
 
 def describe_cls(cls_pos) -> str:
@@ -67,18 +85,57 @@ def describe_registers(count) -> str:
     return {0: "no registers", 1: "1 register"}.get(count, f"{count} registers")
 
 
-def describe_positions(cls_pos, reg_pos, num_reg) -> str:
+def describe_positions(cls_pos, reg_pos, num_reg, *design) -> str:
     """'CLS at 4, 2 registers at 0'"""
-    return f"{describe_cls(cls_pos)}, {describe_registers(num_reg)}" + (f" at {reg_pos}" if num_reg else "")
+    where = f" at {reg_pos}" if num_reg else ""
+    return ", ".join([describe_cls(cls_pos), describe_registers(num_reg) + where, *describe_design(*design)])
+
+
+def describe_design(reg_end=None, cls_mode="token", reg_mode="token", class_attention=0) -> list[str]:
+    """Words for what is not the default."""
+    words = {
+        f"leaving at {reg_end}": reg_end is not None, "CLS only reads": cls_mode == "reader",
+        "registers only read": reg_mode == "reader", f"class attention in the last {class_attention}": class_attention,
+    }  # fmt: skip
+    return [word for word, there in words.items() if there]
 
 
 def grid(args) -> list[GridCell]:
-    """All cells of the flags, ordered by seed; equal models appear once."""
-    cells = [
-        GridCell(cls, reg if count else None, count, seed)
-        for seed in args.seeds for count in args.num_reg for cls in args.cls_pos for reg in args.reg_pos
-    ]  # fmt: skip
-    return list(dict.fromkeys(cells))
+    """All cells of the flags, ordered by seed; equal models appear once, and what no model can be is left out.
+
+    Raises BadInput if that is all, and for a position that is outside the model.
+    """
+    cells, problems = {}, {}
+    more = (getattr(args, name) for name in DESIGN)
+    for seed, count, cls, reg, *design in product(args.seeds, args.num_reg, args.cls_pos, args.reg_pos, *more):
+        end, cls_mode, reg_mode, last = design
+        registers = (reg, end, reg_mode) if count else (None, None, "token")
+        of_cls = (cls_mode, last) if cls is not None else ("token", 0)
+        cell = GridCell(cls, registers[0], count, seed, registers[1], of_cls[0], registers[2], of_cls[1])
+        design_less = replace(cell, **DESIGN)
+        try:
+            if cell != design_less:
+                model_of(design_less, args)  # a position outside is no matter of the design
+                model_of(cell, args)
+            cells[cell] = None
+        except BadInput as error:
+            if cell == design_less or not _is_model(design_less, args):
+                raise
+            problems[replace(cell, seed=0)] = str(error)
+    if not cells:
+        raise BadInput(f"no cell of this grid can be a model: {next(iter(problems.values()))}")
+    if problems:
+        first = next(iter(problems.values()))
+        utils.note_once("the grid", f"{utils.counted(len(problems), 'combination')} left out, as in {first}")
+    return list(cells)
+
+
+def _is_model(cell, args) -> bool:
+    try:
+        model_of(cell, args)
+    except BadInput:
+        return False
+    return True
 
 
 def folder_of(cell: GridCell, args) -> Path:
@@ -92,7 +149,7 @@ def finished(cell: GridCell, args) -> bool:
 def cell_args(cell: GridCell, args):
     """The flags of `cifar_main.py` for one cell."""
     mine, folder = copy.copy(args), folder_of(cell, args)
-    mine.cls_pos, mine.reg_pos, mine.num_reg, mine.seed = cell.cls_pos, cell.reg_pos or 0, cell.num_reg, cell.seed
+    vars(mine).update(cell.flags | {"seed": cell.seed})
     mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
     mine.overwrite, mine.resume = True, None
     if not cell.has_tokens:
@@ -106,7 +163,7 @@ def cell_args(cell: GridCell, args):
 def model_of(cell: GridCell, args):
     """The cell's model without weights. Raises BadInput for flags that do not fit together."""
     mine = copy.copy(args)
-    mine.cls_pos, mine.reg_pos, mine.num_reg = cell.cls_pos, cell.reg_pos or 0, cell.num_reg
+    vars(mine).update(cell.flags)
     try:
         return build_model(mine, 10, "meta")
     except BadInput as error:

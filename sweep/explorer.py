@@ -16,7 +16,6 @@ from datasets import ImageData
 from inspection.html import data_uri
 from loading.memory import MemoryLoader
 from sweep import results
-from sweep.cells import describe_registers
 from sweep.pages import path_of
 from training.film import token_maps
 from training.run_log import read_json_lines
@@ -71,7 +70,8 @@ def _cell(folder, row, group, summary, few) -> dict:
         epochs = [line for line in read_json_lines(log) if "epoch" in line] if log.is_file() else []
         curves[seed] = [epoch["val_top1"] for epoch in epochs if "val_top1" in epoch]
     return {
-        "label": results.label(row), "panel": describe_registers(row["num_reg"]), "column": flag_value(row["cls_pos"]),
+        "label": results.label(row), "panel": results.panel_name(results.panel_of(row)),
+        "column": flag_value(row["cls_pos"]),
         "line": "-" if row["reg_pos"] is None else str(row["reg_pos"]),
         "best": results.position_of(row) == summary["best"],
         "base": results.key_of(row) == results.baseline_of(results.key_of(row)),

@@ -11,7 +11,7 @@ from datasets import ImageData
 from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, headed_figure, write_pdf
 from loading.memory import MemoryLoader
 from sweep import results
-from sweep.cells import GridCell, describe_cls, describe_registers
+from sweep.cells import GridCell, describe_cls
 from sweep.prediction import predictions
 from training.film import token_maps
 
@@ -43,10 +43,10 @@ def heat_maps(summary, about):
     from matplotlib.patches import Rectangle
 
     rows, accuracy = summary["groups"], summary["measure"] == "accuracy"
-    counts = sorted({row["num_reg"] for row in rows})
+    counts = list(dict.fromkeys(map(results.panel_of, rows)))  # panels
     means = [row["primary"]["mean"] for row in rows if row["primary"]] or [0]
     scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
-    panels = {c: [row for row in rows if row["num_reg"] == c] for c in counts}
+    panels = {c: [row for row in rows if results.panel_of(row) == c] for c in counts}
     columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
     lines = {c: results.in_order(row["reg_pos"] for row in panels[c]) for c in counts}
     widths = [len(columns[c]) for c in counts]
@@ -72,11 +72,11 @@ def heat_maps(summary, about):
             if results.position_of(row) == summary["best"]:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2))
         image = axes.imshow(shown, COLOURS, scale, aspect="auto")
-        axes.set(facecolor="0.94", xlabel="CLS enters at block", ylabel="registers at block" if c else "")
+        axes.set(facecolor="0.94", xlabel="CLS enters at block", ylabel="registers at block" if c[0] else "")
         axes.set_xticks(range(len(columns[c])), map(utils.flag_value, columns[c]))
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
-        axes.set_title(describe_registers(c), fontsize=10, loc="left")
+        axes.set_title(results.panel_name(c), fontsize=10, loc="left")
     figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)" if accuracy else name)
     return figure
 
@@ -92,13 +92,13 @@ def marginal_curves(records, about):
     axes = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.08, right=0.97, top=0.8, bottom=0.27, wspace=0.08)
     for ax, along, title in zip(axes, ("cls_pos", "reg_pos"), ("class token", "registers")):
-        found = {c: curve for c, curve in results.margins(records, along).items() if c or along == "cls_pos"}
+        found = {c: curve for c, curve in results.margins(records, along).items() if c[0] or along == "cls_pos"}
         order = results.in_order(x for curve in found.values() for x in curve)
         for i, (count, curve) in enumerate(found.items()):
             xs = np.array([order.index(x) for x in curve]) + 0.06 * (i - (len(found) - 1) / 2)
             means = [point["mean"] for point in curve.values()]
             half = [0 if point["low"] is None else point["mean"] - point["low"] for point in curve.values()]
-            ax.errorbar(xs, means, yerr=half, marker="o", capsize=3, label=describe_registers(count))
+            ax.errorbar(xs, means, yerr=half, marker="o", capsize=3, label=results.panel_name(count))
         ax.set_xticks(range(len(order)), map(utils.flag_value, order))
         ax.set(xlabel=f"{title} enter{'s' if title == 'class token' else ''} at block")
         ax.set_title(f"Over the position of the {title}", fontsize=10, loc="left")
@@ -121,14 +121,15 @@ def accuracy_and_flops(summary, about):
     ax = figure.add_axes((0.08, 0.24, 0.7, 0.58))
     rows = summary["groups"]
     positions = results.in_order(row["cls_pos"] for row in rows)
-    counts = sorted({row["num_reg"] for row in rows})
+    counts = list(dict.fromkeys(map(results.panel_of, rows)))
     colours = colormaps["plasma"](np.linspace(0, 0.9, len(positions)))
     for row in rows:
-        colour, marker = colours[positions.index(row["cls_pos"])], MARKERS[counts.index(row["num_reg"]) % len(MARKERS)]
+        colour = colours[positions.index(row["cls_pos"])]
+        marker = MARKERS[counts.index(results.panel_of(row)) % len(MARKERS)]
         tested = row["test_top1"]
         ax.errorbar(row["flops"] / 1e6, tested["mean"], yerr=tested["sd"] or 0, marker=marker, color=colour, capsize=2)
     handles = [ax.plot([], [], "o", color=c, label=describe_cls(p))[0] for p, c in zip(positions, colours)]
-    handles += [ax.plot([], [], m, color="0.4", label=describe_registers(c))[0] for c, m in zip(counts, MARKERS)]
+    handles += [ax.plot([], [], m, color="0.4", label=results.panel_name(c))[0] for c, m in zip(counts, MARKERS)]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
@@ -198,4 +199,4 @@ def attention_page(folder, records, summary, data: ImageData):
 
 
 def path_of(folder, record) -> Path:
-    return Path(folder) / "cells" / GridCell(*results.key_of(record), record["seed"]).name / "model.pth"
+    return Path(folder) / "cells" / GridCell(**results.position_of(record), seed=record["seed"]).name / "model.pth"

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from inspection.bootstrap import bootstrap
-from sweep.cells import hits_of
+from sweep.cells import AXES, DESIGN, hits_of
 from utils import counted
 
 MIN_CELLS, MIN_POSITIONS = 4, 3  # two positions of one cell always lie on a line
@@ -41,7 +41,7 @@ def predictions(records) -> dict:
 
 
 def _beside(record) -> tuple:
-    return record["reg_pos"], record["num_reg"], record["seed"]
+    return *(record.get(name, DESIGN.get(name)) for name in AXES[1:]), record["seed"]
 
 
 def _cell(late, base) -> dict:
@@ -49,7 +49,8 @@ def _cell(late, base) -> dict:
     at = late["cls_pos"] - 1
     hits, low_high = [hits_of(late), hits_of(base)], base["causal_cost_interval"][at]
     paired = all(h is not None for h in hits) and late["test_images"] == base["test_images"]
-    return {name: late[name] for name in ("cls_pos", "reg_pos", "num_reg", "seed")} | {
+    return dict(zip((*AXES[1:], "seed"), _beside(late))) | {
+        "cls_pos": late["cls_pos"],
         "predicted": -base["causal_cost"][at], "predicted_interval": [-end for end in low_high[::-1]],
         "measured": late["test_top1"] - base["test_top1"],
         "measured_interval": bootstrap(100 * np.subtract(*hits, dtype=np.int8)).tolist() if paired else None,

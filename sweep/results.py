@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 import utils
-from sweep.cells import describe_positions, hits_of, read_record
+from sweep.cells import AXES, DESIGN, describe_design, describe_positions, describe_registers, hits_of, read_record
 from sweep.measures import PRIMARY
 from sweep.prediction import predictions
 from utils import counted, flag_value
@@ -23,9 +23,23 @@ COLUMNS = (
     "cls_pos", "reg_pos", "num_reg", "seed", "val_top1", "test_top1", "test_top5", "test_loss", "params", "flops",
     "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself", "best_epoch", "repeats",
     "train_seconds", "test_images", "artefacts_begin_at", "causal_depth", "causal_depth_low", "causal_depth_high",
-    "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", "hit_ratio", "corloc", "knn_iou",
+    "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", "hit_ratio", "corloc", "knn_iou", *DESIGN,
 )  # fmt: skip
-MEANS = (*COLUMNS[8:15], "causal_depth", *COLUMNS[-6:])  # of a group
+JUDGED = ("hit_ratio", "corloc", "knn_iou")  # by boxes and masks
+MEANS = (
+    "params",
+    "flops",
+    "images_per_s",
+    "artefact_share",
+    "cls_to_patches",
+    "cls_to_registers",
+    "cls_to_itself",
+    "causal_depth",
+    "sinks_on_cls",
+    "sinks_on_registers",
+    "sinks_on_patches",
+    *JUDGED,
+)  # of a group
 LEVEL = 0.05  # family-wise, of all intervals of a table
 MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy
@@ -35,7 +49,7 @@ TIES_NAMED = 3  # in the verdict; results.json has all
 def collect(folder) -> list[dict]:
     """The records of all finished cells in `folder`, in the order of the grid."""
     records = [read_record(file) for file in Path(folder).glob("cells/*/result.json")]
-    return sorted(records, key=lambda r: (r["num_reg"], *map(absent_last, key_of(r)[:2]), r["seed"]))
+    return sorted(records, key=lambda r: (*map(str, panel_of(r)), *map(absent_last, key_of(r)[:2]), r["seed"]))
 
 
 def in_order(positions) -> list:
@@ -49,8 +63,18 @@ def absent_last(position) -> float:
 
 
 def key_of(record) -> tuple:
-    """(cls_pos, reg_pos, num_reg) of a cell or a group."""
-    return record["cls_pos"], record["reg_pos"], record["num_reg"]
+    """The values of `AXES` of a cell or a group."""
+    return tuple(record.get(name, DESIGN.get(name)) for name in AXES)
+
+
+def panel_of(record) -> tuple:
+    """All of these but the positions: the number of registers and the design."""
+    return key_of(record)[2:]
+
+
+def panel_name(panel) -> str:
+    count, *design = panel
+    return ", ".join([describe_registers(count), *describe_design(*design)])
 
 
 def grouped(records) -> dict[tuple, dict[int, dict]]:
@@ -145,7 +169,7 @@ def _why_no_interval(records, seeds, measure="accuracy") -> str | None:
 
 def baseline_of(key) -> tuple:
     """The standard model: all tokens from block 0 on, and as many registers."""
-    return 0, 0 if key[2] else None, key[2]
+    return 0, 0 if key[2] else None, key[2], *DESIGN.values()
 
 
 def summarise(records, measure="accuracy") -> dict:
@@ -155,7 +179,7 @@ def summarise(records, measure="accuracy") -> dict:
     rows = []
     for key, group in groups.items():
         rows.append({
-            "cls_pos": key[0], "reg_pos": key[1], "num_reg": key[2], "seeds": sorted(group),
+            **dict(zip(AXES, key)), "seeds": sorted(group),
             "val_top1": mean_of([r["val_top1"] for r in group.values()]),
             "test_top1": mean_of([r["test_top1"] for r in group.values()]),
             "primary": mean_of([r[name] for r in having(group, measure).values()]) if having(group, measure) else None,
@@ -188,7 +212,9 @@ def best_of(rows, measure="accuracy") -> list[dict]:
 
 
 def position_of(row) -> dict:
-    return {name: row[name] for name in COLUMNS[:3]}
+    """What makes it, without what is as by default."""
+    found = dict(zip(AXES, key_of(row)))
+    return {name: value for name, value in found.items() if name not in DESIGN or value != DESIGN[name]}
 
 
 def _mean(group, name):
@@ -237,24 +263,24 @@ def mean_and_sd(sample) -> str:
     return f"{sample['mean']:.2f}" + ("" if sample["sd"] is None else f" ± {sample['sd']:.2f}")
 
 
-def margins(records, along) -> dict[int, dict]:
+def margins(records, along) -> dict[tuple, dict]:
     """Mean test accuracy over the other position, of the seeds that have all cells.
 
     Args:
         along: "cls_pos" or "reg_pos".
 
     Returns:
-        {num_reg: {position: `mean_of` over seeds, and the interval "low" to "high", None where `paired` has none}}.
+        {panel: {position: `mean_of` over seeds, and the interval "low" to "high", None where `paired` has none}}.
     """
     other, found = {"cls_pos": "reg_pos", "reg_pos": "cls_pos"}[along], {}
-    for count in sorted({r["num_reg"] for r in records}):
-        mine = [r for r in records if r["num_reg"] == count]
+    for panel in dict.fromkeys(map(panel_of, records)):
+        mine = [r for r in records if panel_of(r) == panel]
         xs = in_order(r[along] for r in mine)
         ys = {r[other] for r in mine}
         there = {(r[along], r[other], r["seed"]): r for r in mine}
         whole = [s for s in sorted({r["seed"] for r in mine}) if all((x, y, s) in there for x in xs for y in ys)]
         if whole:
-            found[count] = {x: _margin([[there[x, y, s] for y in ys] for s in whole]) for x in xs}
+            found[panel] = {x: _margin([[there[x, y, s] for y in ys] for s in whole]) for x in xs}
     return found
 
 
@@ -294,12 +320,13 @@ def markdown(summary) -> str:
         is_best = position_of(row) == summary["best"]
         primary = [mean_and_sd(row["primary"]) if row["primary"] else "-"] if other else []
         cells = [
-            flag_value(row["cls_pos"]), str(row["num_reg"]), "-" if row["reg_pos"] is None else str(row["reg_pos"]),
+            ", ".join([flag_value(row["cls_pos"]), *describe_design(*key_of(row)[3:])]), str(row["num_reg"]),
+            "-" if row["reg_pos"] is None else str(row["reg_pos"]),
             str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]), *primary,
             _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %", _number(row["cls_to_registers"], " %"), _number(row["causal_depth"]),
             ", ".join(_number(row[f"sinks_on_{kind}"], " %") for kind in ("cls", "registers", "patches")),
-            *([", ".join(_number(row[name], " %") for name in COLUMNS[-3:])] if judged else ()),
+            *([", ".join(_number(row[name], " %") for name in JUDGED)] if judged else ()),
         ]  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
     note = (
@@ -317,9 +344,10 @@ def _predicted(prediction) -> list[str]:
         return []
     heads = ("CLS at", "registers", "at", "seeds", "predicted change", "measured change (points of test top-1)")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (cls, reg, count), group in grouped(prediction["cells"]).items():
+    for (cls, reg, count, *design), group in grouped(prediction["cells"]).items():
         means = (np.mean([cell[name] for cell in group.values()]) for name in ("predicted", "measured"))
-        words = [cls, count, "-" if reg is None else reg, len(group), *(f"{value:+.2f}" for value in means)]
+        where = [", ".join([str(cls), *describe_design(*design)]), count, "-" if reg is None else reg]
+        words = [*where, len(group), *(f"{value:+.2f}" for value in means)]
         lines.append(f"| {' | '.join(map(str, words))} |")
     return [*lines, "", prediction["verdict"], ""]
 

@@ -77,7 +77,7 @@ def test_the_state_of_a_run(whole, name, value):
 def test_the_record_of_a_cell():
     names = [key.removesuffix("?") for key in CELL_RESULT]
     record = dict.fromkeys(names, 1) | {name: [1.0] for name in names if name == "causal_cost"}
-    record |= {"causal_cost_interval": [[0.5, 1.5]]}
+    record |= {"causal_cost_interval": [[0.5, 1.5]], "cls_mode": "token", "reg_mode": "reader"}
     assert first_wrong(json.loads(json.dumps(record)), CELL_RESULT) is None
     for key, name in zip(CELL_RESULT, names):
         lacks = first_wrong({other: value for other, value in record.items() if other != name}, CELL_RESULT)

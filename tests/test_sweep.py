@@ -25,6 +25,7 @@ from sweep import cells, results
 from sweep.cells import GridCell
 from training import loop
 from training.run_log import read_json_lines
+from utils import BadInput
 
 RECIPE = [*TINY[: TINY.index("--num_reg")], *TINY[TINY.index("--num_reg") + 2 :], "--data_set", "DIGITS"]
 RECIPE += "--epochs 2 --repeats 0.1 --batch_size 32 --lr 2e-3 --mixup 0 --cutmix 0 --amp off".split()
@@ -46,6 +47,7 @@ def epochs_of(folder):
             for file in folder.glob("cells/*/log.txt")}  # fmt: skip
 
 
+FOUR = (4, *cells.DESIGN.values())  # the panel of 4 registers
 IMAGES = 400  # a quarter of a point each
 
 
@@ -160,7 +162,7 @@ def test_cells_without_hits_give_no_verdict():
     del records[0]["test_hits"]
     found = results.summarise(records)
     assert "no verdict: it needs the hits on each test image" in found["verdict"] and "+10.00" in found["verdict"]
-    assert results.margins(records, "cls_pos")[4][0]["low"] is None
+    assert results.margins(records, "cls_pos")[FOUR][0]["low"] is None
 
 
 def test_the_best_cell_is_chosen_on_held_out_images():
@@ -228,13 +230,13 @@ def test_margins():
     tests = {(0, 0): 10, (0, 2): 20, (4, 0): 30, (4, 2): 60}
     every = [record(c, r, 4, s, t + s) for (c, r), t in tests.items() for s in (0, 1, 2)]
     records = [r for r in every if (r["cls_pos"], r["reg_pos"], r["seed"]) != (4, 2, 1)]
-    found = results.margins(records, "cls_pos")[4]
+    found = results.margins(records, "cls_pos")[FOUR]
     assert {x: (point["n"], point["mean"], point["low"]) for x, point in found.items()} == {
         0: (2, pytest.approx(16), None), 4: (2, pytest.approx(46), None)
     }  # fmt: skip
-    found = results.margins(records, "reg_pos")[4]
+    found = results.margins(records, "reg_pos")[FOUR]
     assert {x: point["mean"] for x, point in found.items()} == {0: pytest.approx(21), 2: pytest.approx(41)}
-    point = results.margins(every, "cls_pos")[4][0]  # of three seeds, there are intervals
+    point = results.margins(every, "cls_pos")[FOUR][0]  # of three seeds, there are intervals
     hits = [[np.arange(IMAGES) < 4 * (t + s) for t in (10, 20)] for s in (0, 1, 2)]
     half = 100 * results.half_width(np.mean(hits, 1), 0, 1)
     assert [point["low"], point["high"]] == pytest.approx([16 - half, 16 + half])
@@ -535,3 +537,45 @@ def test_the_script_says_its_defaults(tmp_path):
     out, _ = shell("position_sweep.py", "--dry_run", "--device", "cpu", cwd=tmp_path)
     assert len(re.findall(r"^to do", out, re.M)) == 18 and "18 cells, 18 to do: about" in out
     assert np.all([word in out for word in ("CLS at 4, 4 registers at 2, seed 1", "MFLOPs")])
+
+
+# Designs ----------------------------------------------------------------------------------------------------------
+
+DESIGNS = [*TINY, *"--data_set DIGITS --cls_pos 0 2 none --reg_pos 0 --num_reg 0 2 --seeds 0 --reg_end none 2".split(),
+           *"--cls_mode token reader --reg_mode token reader --class_attention 0 2".split()]  # fmt: skip
+
+
+def test_a_grid_of_designs(capsys):
+    """Equal models once, none that cannot be, and what is as by default not in names of folders."""
+    args = position_sweep.parse(DESIGNS)
+    found = cells.grid(args)
+    assert "combinations left out, as in CLS at 2" in capsys.readouterr().out  # CLS at 2 of 3 blocks, class attention 2
+    names = {cell.name for cell in found}
+    assert len(names) == len(found) and {"cls0_x0_seed0", "clsnone_reg0_x2_seed0"} <= names
+    assert {"cls0_x0_clsreader_ca2_seed0", "cls2_reg0_x2_end2_seed0"} <= names
+    assert not any("clsnone" in name and ("reader" in name or "ca2" in name) for name in names)
+    for cell in found:
+        model = cells.model_of(cell, args)
+        assert model.model_args.get("reg_end") == cell.reg_end
+        assert model.model_args.get("class_attention", 0) == cell.class_attention
+    with pytest.raises(BadInput, match="reg_pos 9"):
+        cells.grid(position_sweep.parse([*DESIGNS, "--reg_pos", "9"]))
+    with pytest.raises(BadInput, match="no cell of this grid can be a model"):
+        cells.grid(position_sweep.parse([*DESIGNS, *"--cls_pos 2 --num_reg 0 --class_attention 3".split()]))
+
+
+def test_cells_of_designs_are_trained_and_compared(tmp_path, capsys):
+    argv = [*TINY, *"--data_set DIGITS --cls_pos 0 --reg_pos 0 --num_reg 2 --seeds 0 --cls_mode token reader".split()]
+    argv += "--class_attention 0 1 --reg_end none 2 --repeats 0.1 --epochs 1 --mixup 0 --cutmix 0".split()
+    status, out, err = run(position_sweep.main, [*argv, "--output_dir", tmp_path], capsys)
+    assert status == 0 and "| 0, CLS only reads, class attention in the last 1 | 2 | 0 |" in out, err
+    records = results.collect(tmp_path)
+    assert len(records) == 8 and len({results.key_of(r) for r in records}) == 8
+    summary = json.loads((tmp_path / "results.json").read_text())
+    base = [row for row in summary["groups"] if row["against_0_0"] is None]
+    assert len(base) == 1 and (base[0]["cls_mode"], base[0]["reg_end"], base[0]["class_attention"]) == (
+        "token",
+        None,
+        0,
+    )
+    assert (tmp_path / "sweep.html").is_file() and (tmp_path / "sweep.pdf").is_file()

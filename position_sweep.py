@@ -78,6 +78,8 @@ def get_parser():
     divided = group.add_mutually_exclusive_group()
     divided.add_argument("--shard", type=shard, metavar="I/N", help="only cells I, I + N, I + 2 N, ..., counted from 0")
     divided.add_argument("--gpus", type=number(int, 1), metavar="N", help="one process for each of N GPUs")
+    divided.add_argument("--workers", type=number(int, 1), metavar="N", help="N processes, which share the cores, or "
+                         "one GPU")  # fmt: skip
     divided.add_argument("--launcher", choices=("submitit",), help="submit --jobs shards as a SLURM array, each with a "
                        "GPU unless --device cpu")  # fmt: skip
     group.add_argument("--jobs", type=number(int, 1), default=1, help="shards to submit")
@@ -182,19 +184,25 @@ def command(argv, without) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), *parser.parse_known_args(argv)[1]]
 
 
-def on_gpus(args, argv, data, cells):
-    """Start a process for each GPU; each takes the next cell that no other has locked."""
+def with_workers(args, argv, data, cells):
+    """Start --gpus or --workers processes; each takes the next cell that no other has locked."""
+    if args.gpus:
+        names = {f"gpu{i}": {"CUDA_VISIBLE_DEVICES": gpu} for i, gpu in enumerate(visible_gpus()[: args.gpus])}
+    else:
+        names = {f"worker{i}": {} for i in range(args.workers)}
+        if not args.num_threads:
+            argv = [*argv, "--num_threads", str(max(1, torch.get_num_threads() // args.workers))]
     logs = utils.writable_folder(Path(args.output_dir) / "workers")
     workers = []
     try:
         with signals.signals_raise(SAVED):
-            for i, gpu in enumerate(visible_gpus()[: args.gpus]):
-                log = logs / f"gpu{i}.log"
+            for name, own in names.items():
+                log = logs / f"{name}.log"
                 with open(log, "w") as file:
-                    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-                    worker = subprocess.Popen(command(argv, {"gpus"}), stdout=file, stderr=file, env=environment)
+                    mine = command(argv, {"gpus", "workers"})
+                    worker = subprocess.Popen(mine, stdout=file, stderr=file, env=os.environ | own)
                 workers.append((worker, log))
-            say(f"{args.gpus} processes; what they print goes to {logs}")
+            say(f"{len(names)} processes; what they print goes to {logs}")
             with tqdm(total=len(cells), unit="cell", disable=None) as bar:
                 while any(worker.poll() is None for worker, _ in workers):
                     bar.n = sum(finished(cell, args) for cell in cells)
@@ -209,7 +217,7 @@ def on_gpus(args, argv, data, cells):
     bad = [str(log) for worker, log in workers if worker.returncode]
     if bad:
         logs = ", ".join(bad)
-        raise RunFailed(f"{len(bad)} of {args.gpus} processes failed; see the end of {logs}. The same command resumes")
+        raise RunFailed(f"{len(bad)} of {len(names)} processes failed; see the end of {logs}. The same command resumes")
 
 
 class Shard:
@@ -262,8 +270,8 @@ def main(argv=None):
         submit(args, argv)
         if args.cluster == "local":
             write_results(args, data)
-    elif args.gpus:
-        on_gpus(args, argv, data, cells)
+    elif args.gpus or args.workers:
+        with_workers(args, argv, data, cells)
     else:
         work(args, data, current, cells, device)
 

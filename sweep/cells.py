@@ -34,10 +34,10 @@ from utils import BadInput, RunFailed, say
 
 # Flags that do not change the result of a cell. All others, the data and the code are its settings.
 NOT_SETTINGS = (
-    "output_dir", "cls_pos", "reg_pos", "num_reg", "seeds", "data_path", "device", "num_threads", "tensorboard",
-    "viz_every", "viz_images", "save_steps", "keep", "max_pixels", "bad_images", "dry_run", "mix", "shard", "gpus",
-    "launcher", "jobs", "cluster", "partition", "timeout", "measure", "reg_end", "cls_mode", "reg_mode",
-    "class_attention",
+    "output_dir", "cls_pos", "reg_pos", "num_reg", "reg_end", "cls_mode", "reg_mode", "class_attention", "seeds",
+    "data_path", "device", "num_threads", "tensorboard", "viz_every", "viz_images", "save_steps", "keep", "max_pixels",
+    "bad_images", "dry_run", "mix", "shard", "gpus", "workers", "launcher", "jobs", "cluster", "partition", "timeout",
+    "measure",
 )  # fmt: skip
 
 

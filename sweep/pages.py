@@ -1,6 +1,7 @@
 """The pages of a sweep: sweep.pdf, and its first page as sweep.png."""
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from sweep.prediction import predictions
 from training.film import token_maps
 
 IMAGES = 3  # on the page of attention maps
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>dph8"
 
 
 def draw_sweep(folder, data: ImageData, about: str, measure="accuracy"):
@@ -51,7 +52,9 @@ def heat_maps(summary, about):
     lines = {c: results.in_order(row["reg_pos"] for row in panels[c]) for c in counts}
     widths = [len(columns[c]) for c in counts]
     width = max(7.5, sum(widths) + 0.75 * len(counts) + 1.2)  # inches
-    height = 0.7 * max(map(len, lines.values())) + 2.9
+    names = {c: fill(results.panel_name(c), max(14, 15 * len(columns[c]))) for c in counts}
+    titles = 0.14 * max(name.count("\n") for name in names.values())
+    height = 0.7 * max(map(len, lines.values())) + 2.9 + titles
     what = "Accuracy on the test images in %" if accuracy else f"{summary['measure']} (see docs/SWEEP.md)"
     reading = (
         f"{what}: mean over seeds ± standard deviation, and the number of seeds. Frame: the best cell"
@@ -59,7 +62,7 @@ def heat_maps(summary, about):
     )
     name = "the accuracy" if accuracy else summary["measure"]
     figure = headed_figure((width, height), f"Where the tokens enter, and {name}", about, reading)
-    inside = dict(left=0.8 / width, right=1 - 0.2 / width, top=1 - 1.35 / height, bottom=1.55 / height)
+    inside = dict(left=0.8 / width, right=1 - 0.2 / width, top=1 - (1.35 + titles) / height, bottom=1.55 / height)
     panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
     for c, axes in zip(counts, panes):
         shown = np.full((len(lines[c]), len(columns[c])), np.nan)
@@ -76,13 +79,14 @@ def heat_maps(summary, about):
         axes.set_xticks(range(len(columns[c])), map(utils.flag_value, columns[c]))
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
-        axes.set_title(results.panel_name(c), fontsize=10, loc="left")
+        axes.set_title(names[c], fontsize=8 if "\n" in names[c] else 10, loc="left")
     figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)" if accuracy else name)
     return figure
 
 
 def marginal_curves(records, about):
-    """Accuracy over one position, averaged over the other, with confidence intervals."""
+    """Accuracy over one position, averaged over the other, with confidence intervals; of ordinary designs, if any."""
+    records = [r for r in records if not results.describe_design(*results.panel_of(r)[1:])] or records
     reading = (
         "Mean over all values of the other position, then over the seeds that have all of these cells; bars: 95 % "
         f"interval of each such mean over seeds and test images (none with fewer than {results.MIN_SEEDS} seeds). "
@@ -126,11 +130,13 @@ def accuracy_and_flops(summary, about):
     for row in rows:
         colour = colours[positions.index(row["cls_pos"])]
         marker = MARKERS[counts.index(results.panel_of(row)) % len(MARKERS)]
-        tested = row["test_top1"]
-        ax.errorbar(row["flops"] / 1e6, tested["mean"], yerr=tested["sd"] or 0, marker=marker, color=colour, capsize=2)
+        x, tested = row["flops"] / 1e6, row["test_top1"]
+        ax.errorbar(x, tested["mean"], yerr=tested["sd"] or 0, marker=marker, color=colour, capsize=2)
     handles = [ax.plot([], [], "o", color=c, label=describe_cls(p))[0] for p, c in zip(positions, colours)]
-    handles += [ax.plot([], [], m, color="0.4", label=results.panel_name(c))[0] for c, m in zip(counts, MARKERS)]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    handles += [
+        ax.plot([], [], m, color="0.4", label=fill(results.panel_name(c), 28))[0] for c, m in zip(counts, MARKERS)
+    ]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     return figure

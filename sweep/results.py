@@ -49,7 +49,13 @@ TIES_NAMED = 3  # in the verdict; results.json has all
 def collect(folder) -> list[dict]:
     """The records of all finished cells in `folder`, in the order of the grid."""
     records = [read_record(file) for file in Path(folder).glob("cells/*/result.json")]
-    return sorted(records, key=lambda r: (*map(str, panel_of(r)), *map(absent_last, key_of(r)[:2]), r["seed"]))
+
+    def place(record):  # ordinary designs first
+        count, *design = panel_of(record)
+        words = describe_design(*design)
+        return count, len(words), words, *map(absent_last, key_of(record)[:2]), record["seed"]
+
+    return sorted(records, key=place)
 
 
 def in_order(positions) -> list:

@@ -47,7 +47,7 @@ def epochs_of(folder):
             for file in folder.glob("cells/*/log.txt")}  # fmt: skip
 
 
-FOUR = (4, *cells.DESIGN.values())  # the panel of 4 registers
+PANEL = (4, *cells.DESIGN.values())  # the panel of 4 registers
 IMAGES = 400  # a quarter of a point each
 
 
@@ -162,7 +162,7 @@ def test_cells_without_hits_give_no_verdict():
     del records[0]["test_hits"]
     found = results.summarise(records)
     assert "no verdict: it needs the hits on each test image" in found["verdict"] and "+10.00" in found["verdict"]
-    assert results.margins(records, "cls_pos")[FOUR][0]["low"] is None
+    assert results.margins(records, "cls_pos")[PANEL][0]["low"] is None
 
 
 def test_the_best_cell_is_chosen_on_held_out_images():
@@ -230,13 +230,13 @@ def test_margins():
     tests = {(0, 0): 10, (0, 2): 20, (4, 0): 30, (4, 2): 60}
     every = [record(c, r, 4, s, t + s) for (c, r), t in tests.items() for s in (0, 1, 2)]
     records = [r for r in every if (r["cls_pos"], r["reg_pos"], r["seed"]) != (4, 2, 1)]
-    found = results.margins(records, "cls_pos")[FOUR]
+    found = results.margins(records, "cls_pos")[PANEL]
     assert {x: (point["n"], point["mean"], point["low"]) for x, point in found.items()} == {
         0: (2, pytest.approx(16), None), 4: (2, pytest.approx(46), None)
     }  # fmt: skip
-    found = results.margins(records, "reg_pos")[FOUR]
+    found = results.margins(records, "reg_pos")[PANEL]
     assert {x: point["mean"] for x, point in found.items()} == {0: pytest.approx(21), 2: pytest.approx(41)}
-    point = results.margins(every, "cls_pos")[FOUR][0]  # of three seeds, there are intervals
+    point = results.margins(every, "cls_pos")[PANEL][0]  # of three seeds, there are intervals
     hits = [[np.arange(IMAGES) < 4 * (t + s) for t in (10, 20)] for s in (0, 1, 2)]
     half = 100 * results.half_width(np.mean(hits, 1), 0, 1)
     assert [point["low"], point["high"]] == pytest.approx([16 - half, 16 + half])
@@ -346,6 +346,19 @@ def test_a_process_for_each_gpu(tmp_path, capsys, monkeypatch):
     assert given == ["4", "GPU-5a"] and len(records_in(tmp_path)) == 2
     said = "".join(file.read_text() for file in sorted((tmp_path / "workers").glob("gpu?.log")))
     assert said.count("Test accuracy") == 2
+
+
+def test_processes_that_share_the_cores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    begin, given = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, **kwargs: given.append(argv) or begin(argv, **kwargs))
+    at = RECIPE.index("--num_threads")
+    argv = [*RECIPE[:at], *RECIPE[at + 2 :], *"--epochs 1 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
+    sweep(capsys, tmp_path, *argv, "--workers", "2")
+    workers = [one for one in given if "position_sweep.py" in str(one)]
+    assert len(workers) == 2 and len(records_in(tmp_path)) == 2
+    assert all(one[-2:] == ["--num_threads", "2"] and "--workers" not in one for one in workers)
+    assert sorted(file.name for file in (tmp_path / "workers").iterdir()) == ["worker0.log", "worker1.log"]
 
 
 def test_gpus_that_a_process_may_use(capsys, monkeypatch):

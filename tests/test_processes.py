@@ -17,7 +17,7 @@ import run_with_submitit
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model, model_from_checkpoint
-from conftest import DIGITS, ROOT, STUDENT, run, shell, typed
+from conftest import DIGITS, ROOT, STUDENT, run, typed
 from engine import evaluate
 from loading.files import FileLoader, load_file_data
 from loading.memory import MemoryLoader, load_data
@@ -223,7 +223,7 @@ def test_submitit(tmp_path, capsys, monkeypatch):
     assert "stopped by SIGUSR2" in err and "this job is" in out
     assert "resuming after epoch" in out and "Accuracy: top-1" in out
     logs.rename(tmp_path / "first")
-    _, err = shell("run_with_submitit.py", *argv, "--ngpus", "1", *more, "--depth", "2", cwd=tmp_path, status=1)
-    assert "failed; its messages are in" in err
+    status, _, err = run(run_with_submitit.main, [*argv, "--ngpus", "1", *more, "--depth", "2"], capsys)
+    assert status == 1 and "failed; its messages are in" in err
     err = next(logs.glob("*_0_log.err")).read_text()
     assert "the model of" in err and "depth is 3 there, 2 here" in err

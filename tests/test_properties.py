@@ -375,7 +375,7 @@ def cheap(monkeypatch, contained):
     for where, name in (
         (cifar_train, "train_model"), (scoring, "evaluate"), (main_distillation, "run_epochs"),
         (main_distillation, "train_one_epoch"), (main_distillation, "score"), (position_sweep, "work"),
-        (position_sweep, "submit"), (position_sweep, "on_gpus"), (analyze_tokens, "TokenStatistics"),
+        (position_sweep, "submit"), (position_sweep, "with_workers"), (analyze_tokens, "TokenStatistics"),
         (visualize_attention, "write_viewer"),
     ):  # fmt: skip
         monkeypatch.setattr(where, name, reached)

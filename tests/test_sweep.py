@@ -349,15 +349,16 @@ def test_a_process_for_each_gpu(tmp_path, capsys, monkeypatch):
 
 
 def test_processes_that_share_the_cores(tmp_path, capsys, monkeypatch):
+    """Each is given its share of the threads, and takes cells as those of --gpus do."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    begin, given = subprocess.Popen, []
-    monkeypatch.setattr(subprocess, "Popen", lambda argv, **kwargs: given.append(argv) or begin(argv, **kwargs))
+    given, ended = [], subprocess.CompletedProcess([], 0)
+    ended.poll, ended.terminate, ended.wait = (lambda: 0), (lambda: None), (lambda: 0)
+    monkeypatch.setattr(subprocess, "Popen", lambda argv, **_: given.append(argv) or ended)
+    monkeypatch.setattr(position_sweep, "settings", lambda *_: {})  # which asks git, by a process
     at = RECIPE.index("--num_threads")
-    argv = [*RECIPE[:at], *RECIPE[at + 2 :], *"--epochs 1 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
-    sweep(capsys, tmp_path, *argv, "--workers", "2")
-    workers = [one for one in given if "position_sweep.py" in str(one)]
-    assert len(workers) == 2 and len(records_in(tmp_path)) == 2
-    assert all(one[-2:] == ["--num_threads", "2"] and "--workers" not in one for one in workers)
+    argv = [*RECIPE[:at], *RECIPE[at + 2 :], *"--cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0 --workers 2".split()]
+    sweep(capsys, tmp_path, *argv)
+    assert len(given) == 2 and all(one[-2:] == ["--num_threads", "2"] and "--workers" not in one for one in given)
     assert sorted(file.name for file in (tmp_path / "workers").iterdir()) == ["worker0.log", "worker1.log"]
 
 

@@ -89,7 +89,7 @@ def model_k(args):
     return args.get("class_attention", 0)
 
 
-@examples(60)
+@examples(30)
 @given(designs())
 def test_it_is_the_slow_model(args):
     model = model_of(args)
@@ -108,7 +108,7 @@ def test_it_is_the_slow_model(args):
             assert close(maps.registers, rows[:, layout.registers]) and maps.numbers == layout.numbers
 
 
-@examples(40)
+@examples(20)
 @given(designs())
 def test_every_parameter_learns_and_the_short_last_block_is_the_whole_one(args):
     model = model_of(args).train()
@@ -124,7 +124,7 @@ def test_every_parameter_learns_and_the_short_last_block_is_the_whole_one(args):
         assert a.abs().sum() > 0, name
 
 
-@examples(40)
+@examples(20)
 @given(designs())
 @torch.no_grad()
 def test_flops_layouts_and_files(tmp_path_factory, args):

@@ -105,37 +105,40 @@ def grid(args) -> list[GridCell]:
 
     Raises BadInput if that is all, and for a position that is outside the model.
     """
-    cells, problems = {}, {}
-    more = (getattr(args, name) for name in DESIGN)
-    for seed, count, cls, reg, *design in product(args.seeds, args.num_reg, args.cls_pos, args.reg_pos, *more):
-        end, cls_mode, reg_mode, last = design
-        registers = (reg, end, reg_mode) if count else (None, None, "token")
-        of_cls = (cls_mode, last) if cls is not None else ("token", 0)
-        cell = GridCell(cls, registers[0], count, seed, registers[1], of_cls[0], registers[2], of_cls[1])
-        design_less = replace(cell, **DESIGN)
+    depth = model_of(GridCell(None, None, 0, 0), args).depth
+    values = (getattr(args, name) for name in ("num_reg", "cls_pos", "reg_pos", *DESIGN))
+    cells = [GridCell(cls, reg, count, args.seeds[0], *design) for count, cls, reg, *design in product(*values)]
+    cells, problems = dict.fromkeys(_canonical(cell, depth) for cell in cells), {}
+    for cell in list(cells):
+        ordinary = replace(cell, **DESIGN)
+        if cell != ordinary:  # these two may only lack such a block
+            model_of(ordinary, args)
+            model_of(replace(ordinary, reg_pos=0, reg_end=cell.reg_end), args)
         try:
-            if cell != design_less:
-                model_of(design_less, args)  # a position outside is no matter of the design
-                model_of(cell, args)
-            cells[cell] = None
+            model_of(cell, args)
         except BadInput as error:
-            if cell == design_less or not _is_model(design_less, args):
+            if cell == ordinary:
                 raise
-            problems[replace(cell, seed=0)] = str(error)
+            problems[cell] = error
+            del cells[cell]
+    first = next(map(str, problems.values()), "")
     if not cells:
-        raise BadInput(f"no cell of this grid can be a model: {next(iter(problems.values()))}")
+        raise BadInput(f"no cell of this grid can be a model: {first}")
     if problems:
-        first = next(iter(problems.values()))
         utils.note_once("the grid", f"{utils.counted(len(problems), 'combination')} left out, as in {first}")
-    return list(cells)
+    return [replace(cell, seed=seed) for seed in args.seeds for cell in cells]
 
 
-def _is_model(cell, args) -> bool:
-    try:
-        model_of(cell, args)
-    except BadInput:
-        return False
-    return True
+def _canonical(cell: GridCell, depth) -> GridCell:
+    """The cell with the defaults for what changes nothing in its model."""
+    if not cell.num_reg:
+        cell = replace(cell, reg_pos=None, reg_end=None, reg_mode="token")
+    if cell.reg_end == depth:
+        cell = replace(cell, reg_end=None)
+    if cell.cls_pos is None:
+        return replace(cell, cls_mode="token", class_attention=0)
+    alone = cell.class_attention and cell.cls_pos == depth - cell.class_attention  # no other token attends to anything
+    return replace(cell, cls_mode="token") if alone and cell.reg_mode == "token" else cell
 
 
 def folder_of(cell: GridCell, args) -> Path:

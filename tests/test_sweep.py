@@ -20,9 +20,10 @@ import forked
 import position_sweep
 import utils
 from checkpoints.files import load_checkpoint
-from conftest import TINY, run, shell
+from conftest import TINY, noise, run, shell, tiny
 from sweep import cells, results
 from sweep.cells import GridCell
+from tokens.layout import MODES
 from training import loop
 from training.run_log import read_json_lines
 from utils import BadInput
@@ -572,10 +573,21 @@ def test_a_grid_of_designs(capsys):
         model = cells.model_of(cell, args)
         assert model.model_args.get("reg_end") == cell.reg_end
         assert model.model_args.get("class_attention", 0) == cell.class_attention
-    with pytest.raises(BadInput, match="reg_pos 9"):
-        cells.grid(position_sweep.parse([*DESIGNS, "--reg_pos", "9"]))
+    for wrong, words in ((["--reg_pos", "9"], "reg_pos 9"), (["--reg_end", "2", "9"], "leaves at 1..3, not at 9")):
+        with pytest.raises(BadInput, match=words):
+            cells.grid(position_sweep.parse([*DESIGNS, *wrong]))
     with pytest.raises(BadInput, match="no cell of this grid can be a model"):
         cells.grid(position_sweep.parse([*DESIGNS, *"--cls_pos 2 --num_reg 0 --class_attention 3".split()]))
+
+
+def test_equal_designs_are_one():
+    """Registers that leave after the last block; a mode of CLS where no other token attends to anything."""
+    argv = [*DESIGNS, *"--cls_pos 1 2 none --num_reg 2 --reg_end none 3 --reg_mode token --class_attention 0 1".split()]
+    found = [cell.name for cell in cells.grid(position_sweep.parse(argv))]
+    of_2 = ["cls2_reg0_x2", "cls2_reg0_x2_ca1", "cls2_reg0_x2_clsreader"]
+    assert [name.removesuffix("_seed0") for name in found if "cls1" not in name] == [*of_2, "clsnone_reg0_x2"]
+    one, other = (tiny(cls_pos=2, class_attention=2, cls_mode=mode, num_register_tokens=1) for mode in MODES)
+    torch.testing.assert_close(one(noise(one)), other(noise(one)))
 
 
 def test_cells_of_designs_are_trained_and_compared(tmp_path, capsys):

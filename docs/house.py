@@ -71,13 +71,14 @@ def draw(file: Path):
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    files, height = rooms(), 0.9  # inches, of a floor
-    figure = Figure(figsize=(11, height * len(FLOORS)))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(height * len(FLOORS), 0))
+    files = rooms()
+    floors = [[room for room in files if floor_of(room) == i] for i in range(len(FLOORS))]
+    heights = [0.42 * max(1.6, -(-len(inside) // 10)) + 0.1 for inside in floors]  # inches
+    figure = Figure(figsize=(11, sum(heights)))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(sum(heights), 0))
     axes.set_axis_off()
-    for i, floor in enumerate(FLOORS):
-        y, names = height * i, FLOORS[floor]
-        inside = [room for room in files if floor_of(room) == i]
+    for i, (floor, inside, height) in enumerate(zip(FLOORS, floors, heights)):
+        y, names = sum(heights[:i]), FLOORS[floor]
         inside.sort(key=lambda room: next(n for n, name in enumerate(names) if room.partition(".")[0] in name))
         axes.text(0.15, y + height / 2, floor + "/" * (ROOT / floor).is_dir(), weight="bold", va="center")
         rows = -(-len(inside) // 10)

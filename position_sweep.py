@@ -194,7 +194,7 @@ def work(args, data, current, cells, device):
         except Stopped as stopped:
             raise Stopped(stopped.number, SAVED) from None
     write_results(args, data, cells)
-    if busy:
+    if busy := [cell for cell in busy if not finished(cell, args)]:
         say(f"other processes are training {utils.counted(len(busy), 'cell')}: {', '.join(c.name for c in busy)}")
     if failed:
         raise RunFailed(f"{utils.counted(len(failed), 'cell')} failed, see above: {', '.join(c.name for c in failed)}")

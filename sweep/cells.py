@@ -32,19 +32,19 @@ from training.run_log import git_revision, plain_args, read_json_lines
 from training.setup import build_model, make_optimizer
 from utils import BadInput, RunFailed, say
 
-# Flags that do not change the result of a cell. All others, the data and the code are its settings.
-NOT_SETTINGS = (
-    "output_dir", "cls_pos", "reg_pos", "num_reg", "reg_end", "cls_mode", "reg_mode", "class_attention", "seeds",
-    "data_path", "device", "num_threads", "tensorboard", "viz_every", "viz_images", "save_steps", "keep", "max_pixels",
-    "bad_images", "dry_run", "mix", "shard", "gpus", "workers", "launcher", "jobs", "cluster", "partition", "timeout",
-    "measure", "halving", "eta",
-)  # fmt: skip
-
-
 # What a cell has beside positions and registers, and its value in a cell of an earlier revision.
 DESIGN = {"reg_end": None, "cls_mode": "token", "reg_mode": "token", "class_attention": 0}
 SHORT = {"reg_end": "end", "cls_mode": "cls", "reg_mode": "reg", "class_attention": "ca"}  # in names of folders
 AXES = ("cls_pos", "reg_pos", "num_reg", *DESIGN)
+OF_THE_SWEEP = (  # flags that its cells do not see
+    "seeds", "dry_run", "mix", "shard", "gpus", "workers", "launcher", "jobs", "cluster", "partition", "timeout",
+    "measure", "halving", "eta",
+)  # fmt: skip
+# Flags that do not change the result of a cell. All others, the data and the code are its settings.
+NOT_SETTINGS = (
+    *AXES, *OF_THE_SWEEP, "output_dir", "data_path", "device", "num_threads", "tensorboard", "viz_every", "viz_images",
+    "save_steps", "keep", "max_pixels", "bad_images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ def reached(cell: GridCell, args, epochs) -> bool:
 def cell_args(cell: GridCell, args):
     """The flags of `cifar_main.py` for one cell."""
     mine, folder = copy.copy(args), folder_of(cell, args)
+    for name in OF_THE_SWEEP:
+        vars(mine).pop(name, None)
     vars(mine).update(cell.flags | {"seed": cell.seed})
     mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
     mine.overwrite, mine.resume = True, None

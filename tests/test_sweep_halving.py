@@ -1,6 +1,10 @@
 """position_sweep.py --halving: which positions fall, by logs written by hand, and small sweeps on digits."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -8,10 +12,10 @@ import torch
 import forked
 import position_sweep
 from checkpoints.files import load_checkpoint
-from sweep import cells, halving, measures, results
+from sweep import cells, halving, measures, pages, results
 from sweep.cells import GridCell
 from test_sweep import RECIPE, epochs_of, record, records_in, sweep
-from training import loop, run_log
+from training import loop, run_folder, run_log
 from utils import RunFailed
 
 GRID = [*RECIPE, *"--cls_pos 0 1 2 none --reg_pos 0 --num_reg 1 --seeds 0 1 --epochs 4".split()]
@@ -131,7 +135,7 @@ def test_survivors_are_cells_that_were_never_stopped(tmp_path, capsys, monkeypat
         assert here.keys() == other.keys() and all(torch.equal(here[key], other[key]) for key in here)
         assert one | dict.fromkeys(timed) == whole[name] | dict.fromkeys(timed)
     # Without --halving, the same folder is trained to its end.
-    sweep(capsys, tmp_path / "halved", *GRID)
+    assert "note:" not in sweep(capsys, tmp_path / "halved", *GRID)
     hits = [
         {name: one["test_hits"] for name, one in found.items()} for found in (records_in(tmp_path / "halved"), whole)
     ]
@@ -147,6 +151,26 @@ def test_two_processes_share_the_rungs(tmp_path, capsys):
     assert epochs_of(tmp_path / "two") == epochs_of(tmp_path / "one")
     assert records_in(tmp_path / "two").keys() == records_in(tmp_path / "one").keys()
     assert all("rung 2" in out for _, out, _ in ends)
+
+
+def test_a_process_that_waits_for_others_can_be_stopped(tmp_path):
+    """Another one, here this one, holds a cell of rung 1 for ever."""
+    grid, args = begun(tmp_path)
+
+    def main(argv):
+        threading.Thread(target=stop_when_it_waits, args=(os.getpid(),), daemon=True).start()
+        position_sweep.main([*argv, "--output_dir", str(tmp_path)])
+
+    def stop_when_it_waits(process):
+        while not all(cells.reached(cell, args, 2) for cell in grid[1:]):
+            time.sleep(0.1)
+        time.sleep(0.3)
+        os.kill(process, signal.SIGTERM)
+
+    with run_folder.locked(cells.folder_of(grid[0], args)):
+        status, out, err = forked.run(HALVING, main)
+    assert status == 143 and position_sweep.SAVED in err and "rung 2" not in out, out + err
+    assert not records_in(tmp_path) and where(halving.standing(grid, args))[:3] == (1, 2, 1)
 
 
 def test_a_cell_that_fails_takes_its_position_out(tmp_path, capsys, monkeypatch):
@@ -176,6 +200,9 @@ def test_the_tables_name_the_rung_and_the_verdict_counts_all_positions(tmp_path,
         cls = "none" if row["cls_pos"] is None else row["cls_pos"]
         assert f"| {cls} | 1 | 0 | 1 | 2 | {held_out} |" in out and (row["rung"], row["epochs"]) == (1, 2)
     assert "The verdict is on those that were" in (tmp_path / "results.md").read_text()
+    summary = results.summarise(results.collect(tmp_path), halved=written["halving"])
+    words = [text.get_text() for text in pages.heat_maps(summary, "").axes[0].texts]
+    assert len(words) == 4 and words.count("fell at\nrung 1") == 2
 
 
 def test_intervals_are_corrected_for_all_that_began():

@@ -11,7 +11,7 @@ from training.loop import Run, run_epochs
 from training.setup import build_model, load_finetune, make_step, report_run
 
 
-def train_from_flags(args, device, data: ImageData | None = None) -> dict:
+def train_from_flags(args, device, data: ImageData | None = None, until=None) -> dict:
     """`train_model` on the model, and the data if they are not given, that the flags of `cifar_main.py` describe."""
     input_size = build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
     utils.writable_folder(Path(args.model_path).parent)
@@ -25,16 +25,17 @@ def train_from_flags(args, device, data: ImageData | None = None) -> dict:
             load_finetune(model, args.finetune)
         report_run(model, data)
         utils.seed_everything(args.seed + utils.rank())
-        return train_model(model, data, args, device, resume)
+        return train_model(model, data, args, device, resume, until)
 
 
-def train_model(model: DynamicViT, data: ImageData, args, device, resume=None) -> dict:
+def train_model(model: DynamicViT, data: ImageData, args, device, resume=None, until=None) -> dict:
     """Train `model` on images in memory, as `run_epochs` does; the best weights go to `args.model_path`.
 
     Args:
         model: on the CPU or `device`, not wrapped.
         args: the flags of `cifar_main.py`.
         resume: the checkpoint to resume from.
+        until: see `Run`.
 
     Returns and raises what `run_epochs` does.
     """
@@ -49,4 +50,5 @@ def train_model(model: DynamicViT, data: ImageData, args, device, resume=None) -
     )  # fmt: skip
     val_batches = MemoryLoader(data.val.to(device), description, **share) if data.val else None
     step = make_step(args, model, batches, len(data.classes))
-    return run_epochs(Run(model, batches, val_batches, description, args, device, best_path, resume), step)
+    run = Run(model, batches, val_batches, description, args, device, best_path, resume, until)
+    return run_epochs(run, step)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import utils
 from checkpoints.files import load_checkpoint
 from loading.memory import load_data
-from sweep import explorer, pages, results
+from sweep import explorer, halving, pages, results
 from sweep.cells import AXES, check_settings, finished, flops, grid, model_of, run_cells, seconds_left, settings
 from sweep.measures import PRIMARY
 from tokens.layout import MODES
@@ -72,6 +72,10 @@ def get_parser():
     group.add_argument("--output_dir", default="sweeps/grid", help="a folder for this grid")
     group.add_argument("--measure", choices=PRIMARY, default="accuracy", help="what the verdict is on; all others are "
                        "exploratory (default: accuracy)")  # fmt: skip
+    group.add_argument("--halving", action="store_true", help="successive halving: only the best positions by "
+                       "held-out accuracy, and 0/0, are trained whole")  # fmt: skip
+    group.add_argument("--eta", type=number(int, 2), default=3, metavar="N", help="with --halving, one of N positions "
+                       "survives, and trains for N times as long (default: 3)")  # fmt: skip
     group.add_argument("--mix", action="store_true", help="allow cells of other settings in one table")
     group.add_argument("--dry_run", action="store_true", help="only list the cells, and estimate the time left")
     group = parser.add_argument_group("several processes (they may also be started by hand in the same folder)")
@@ -99,6 +103,9 @@ def parse(argv=None):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.val_size == 0:
         raise BadInput("--val_size 0 holds nothing out, but the best cell is chosen on held-out images; leave it out")
+    for name in ("shard", "mix", "max_steps"):
+        if args.halving and getattr(args, name):
+            raise BadInput(f"--halving compares all cells after whole epochs of the same training; leave out --{name}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("a cell is trained by one process; start without torchrun, and give --gpus N for N GPUs")
     if (args.gpus or args.launcher) and args.device.startswith("cuda:"):
@@ -124,11 +131,11 @@ def duration(seconds) -> str:
     return f"about {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"about {minutes} min"
 
 
-def about(args, data) -> str:
+def about(args, data, cell) -> str:
     sizes = data.description()["images"]
     epochs = utils.counted(args.epochs, "epoch") + (f" of {args.repeats:g} passes" if args.repeats != 1 else "")
     start = " from one trained model" if args.finetune else ""
-    model = model_of(grid(args)[0], args)
+    model = model_of(cell, args)
     return (
         f"{model.depth} blocks of width {model.embed_dim}, {epochs}{start}; {data.name}: "
         f"{sizes['train']} train, {sizes['val']} held-out, {sizes['test']} test images"
@@ -136,18 +143,31 @@ def about(args, data) -> str:
 
 
 def list_cells(cells, args, data, device):
+    left, seconds = to_do(cells, args, data, device)
     for cell in cells:
-        say(f"{'finished' if finished(cell, args) else 'to do':9} {flops(cell, args) / 1e6:8.2f} MFLOPs  {cell}")
-    left = sum(not finished(cell, args) for cell in cells)
-    seconds = seconds_left(cells, args, data, device)
-    say(f"{len(cells)} cells, {left} to do: {duration(seconds)} of training by one process")
+        state = "finished" if finished(cell, args) else "to do" if cell in left else "fell"
+        say(f"{state:9} {flops(cell, args) / 1e6:8.2f} MFLOPs  {cell}")
+    if args.halving:
+        *before, (last, _) = halving.rungs(cells, args)
+        stay = "".join(f"{utils.counted(stay, 'position')} after epoch {epochs}, " for epochs, stay in before)
+        say(f"halving: there stay {stay}and they are trained up to epoch {last}, as is 0/0")
+    say(f"{len(cells)} cells, {len(left)} to do: {duration(seconds)} of training by one process")
 
 
-def write_results(args, data):
-    pages.draw_sweep(args.output_dir, data, about(args, data), args.measure)
-    summary = results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)}, args.measure)
-    explorer.write_explorer(args.output_dir, data, about(args, data))
-    folder = Path(args.output_dir)
+def to_do(cells, args, data, device):
+    """The cells that are neither finished nor of a position that fell, and the seconds that they take one process."""
+    now = halving.standing(cells, args) if args.halving else None
+    left = [cell for cell in (now.left if now else cells) if not finished(cell, args)]
+    return left, seconds_left(left, args, data, device) * (now.share if now else 1)
+
+
+def write_results(args, data, cells, pictures=True):
+    folder, words, halved = Path(args.output_dir), about(args, data, cells[0]), halving.about(cells, args)
+    summary = results.write_tables(folder, {"data_and_recipe": words}, args.measure, halved)
+    if not pictures:
+        return
+    pages.draw_sweep(folder, data, words, args.measure, halved)
+    explorer.write_explorer(folder, data, words, halved)
     if summary["groups"]:
         say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png, .html in {folder}")
 
@@ -158,19 +178,23 @@ def work(args, data, current, cells, device):
     with tqdm(total=len(mine), initial=sum(finished(c, args) for c in mine), unit="cell", disable=None) as bar:
 
         def after(cell):
+            if not finished(cell, args):  # a rung before the last one
+                return
             bar.update()
-            results.write_tables(args.output_dir, {"data_and_recipe": about(args, data)}, args.measure)
-            left = sum(not finished(c, args) for c in mine)
+            write_results(args, data, cells, pictures=False)
+            left, seconds = to_do(mine, args, data, device)
             if left:
-                time_left = duration(seconds_left(mine, args, data, device))
-                say(f"finished {cell}; {left} of {len(mine)} cells left, {time_left}\n")
+                say(f"finished {cell}; {len(left)} of {len(mine)} cells left, {duration(seconds)}\n")
+
+        def train(some, epochs):
+            return run_cells(some, args, data, current, device, after, epochs)
 
         try:
-            busy, failed = run_cells(mine, args, data, current, device, after)
+            busy, failed = halving.run_halving(mine, args, train) if args.halving else train(mine, args.epochs)
         except Stopped as stopped:
             raise Stopped(stopped.number, SAVED) from None
-    write_results(args, data)
-    if busy:
+    write_results(args, data, cells)
+    if busy := [cell for cell in busy if not finished(cell, args)]:
         say(f"other processes are training {utils.counted(len(busy), 'cell')}: {', '.join(c.name for c in busy)}")
     if failed:
         raise RunFailed(f"{utils.counted(len(failed), 'cell')} failed, see above: {', '.join(c.name for c in failed)}")
@@ -213,7 +237,7 @@ def with_workers(args, argv, data, cells):
             worker.terminate()
         for worker, _ in workers:
             worker.wait()  # until its step is saved
-    write_results(args, data)
+    write_results(args, data, cells)
     bad = [str(log) for worker, log in workers if worker.returncode]
     if bad:
         logs = ", ".join(bad)
@@ -227,7 +251,7 @@ class Shard:
         self.command = command
 
     def __call__(self, part):
-        self.worker = subprocess.Popen([*self.command, "--shard", part])
+        self.worker = subprocess.Popen([*self.command, *part])
         if status := self.worker.wait():
             raise RuntimeError(f"{Path(self.command[1]).name} failed with status {status}; see its message above")
 
@@ -246,7 +270,8 @@ def submit(args, argv):
         gpus_per_node=int(args.device != "cpu"), timeout_min=args.timeout, slurm_partition=args.partition,
     )  # fmt: skip
     task = Shard(command(argv, {"launcher", "jobs", "cluster", "partition", "timeout"}))
-    jobs = executor.map_array(task, [f"{part}/{args.jobs}" for part in range(args.jobs)])
+    parts = [[] if args.halving else ["--shard", f"{part}/{args.jobs}"] for part in range(args.jobs)]
+    jobs = executor.map_array(task, parts)
     slurm.say_where(jobs, logs)
     if args.cluster == "local":
         slurm.wait(jobs, logs)
@@ -256,12 +281,14 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     cells = grid(args)
-    sizes = [model_of(cell, args).model_args["img_size"] for cell in cells]  # wrong flags show before data are read
+    if args.halving:
+        halving.rungs(cells, args)  # wrong flags show before data are read
     device = start(args)
     utils.writable_folder(args.output_dir)
     if args.finetune:
         load_checkpoint(args.finetune)  # a wrong file shows before data are read
-    data = load_data(args.data_set, args.data_path, sizes[0], **flags.of_data(args))
+    input_size = model_of(cells[0], args).model_args["img_size"]
+    data = load_data(args.data_set, args.data_path, input_size, **flags.of_data(args))
     current = settings(args, data)
     check_settings(args, current)
     if args.dry_run:
@@ -269,7 +296,7 @@ def main(argv=None):
     elif args.launcher:
         submit(args, argv)
         if args.cluster == "local":
-            write_results(args, data)
+            write_results(args, data, cells)
     elif args.gpus or args.workers:
         with_workers(args, argv, data, cells)
     else:

@@ -32,19 +32,19 @@ from training.run_log import git_revision, plain_args, read_json_lines
 from training.setup import build_model, make_optimizer
 from utils import BadInput, RunFailed, say
 
-# Flags that do not change the result of a cell. All others, the data and the code are its settings.
-NOT_SETTINGS = (
-    "output_dir", "cls_pos", "reg_pos", "num_reg", "reg_end", "cls_mode", "reg_mode", "class_attention", "seeds",
-    "data_path", "device", "num_threads", "tensorboard", "viz_every", "viz_images", "save_steps", "keep", "max_pixels",
-    "bad_images", "dry_run", "mix", "shard", "gpus", "workers", "launcher", "jobs", "cluster", "partition", "timeout",
-    "measure",
-)  # fmt: skip
-
-
 # What a cell has beside positions and registers, and its value in a cell of an earlier revision.
 DESIGN = {"reg_end": None, "cls_mode": "token", "reg_mode": "token", "class_attention": 0}
 SHORT = {"reg_end": "end", "cls_mode": "cls", "reg_mode": "reg", "class_attention": "ca"}  # in names of folders
 AXES = ("cls_pos", "reg_pos", "num_reg", *DESIGN)
+OF_THE_SWEEP = (  # flags that its cells do not see
+    "seeds", "dry_run", "mix", "shard", "gpus", "workers", "launcher", "jobs", "cluster", "partition", "timeout",
+    "measure", "halving", "eta",
+)  # fmt: skip
+# Flags that do not change the result of a cell. All others, the data and the code are its settings.
+NOT_SETTINGS = (
+    *AXES, *OF_THE_SWEEP, "output_dir", "data_path", "device", "num_threads", "tensorboard", "viz_every", "viz_images",
+    "save_steps", "keep", "max_pixels", "bad_images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class GridCell:
         return self.cls_pos is not None or self.num_reg > 0
 
     @property
+    def key(self) -> tuple:
+        """All but the seed, which cells of one position share."""
+        return tuple(getattr(self, name) for name in AXES)
+
+    @property
     def name(self) -> str:
         where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
         more = "".join(f"_{SHORT[k]}{getattr(self, k)}" for k in DESIGN if getattr(self, k) != DESIGN[k])
@@ -74,7 +79,7 @@ class GridCell:
         return {name: getattr(self, name) for name in AXES} | {"reg_pos": self.reg_pos or 0}
 
     def __str__(self):
-        return f"{describe_positions(*(getattr(self, name) for name in AXES))}, seed {self.seed}"
+        return f"{describe_positions(*self.key)}, seed {self.seed}"
 
 
 def describe_cls(cls_pos) -> str:
@@ -149,9 +154,17 @@ def finished(cell: GridCell, args) -> bool:
     return (folder_of(cell, args) / "result.json").is_file()
 
 
+def reached(cell: GridCell, args, epochs) -> bool:
+    """Whether a cell is finished, or has been trained up to that epoch of several."""
+    records = [] if epochs >= args.epochs else read_json_lines(folder_of(cell, args) / "log.txt")
+    return finished(cell, args) or any(record.get("epoch", 0) >= epochs for record in records)
+
+
 def cell_args(cell: GridCell, args):
     """The flags of `cifar_main.py` for one cell."""
     mine, folder = copy.copy(args), folder_of(cell, args)
+    for name in OF_THE_SWEEP:
+        vars(mine).pop(name, None)
     vars(mine).update(cell.flags | {"seed": cell.seed})
     mine.output_dir, mine.model_path = str(folder), str(folder / "model.pth")
     mine.overwrite, mine.resume = True, None
@@ -250,22 +263,24 @@ def hits_of(record) -> np.ndarray | None:
     return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
 
 
-def run_cells(cells, args, data: ImageData, current: dict, device, after) -> tuple[list[GridCell], list[GridCell]]:
+def run_cells(cells, args, data: ImageData, current: dict, device, after, epochs) -> tuple[list[GridCell], ...]:
     """Train and test the cells that no process has finished or locked; calls `after(cell)` after each.
+
+    `epochs`: how far; cells that are not trained whole are not tested.
 
     Returns the cells that other processes have locked, and those that failed (a loss that is not finite).
     """
     busy, failed = [], []
     if args.viz_every and any(not cell.has_tokens and not finished(cell, args) for cell in cells):
-        say("note: --viz_every draws nothing for cells without CLS and registers")
+        utils.note_once("no tokens", "--viz_every draws nothing for cells without CLS and registers")
     for cell in cells:
-        if finished(cell, args):
+        if reached(cell, args, epochs):
             continue
         try:
             with run_folder.locked(folder_of(cell, args)):
-                if finished(cell, args):  # by another process meanwhile
+                if reached(cell, args, epochs):  # by another process meanwhile
                     continue
-                run_cell(cell, args, data, current, device)
+                run_cell(cell, args, data, current, device, epochs)
                 after(cell)
         except run_folder.InUse:
             busy.append(cell)
@@ -275,8 +290,8 @@ def run_cells(cells, args, data: ImageData, current: dict, device, after) -> tup
     return busy, failed
 
 
-def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
-    """Do what `cifar_main.py` does with this cell's flags, then write the cell's record."""
+def run_cell(cell: GridCell, args, data: ImageData, current: dict, device, epochs):
+    """Do what `cifar_main.py` does with this cell's flags, up to that epoch; after the last, write the record."""
     folder = folder_of(cell, args)
     saved = folder / "settings.json"
     if saved.is_file() and differences(read_record(saved), current):  # only with --mix: cannot be resumed
@@ -287,12 +302,14 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device):
     mine = cell_args(cell, args)
     mine.resume = resumable(folder)
     try:
-        best = train_from_flags(mine, device, data)
+        best = train_from_flags(mine, device, data, epochs)
     except BadInput as error:
         if mine.resume is None or mine.resume not in str(error):
             raise
         advice = "move that file away to resume from an older one, or to train anew"
         raise BadInput(f"{error.problem}; {advice}") from None
+    if epochs < args.epochs:
+        return
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_scores(mine, best, tested), **measured(mine.model_path, data, device)}

@@ -36,14 +36,14 @@ MEASURES = {  # of a record: what they are called, and their unit
 
 @utils.full_precision()
 @torch.no_grad()
-def write_explorer(folder, data: ImageData, about: str) -> int | None:
+def write_explorer(folder, data: ImageData, about: str, halved=None) -> int | None:
     """Write sweep.html from the finished cells in `folder`; returns its size in bytes, None without any cell."""
     from matplotlib import colormaps
 
     records = results.collect(folder)
     if not records:
         return None
-    summary, source = results.summarise(records), data.val or data.test
+    summary, source = results.summarise(records, halved=halved), data.val or data.test
     few = source.part(range(min(IMAGES, len(source))))
     groups = results.grouped(records)
     content = {

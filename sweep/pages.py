@@ -20,15 +20,16 @@ IMAGES = 3  # on the page of attention maps
 MARKERS = "osD^vP*X<>dph8"
 
 
-def draw_sweep(folder, data: ImageData, about: str, measure="accuracy"):
+def draw_sweep(folder, data: ImageData, about: str, measure="accuracy", halved=None):
     """Write sweep.pdf and sweep.png from the finished cells in `folder`.
 
-    `about`: a line on data and recipe; `measure`: one of `measures.PRIMARY`, of the verdict and the heat maps.
+    `about`: a line on data and recipe; `measure`: one of `measures.PRIMARY`, of the verdict and the heat maps;
+    `halved`: see `results.summarise`.
     """
     folder, records = Path(folder), results.collect(folder)
     if not records:
         return
-    summary = results.summarise(records, measure)
+    summary = results.summarise(records, measure, halved)
     figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
     found = predictions(records)
     figures += [prediction_page(found, about)] if found["cells"] else []
@@ -44,10 +45,11 @@ def heat_maps(summary, about):
     from matplotlib.patches import Rectangle
 
     rows, accuracy = summary["groups"], summary["measure"] == "accuracy"
-    counts = list(dict.fromkeys(map(results.panel_of, rows)))  # panels
+    fell = [row | {"primary": None} for row in (summary["halving"] or {"fell": ()})["fell"]]
+    counts = list(dict.fromkeys(map(results.panel_of, [*rows, *fell])))  # panels
     means = [row["primary"]["mean"] for row in rows if row["primary"]] or [0]
     scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
-    panels = {c: [row for row in rows if results.panel_of(row) == c] for c in counts}
+    panels = {c: [row for row in [*rows, *fell] if results.panel_of(row) == c] for c in counts}
     columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
     lines = {c: results.in_order(row["reg_pos"] for row in panels[c]) for c in counts}
     widths = [len(columns[c]) for c in counts]
@@ -66,8 +68,12 @@ def heat_maps(summary, about):
     panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
     for c, axes in zip(counts, panes):
         shown = np.full((len(lines[c]), len(columns[c])), np.nan)
-        for row in (row for row in panels[c] if row["primary"]):
+        for row in panels[c]:
             x, y = columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"])
+            if "rung" in row:
+                axes.text(x, y, f"fell at\nrung {row['rung']}", ha="center", va="center", fontsize=8, color="0.4")
+            if not row["primary"]:
+                continue
             shown[y, x] = row["primary"]["mean"]
             words = results.mean_and_sd(row["primary"]).replace(" ", "\n", 1) + f"\nn = {row['primary']['n']}"
             colour = "black" if scale(shown[y, x]) > 0.55 else "white"

@@ -26,20 +26,10 @@ COLUMNS = (
     "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", "hit_ratio", "corloc", "knn_iou", *DESIGN,
 )  # fmt: skip
 JUDGED = ("hit_ratio", "corloc", "knn_iou")  # by boxes and masks
-MEANS = (
-    "params",
-    "flops",
-    "images_per_s",
-    "artefact_share",
-    "cls_to_patches",
-    "cls_to_registers",
-    "cls_to_itself",
-    "causal_depth",
-    "sinks_on_cls",
-    "sinks_on_registers",
-    "sinks_on_patches",
-    *JUDGED,
-)  # of a group
+MEANS = (  # of a group
+    "params", "flops", "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself",
+    "causal_depth", "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", *JUDGED,
+)  # fmt: skip
 LEVEL = 0.05  # family-wise, of all intervals of a table
 MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy
@@ -178,10 +168,15 @@ def baseline_of(key) -> tuple:
     return 0, 0 if key[2] else None, key[2], *DESIGN.values()
 
 
-def summarise(records, measure="accuracy") -> dict:
-    """Results of every group, the best one, those that tie with it, and the verdict on a measure of `PRIMARY`."""
+def summarise(records, measure="accuracy", halved=None) -> dict:
+    """Results of every group, the best one, those that tie with it, and the verdict on a measure of `PRIMARY`.
+
+    `halved`: see `halving.about`. What survived did so partly by its luck, so all positions count as comparisons.
+    """
     groups, (name, _) = grouped(records), PRIMARY[measure]
     others = {key: groups[baseline_of(key)] for key in groups if baseline_of(key) in groups.keys() - {key}}
+    began = [*groups, *map(key_of, halved["positions"] if halved else ())]
+    comparisons = len({key for key in began if baseline_of(key) in groups.keys() - {key}})
     rows = []
     for key, group in groups.items():
         rows.append({
@@ -189,17 +184,24 @@ def summarise(records, measure="accuracy") -> dict:
             "val_top1": mean_of([r["val_top1"] for r in group.values()]),
             "test_top1": mean_of([r["test_top1"] for r in group.values()]),
             "primary": mean_of([r[name] for r in having(group, measure).values()]) if having(group, measure) else None,
-            "against_0_0": paired(group, others[key], len(others), measure) if key in others else None,
+            "against_0_0": paired(group, others[key], comparisons, measure) if key in others else None,
             **{name: _mean(group, name) for name in MEANS},
         })  # fmt: skip
-    found = {"measure": measure, "groups": rows, "best": None, "tied": [], "comparisons": len(others)}
+    found = {
+        "measure": measure,
+        "groups": rows,
+        "best": None,
+        "tied": [],
+        "comparisons": comparisons,
+        "halving": halved,
+    }
     if not any(row["primary"] for row in rows):
         lacks = f"No finished cell has {measure}: they are of an earlier revision." if rows else "No cell is finished."
         return found | {"verdict": lacks}
     best, *tied = best_of(rows, measure)
     return found | {
         "best": position_of(best), "tied": list(map(position_of, tied)),
-        "verdict": verdict(best, tied, len(others), measure),
+        "verdict": verdict(best, tied, comparisons, measure),
     }  # fmt: skip
 
 
@@ -298,10 +300,10 @@ def _margin(by_seed: list[list[dict]]) -> dict:
     return point | _interval(point["mean"], hits, 0)
 
 
-def write_tables(folder, about: dict, measure="accuracy") -> dict:
+def write_tables(folder, about: dict, measure="accuracy", halved=None) -> dict:
     """Write results.csv (a line per cell), results.json (with the statistics) and .md; returns the statistics."""
     folder, records = Path(folder), collect(folder)
-    summary = summarise(records, measure) | {"prediction": predictions(records)}
+    summary = summarise(records, measure, halved) | {"prediction": predictions(records)}
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -326,10 +328,8 @@ def markdown(summary) -> str:
         is_best = position_of(row) == summary["best"]
         primary = [mean_and_sd(row["primary"]) if row["primary"] else "-"] if other else []
         cells = [
-            ", ".join([flag_value(row["cls_pos"]), *describe_design(*key_of(row)[3:])]), str(row["num_reg"]),
-            "-" if row["reg_pos"] is None else str(row["reg_pos"]),
-            str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]), *primary,
-            _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
+            *_where(row), str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
+            *primary, _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %", _number(row["cls_to_registers"], " %"), _number(row["causal_depth"]),
             ", ".join(_number(row[f"sinks_on_{kind}"], " %") for kind in ("cls", "registers", "patches")),
             *([", ".join(_number(row[name], " %") for name in JUDGED)] if judged else ()),
@@ -341,7 +341,30 @@ def markdown(summary) -> str:
         "exploratory."
     )
     parts = [*([note, ""] if summary["comparisons"] else []), summary["verdict"], ""]
-    return "\n".join([*lines, "", *parts, *_predicted(summary.get("prediction"))])
+    return "\n".join([*lines, "", *parts, *_fell(summary["halving"]), *_predicted(summary.get("prediction"))])
+
+
+def _fell(halved) -> list[str]:
+    """Lines: the positions that were not trained whole, and where they fell."""
+    if not halved or not halved["fell"]:
+        return []
+    heads = ("CLS at", "registers", "at", "fell at rung", "after epoch", "held-out % so far")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in halved["fell"]:
+        held_out = "failed" if row["val_top1"] is None else mean_and_sd(row["val_top1"])
+        lines.append(f"| {' | '.join([*_where(row), str(row['rung']), str(row['epochs']), held_out])} |")
+    last = len(halved["rungs"])
+    note = (
+        f"Successive halving, {last} rungs, about one of {halved['eta']} positions survives each: these were not "
+        "trained whole. The verdict is on those that were; its intervals are corrected for all of the grid."
+    )
+    return [*lines, "", note, ""]
+
+
+def _where(row) -> list[str]:
+    """Words for three columns."""
+    reg, design = row["reg_pos"], describe_design(*key_of(row)[3:])
+    return [", ".join([flag_value(row["cls_pos"]), *design]), str(row["num_reg"]), "-" if reg is None else str(reg)]
 
 
 def _predicted(prediction) -> list[str]:
@@ -350,11 +373,10 @@ def _predicted(prediction) -> list[str]:
         return []
     heads = ("CLS at", "registers", "at", "seeds", "predicted change", "measured change (points of test top-1)")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for (cls, reg, count, *design), group in grouped(prediction["cells"]).items():
+    for group in grouped(prediction["cells"]).values():
         means = (np.mean([cell[name] for cell in group.values()]) for name in ("predicted", "measured"))
-        where = [", ".join([str(cls), *describe_design(*design)]), count, "-" if reg is None else reg]
-        words = [*where, len(group), *(f"{value:+.2f}" for value in means)]
-        lines.append(f"| {' | '.join(map(str, words))} |")
+        words = [*_where(next(iter(group.values()))), str(len(group)), *(f"{value:+.2f}" for value in means)]
+        lines.append(f"| {' | '.join(words)} |")
     return [*lines, "", prediction["verdict"], ""]
 
 

@@ -37,6 +37,7 @@ class Run:
         args: the flags in `flags.add_training_flags` and `add_machine_flags`, `epochs`, `output_dir`.
         best_path: for the weights with the best validation accuracy; without validation images the last ones.
         resume: the checkpoint to resume from, or None.
+        until: end after this epoch of the whole schedule, as a run that is stopped there; None: after the last one.
     """
 
     model: torch.nn.Module
@@ -47,6 +48,7 @@ class Run:
     device: torch.device
     best_path: Path
     resume: str | None = None
+    until: int | None = None
 
 
 def run_epochs(run: Run, step: TrainingStep) -> dict:
@@ -82,7 +84,7 @@ def run_epochs(run: Run, step: TrainingStep) -> dict:
         film.begin(shown, state.epoch, state.step)
     with StopSignals() as stop:
         hooks = StepHooks(state, stop, run.val_batches)
-        for epoch in range(state.epoch, args.epochs):
+        for epoch in range(state.epoch, run.until or args.epochs):
             if args.max_steps and state.step >= args.max_steps:
                 break
             title = f"epoch {epoch + 1}/{args.epochs}"

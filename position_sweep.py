@@ -57,12 +57,18 @@ def get_parser():
     group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK", help="or none")
     group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
     group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
-    group.add_argument("--reg_end", type=utils.position, nargs="+", default=[None], metavar="BLOCK", help="or none: "
-                       "they stay")  # fmt: skip
+    group.add_argument("--reg_end", type=utils.position, nargs="+", default=[None], metavar="BLOCK", help="that registers "
+                       "leave at, or none (default: none)")  # fmt: skip
     for flag in ("--cls_mode", "--reg_mode"):
-        group.add_argument(flag, choices=MODES, nargs="+", default=["token"], help="reader: it only reads")
+        group.add_argument(flag, choices=MODES, nargs="+", default=["token"], help="reader: it only reads (default: "
+                           "token)")  # fmt: skip
     group.add_argument(
-        "--class_attention", type=number(int, 0), nargs="+", default=[0], metavar="K", help="last blocks"
+        "--class_attention",
+        type=number(int, 0),
+        nargs="+",
+        default=[0],
+        metavar="K",
+        help="in the last K blocks only CLS is updated (default: 0)",
     )
     group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1, 2], dest="seeds")
     group.add_argument("--equal_flops", action="store_true", help="cells with cheaper blocks train on more images, "

@@ -57,8 +57,8 @@ def get_parser():
     group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK", help="or none")
     group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
     group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
-    group.add_argument("--reg_end", type=utils.position, nargs="+", default=[None], metavar="BLOCK", help="that registers "
-                       "leave at, or none (default: none)")  # fmt: skip
+    group.add_argument("--reg_end", type=utils.position, nargs="+", default=[None], metavar="BLOCK", help="that the "
+                       "registers leave at, or none (default: none)")  # fmt: skip
     for flag in ("--cls_mode", "--reg_mode"):
         group.add_argument(flag, choices=MODES, nargs="+", default=["token"], help="reader: it only reads (default: "
                            "token)")  # fmt: skip

@@ -18,8 +18,6 @@ least 0.5 (as in LOST's code) with one of them. CorLoc of the whole image as the
 """
 
 import json
-import math
-import warnings
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +28,7 @@ from torchvision.ops import box_iou
 import utils
 from inspection import inputs, test_time_registers
 from inspection.annotations import Annotated, check_matches, entry_of, folder_of_images, index_of, read_annotations
-from inspection.objects import FEATURES, SAME, Found, lost, model_sizes, patch_features
+from inspection.objects import FEATURES, SAME, Found, discovered, model_sizes
 from inspection.objects_pages import boxes_pages, one_line, short
 from inspection.pages import write_pdf
 from loading.folders import image_files
@@ -92,11 +90,17 @@ def settings_and_scores(args, block, records) -> dict:
 
 def report(args, results, records):
     """Print CorLoc, and notes on what weakens it."""
-    one_sign = sum(r["degree"] <= 1 or r["degree"] == math.prod(r["grid"]) for r in records)
-    if 2 * one_sign > len(records):
+    arbitrary, centred = (sum(r[key] for r in records) for key in ("arbitrary", "centred"))
+    if centred:
+        kinds = " and ".join(sorted({r["features"] for r in records if r["centred"]}))
+        utils.say(
+            f"note: in {centred} of {len(records)} images all products of the features have one sign; there {kinds} "
+            f"less their mean over patches were taken"
+        )
+    if arbitrary:
         quartile = sum(r["quartile"] for r in records) / len(records)
         utils.say(
-            f"note: in {one_sign} of {len(records)} images the seed correlates with all patches, or with none, and is "
+            f"note: in {arbitrary} of {len(records)} images the seed correlates with all patches, or with none, and is "
             f"arbitrary; try other --features, or about --bias {-quartile:.3g}: a quarter of the products negative"
         )
     others = [r["name"] for r in records if r["verdict"] == OTHER_SIZE]
@@ -125,17 +129,16 @@ def discover(args):
     def examine(image):
         pixels = image.read()
         sized = model_for(*pixels.size)
-        features = patch_features(sized, pixels, data, block, args.features)
-        found = lost(features, sized.grid_size, args.k_patches, args.bias)
+        found = discovered(sized, pixels, data, block, args)
         records.append(record(image, entry_of(image.file, index), pixels.size, sized.grid_size, found))
         return records[-1], pixels
 
-    name = short(one_line(Path(args.model_path).name))
-    title = f"LOST on the {args.features} of block {block}, bias {args.bias:g}: {name}"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of names in other scripts; objects.json has them
-        there = inputs.readable(images, failed)
-        write_pdf(boxes_pages(there, len(images), examine, title, args), folder / "objects.pdf")
+    (name,) = inputs.names_of([args.model_path])
+    kinds = args.features or "keys, else values,"
+    bias = "" if args.bias is None else f" bias {args.bias:g},"
+    title = f"LOST on the {kinds} of block {block},{bias} {short(one_line(name))}"
+    there = inputs.readable(images, failed)
+    write_pdf(boxes_pages(there, len(images), examine, title, args), folder / "objects.pdf")
     results = settings_and_scores(args, block, records) | {"left_out": failed}
     lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
     content = f'{{"settings": {json.dumps(results, indent=1)},\n"images": [\n{lines}\n]}}\n'
@@ -150,13 +153,15 @@ def main(argv=None):
         description="Discover an object in each image with LOST; CorLoc where boxes are annotated."
     )
     flag = parser.add_argument
-    flag("--output_dir", default=".", help="folder for objects.json and objects.pdf")
+    flag("--output_dir", default="objects", help="folder for objects.json and objects.pdf")
     inputs.add_image_flags(parser)
     flag("--img_num", type=number(int, 0), nargs="+", default=[0], help="without images: these of the test set")
     flag("--annotations", metavar="PATH", help="COCO-style .json file, or a folder of VOC-style .xml files")
     flag("--layer_num", type=number(int), metavar="BLOCK", help="counted from 0 (default: the last one)")
-    flag("--features", choices=FEATURES, default="keys", help="of that block, all heads together")
-    flag("--bias", type=number(float), default=0.0, help="added to the products of the features")
+    flag("--features", choices=FEATURES, help="of that block, all heads together (default: keys, or values in images "
+         "where all products of the keys have one sign)")  # fmt: skip
+    flag("--bias", type=number(float), help="added to the products of the features (default: 0; where all have one "
+         "sign, the features' mean over patches is taken off instead)")  # fmt: skip
     flag(
         "--k_patches",
         type=number(int, 1),

@@ -19,15 +19,18 @@ from pathlib import Path
 import utils
 from inspection import inputs, maps, test_time_registers
 from inspection.class_maps import class_number
+from inspection.fitting import FITS, fitted
 from inspection.html import check_size, encode_image, packed_size, write_viewer
-from inspection.pages import draw_page, write_pages
+from inspection.map_pages import Look, draw_page, parts_of
+from inspection.pages import write_pages
 from utils import BadInput, number
 
 
 def check(args):
     """Raise BadInput for flags that contradict each other."""
     if args.format == "html":
-        given = [f"--{f}" for f in ("pages", "tokens", "patch", "scale", "compare", "overlay") if getattr(args, f)]
+        flags = ("pages", "tokens", "patch", "scale", "compare", "overlay", "log", "percentile", "heads")
+        given = [f"--{f}" for f in flags if getattr(args, f)]
         if given:
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
@@ -36,6 +39,8 @@ def check(args):
         raise BadInput("--test_time_registers is for one model; leave out --compare, or draw it twice")
     if args.target and "class" not in (args.pages or ()):
         raise BadInput("--target is the class of --pages class; add that, or leave out --target")
+    if args.fit == "native" and (args.format == "html" or args.patch):
+        raise BadInput("with --fit native each image has a grid of its own; leave out --format html and --patch")
     if args.compare and args.pages:
         raise BadInput("--compare has pages of its own; leave out --pages")
 
@@ -57,6 +62,9 @@ def load_all(args):
             )
         if "class" in args.pages and not model.num_classes:
             raise BadInput("--pages class: this model has no head, so no classes; leave out class")
+        wrong = [i for i in args.heads or () if i >= model.model_args["num_heads"]]
+        if wrong and not args.compare:
+            raise BadInput(f"--heads {wrong[0]}: this model has the heads 0..{model.model_args['num_heads'] - 1}")
         for x, y in args.patch or ():
             if not (x < gw and y < gh):
                 raise BadInput(f"--patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
@@ -68,14 +76,18 @@ def page_maker(args, loaded, blocks):
     patches, rollout = args.patch or [], "rollout" in args.pages
     models = [model for model, _, _ in loaded]
     if args.compare:
-        names = _short_names(args.compare)
+        names = inputs.names_of(args.compare)
         present = {kind for model in models for kind in maps.KINDS if maps.blocks_of(model, kind)}
         if not (set(args.tokens or maps.KINDS) & present or patches):
             raise BadInput(f"none of these models has {' or '.join(maps.WORDS[k] for k in args.tokens or maps.KINDS)}")
 
         def compared(image):
-            images = [maps.image_maps(model, data, image, blocks, patches, False) for model, data, _ in loaded]
-            return maps.compared_pages(names, models, images, args.tokens, blocks, patches, args.scale != "map")
+            of_models = [fitted(args.fit, model, data, image) for model, data, _ in loaded]
+            images = [maps.image_maps(*own, blocks, patches, False) for own in of_models]
+            sized = [model for model, _, _ in of_models]
+            return maps.compared_pages(
+                names, sized, images, args.tokens, blocks, patches, args.scale != "map", args.heads
+            )
 
         return compared
     model, data, _ = loaded[0]
@@ -85,20 +97,10 @@ def page_maker(args, loaded, blocks):
     targets = (targets or [None]) if "class" in args.pages else []
 
     def pages(image):
-        return maps.pages_of(
-            args.pages, maps.image_maps(model, data, image, blocks, patches, rollout, targets), tokens, blocks
-        )
+        seen = maps.image_maps(*fitted(args.fit, model, data, image), blocks, patches, rollout, targets)
+        return maps.pages_of(args.pages, seen, tokens, blocks, args.heads, *inputs.names_of([args.model_path]))
 
     return pages
-
-
-def _short_names(paths) -> list[str]:
-    """File names, with as many of their folders as it takes to make them different."""
-    for parts in range(1, max(len(Path(path).parts) for path in paths) + 1):
-        names = [str(Path(*Path(path).parts[-parts:])) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def draw(args, found, blocks, pages, failed):
@@ -107,17 +109,18 @@ def draw(args, found, blocks, pages, failed):
 
     rcParams["text.parse_math"] = False  # names of classes and files are not TeX
     folder = utils.writable_folder(args.output_dir)
-    shared = None
+    shared, look = None, Look(args.overlay, args.log, args.percentile)
     if args.scale == "shared":
-        shared = max(page.largest() for image in inputs.readable(found, failed) for page in pages(image))
+        shared = max(page.top(look.percentile) for image in inputs.readable(found, failed) for page in pages(image))
     for image in inputs.readable(found, failed):
         keys = []
 
         def figures(image=image, keys=keys):  # one at a time: a page takes megabytes
-            for page in pages(image):
-                vmax = {"map": None, "page": page.largest(), "shared": shared}[args.scale]
-                keys.append(page.key)
-                yield page.key, draw_page(page, args.overlay, vmax, "all pages" if shared else "this page")
+            for whole in pages(image):
+                vmax = {"map": None, "page": whole.top(look.percentile), "shared": shared}[args.scale]
+                for page in parts_of(whole):
+                    keys.append(page.key)
+                    yield page.key, draw_page(page, vmax, "all pages" if shared else "this page", look)
 
         stem = f"{'compared' if args.compare else 'attention'}_{image.name}"
         if args.format == "pdf":
@@ -176,6 +179,13 @@ def token_list(text):
     return tokens
 
 
+def head_list(text):
+    """An argparse type: 'all' -> None, 'mean' -> [], '0,3' -> [0, 3]."""
+    if text in ("all", "mean"):
+        return None if text == "all" else []
+    return [number(int, 0)(part) for part in text.split(",")]
+
+
 def parse(argv=None):
     """The checked flags, with the defaults that depend on other flags."""
     parser = utils.ArgumentParser(
@@ -214,7 +224,21 @@ def parse(argv=None):
         "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, instead of --model_path; flags "
         "for a bare state dict take one value, or one per file",
     )  # fmt: skip
-    parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
+    parser.add_argument(
+        "--overlay", action="store_true", help="over the greyed image, the more opaque the more attention"
+    )
+    parser.add_argument("--log", action="store_true", help="a logarithmic colour scale")
+    parser.add_argument(
+        "--percentile", type=number(float, 50, 100), help="of the values of a map, or of all maps with one scale: the "
+        "top of the scale (99)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heads", type=head_list, metavar="HEADS", help="mean, all (and the mean), or numbers: 0,3,5 (all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fit", choices=FITS, default="crop", help="of images of another shape: crop, the middle, as the model was "
+        "tested; pad, the whole with bars; native, the whole in its own shape, positions resampled",
+    )  # fmt: skip
     parser.add_argument(
         "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
     )
@@ -226,6 +250,7 @@ def parse(argv=None):
     whole = args.format == "html" or not set(args.pages) & {"heads", "tokens"}
     args.layer_num = args.layer_num or (["all"] if whole else [2])
     args.scale = args.scale or ("page" if args.compare else "map")
+    args.percentile = args.percentile or 99
     return args
 
 

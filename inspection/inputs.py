@@ -24,6 +24,7 @@ from models_dynamic import DynamicViT
 from utils import BadInput, RunFailed, number
 
 STATE_DICT_FLAGS = ("num_heads", "cls_pos", "reg_pos", "dist_pos", "weights_key")  # only a bare state dict needs them
+DEFAULT_MODEL = "best_model.pth"
 DISPLAY_SIDE = 512  # pixels of the longer side of an image on a page
 NAME = 100  # bytes of an image's name in the names of files; they may have 255, with block and token
 
@@ -36,17 +37,42 @@ class InputImage:
     in_memory: bool = False  # of a data set that training holds in memory, where images are resized and not cropped
     file: Path | None = None  # None: an image of the data set
     number: int | None = None  # there
+    whole: tuple[int, int] | None = None  # width and height, of an image that was padded
 
     @property
     def title(self) -> str:
         return self.file.name if self.file else self.name
 
 
+def model_file(path: str) -> str:
+    """An argparse type: the default's file is also looked for where cifar_main.py writes it."""
+    written = Path("models") / DEFAULT_MODEL
+    if path == DEFAULT_MODEL and not os.path.exists(path) and written.exists():
+        utils.say(f"there is no {path} here: taking {written}")
+        return str(written)
+    return path
+
+
+def names_of(paths) -> list[str]:
+    """Of checkpoints, with as many of their folders as tell them apart, and what is telling if there is only one.
+
+    Many a model is called best_model.pth.
+    """
+    if any(str(path).startswith(SOURCES) for path in paths):
+        return [str(path) for path in paths]
+    parts = [Path(path).absolute().parts for path in paths]
+    for n in range(2, max(map(len, parts)) + 1):
+        names = [str(Path(*own[-n:])) for own in parts]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
 def add_checkpoint_flags(parser, several=False):
     """Which checkpoint, and what a bare state dict lacks; `several`: flags take a value per file (`flags_for_file`)."""
     parser.add_argument(
-        "--model_path", default="best_model.pth", metavar="MODEL", help="checkpoint of this project, state dict, or "
-        "a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER",
+        "--model_path", default=DEFAULT_MODEL, type=model_file, metavar="MODEL", help="checkpoint of this project, "
+        "state dict, or a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER",
     )  # fmt: skip
     parser.add_argument(
         "--weights", metavar="FILE", nargs="+" if several else None,

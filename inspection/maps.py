@@ -10,6 +10,7 @@ import utils
 from inspection import inputs
 from inspection.attention import maps_of, rollout_of, watch_calls
 from inspection.class_maps import grad_cam, relevance
+from inspection.fitting import how_fitted
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, token_name
 from tokens.layout import blocks_with
 from utils import BadInput
@@ -37,7 +38,8 @@ class ImageMaps:
     """One image under one model."""
 
     shown: Tensor  # (3, ., .) uint8
-    caption: str
+    caption: str  # its class and the prediction
+    about: str  # its name, and what of it the model sees
     maps: dict[int, dict[str, Tensor]]  # block -> key of a token -> (H, gh, gw)
     rollout: dict[int, dict[str, Tensor]]  # the same with H = 1
     classes: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # class -> method -> (gh, gw)
@@ -88,7 +90,7 @@ def kinds_to_draw(model, blocks, asked) -> list[str]:
         if asked or not present:
             raise BadInput(f"nothing to draw for {kind!r} {at}: {problem}; ask for {instead}")
         if there[kind] and kind != "pool":
-            utils.say(f"note: {problem}; it is not drawn {at}")
+            utils.say(f"note: {problem}; it is not drawn {at}, but with --layer_num {there[kind][-1]}")
     return [kind for kind in present if kind in (asked or KINDS)]
 
 
@@ -151,14 +153,21 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
         {i: {key: heads[0].cpu() for key, heads in tokens.items()} for i, tokens in of_blocks.items()}
         for of_blocks in (found, rolled)
     )
-    return ImageMaps(shown, "\n".join(lines), found, rolled, classes)
+    about = f"image: {utils.printable(image.title)}, {how_fitted(image, pixels, data)}"
+    return ImageMaps(shown, "\n".join(lines), about, found, rolled, classes)
 
 
-def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
-    """The pages of one image under one model."""
+def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, heads=None, name=""):
+    """The pages of one image under one model.
+
+    Args:
+        heads: numbers of heads to draw; None: the mean over heads, and each; []: only the mean.
+        name: of the model, for the head of each page.
+    """
+    about = f"model: {utils.printable(name)}; {seen.about}"
 
     def row(token, block, label):
-        return Row(label, seen.shown, _cells(token, seen.maps[block], block))
+        return Row(label, seen.shown, _cells(token, seen.maps[block], block, heads))
 
     def there(token, block):  # attention pooling is a block of its own, and the tokens have no rows there
         return ("pool" in seen.maps[block]) == (token.key == "pool")
@@ -168,17 +177,17 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
             for token in tokens:
                 if token.key in seen.maps[block]:
                     rows = [row(token, block, "")]
-                    yield Page(f"block{block}_{token.key}", _title(token, block), rows, seen.caption)
+                    yield Page(f"block{block}_{token.key}", _title(token, block), rows, seen.caption, about)
     if "blocks" in kinds_of_pages:
         for token in tokens:
             rows = [row(token, block, f"block {block}") for block in blocks if there(token, block)]
-            yield Page(f"blocks_{token.key}", f"{_title(token)} through the blocks", rows, seen.caption)
+            yield Page(f"blocks_{token.key}", f"{_title(token)} through the blocks", rows, seen.caption, about)
     if "tokens" in kinds_of_pages:
         for block in blocks:
             rows = [row(token, block, token.name) for token in tokens if there(token, block)]
             if not rows:
                 continue
-            yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, seen.caption)
+            yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, seen.caption, about)
     if "rollout" in kinds_of_pages:
         rows = []
         for token in tokens:
@@ -188,13 +197,13 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks):
                 for block, m in maps.items()
             ]
             rows.append(Row(token.name, seen.shown, cells))
-        yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, ROLLOUT)
+        yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, about, ROLLOUT)
     if "class" in kinds_of_pages:
         rows = [
             Row(name if len(seen.classes) > 1 else "", seen.shown, [MapCell(n, m) for n, m in maps.items()])
             for name, maps in seen.classes.items()
         ]
-        yield Page("class", f"What speaks for: {', '.join(seen.classes)}", rows, seen.caption, CLASS)
+        yield Page("class", f"What speaks for: {', '.join(seen.classes)}", rows, seen.caption, about, CLASS)
 
 
 def _title(token, block=None):
@@ -212,16 +221,17 @@ def _absent(token, block) -> str:
     return f"absent: left at block {token.blocks[-1] + 1}" if block > token.blocks[-1] else "absent: only CLS attends"
 
 
-def _cells(token, maps, block) -> list[MapCell]:
-    """The mean over heads, and each head; one empty cell for a token that is absent."""
+def _cells(token, maps, block, chosen=None) -> list[MapCell]:
+    """The mean over heads, and each head, or those of them that are chosen; one empty cell for an absent token."""
     heads = maps.get(token.key)
     if heads is None:
         return [MapCell("", None, _absent(token, block))]
-    named = [("mean over heads", heads.mean(dim=0)), *((f"head {i}", head) for i, head in enumerate(heads))]
+    named = [] if chosen else [("mean over heads", heads.mean(dim=0))]
+    named += [(f"head {i}", heads[i]) for i in (range(len(heads)) if chosen is None else chosen) if i < len(heads)]
     return [MapCell(name, attention, mark=token.mark) for name, attention in named]
 
 
-def compared_pages(names, models, images, asked, blocks, patches, one_scale):
+def compared_pages(names, models, images, asked, blocks, patches, one_scale, heads=None):
     """The same image, block and token under several models, one per row.
 
     `one_scale`: models with different numbers of patches are shown as attention times that number; in per cent, the
@@ -237,6 +247,6 @@ def compared_pages(names, models, images, asked, blocks, patches, one_scale):
             for label, seen, tokens in zip(names, images, of_models):
                 token = tokens.get(key) or Token(key, name, [])
                 predicted = seen.caption.split("\n")[-1]
-                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block], block)))
+                rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block], block, heads)))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
-            yield Page(f"block{block}_{key}", title, rows, colour=colour)
+            yield Page(f"block{block}_{key}", title, rows, about=images[0].about, colour=colour)

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.ndimage
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 import utils
-from checkpoints.models import at_size
 from datasets import normalise
 from inspection.attention import projections
+from inspection.fitting import fitting_size, sized
 from utils import BadInput
 
 SAME = 0.5  # intersection over union from which an object is found
@@ -30,6 +29,9 @@ class Found:
     similar: int  # patches that expand the seed, itself among them
     component: int  # patches of the object
     quartile: float  # a quarter of the products of features are below this, before the bias
+    arbitrary: bool  # the seed correlates with all patches, or with none but itself
+    features: str = ""  # one of `FEATURES`
+    centred: bool = False  # the features' mean over patches was taken off
 
 
 def lost(features: Tensor, grid: tuple[int, int], k_patches=100, bias=0.0) -> Found:
@@ -60,7 +62,28 @@ def lost(features: Tensor, grid: tuple[int, int], k_patches=100, bias=0.0) -> Fo
         seed=(column, row), degree=int(degrees[seed]), similar=len(similar), component=len(rows),
         box=(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1),
         quartile=float(products.flatten().kthvalue(math.ceil(products.numel() / 4)).values) - bias,
+        arbitrary=int(degrees[seed]) <= 1 or int(degrees[seed]) == len(features),
     )  # fmt: skip
+
+
+def discovered(model, image, data, block, args) -> Found:
+    """LOST on a PIL image, with a rule for what LOST assumes, that object and background differ in sign.
+
+    With --bias, or where the seed is not arbitrary without it: as in the paper, on the keys or --features. Else a
+    component that all patches share has to go: their mean is taken off, of --features or the values. Of DINOv2's keys
+    and values that leaves the fewest boxes that are the whole image; see docs/ANALYSIS.md.
+    """
+
+    def search(kind, centred=False):
+        features = patch_features(model, image, data, block, kind)
+        features = features - features.mean(dim=0) if centred else features
+        found = lost(features, model.grid_size, args.k_patches, args.bias or 0.0)
+        return replace(found, features=kind, centred=centred)
+
+    found = search(args.features or "keys")
+    if args.bias is None and found.arbitrary:
+        found = search(args.features or "values", centred=True)
+    return found
 
 
 def model_sizes(model, args) -> Callable:
@@ -73,20 +96,13 @@ def model_sizes(model, args) -> Callable:
         flag = "--input_size" if args.input_size else "--max_side"
         raise BadInput(f"{longer} pixels are less than two patches; give {flag} {2 * max(patch)} or more")
 
-    @lru_cache(maxsize=4)
     def resized(size):
         try:
-            return model.at_size(size) if hasattr(model, "at_size") else at_size(model, size)
+            return sized(model)(size)
         except ValueError as error:
             raise BadInput(f"--max_side {longer}: {error}") from None
 
     return lambda *size: model if args.input_size else resized(fitting_size(*size, longer, patch))
-
-
-def fitting_size(width, height, longer, patch) -> tuple[int, int]:
-    """(h, w) in whole patches, nearest to the image's shape with `longer` pixels on its longer side."""
-    scale = longer / max(width, height)
-    return tuple(max(1, round(side * scale / p)) * p for side, p in zip((height, width), patch))
 
 
 def patch_features(model, image, data, block, kind) -> Tensor:

@@ -36,16 +36,18 @@ def draw_boxes_page(title, shown, annotated):
     figure, head = Figure(figsize=(page_w, page_h)), 1 - 0.25 / page_h
     figure.text(0.15 / page_w, head, title, fontsize=10, weight="bold", va="center", parse_math=False)
     lines = [Line2D([], [], color=BOX, lw=2, label="discovered box")]
+    lines += [Line2D([], [], color=BOX, lw=2, ls=":", label="arbitrary")] * any(r["arbitrary"] for r, _ in shown)
     lines += [Line2D([], [], color=TRUTH, lw=2, ls="--", label="annotated box")] * annotated
     lines += [Line2D([], [], color=SEED, marker="s", ls="", mec="black", label="seed patch")]
-    figure.legend(handles=lines, loc="center right", bbox_to_anchor=(1, head), ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles=lines, loc="center right", bbox_to_anchor=(1, head), ncols=4, fontsize=8, frameon=False)
     for i, (result, image) in enumerate(shown):
         row, column = divmod(i, COLUMNS)
         left, bottom = 0.15 + column * cell_w, page_h - 0.4 - (row + 1) * cell_h
         axes = figure.add_axes((left / page_w, bottom / page_h, 2.7 / page_w, 2.3 / page_h))
         draw_boxes(axes, result, image)
         score = "" if result["best_iou"] is None else f", IoU {result['best_iou']:.2f}"
-        words = short(result["name"]) + f"\n{result['verdict']}{score}" * annotated
+        words = short(result["name"]) + ": arbitrary" * result["arbitrary"]
+        words += f"\n{result['verdict']}{score}" * annotated
         axes.set_title(words, fontsize=7.5, loc="left", parse_math=False)
     return figure
 
@@ -64,7 +66,7 @@ def draw_boxes(axes, result, image):
     axes.set_axis_off()
     seed = (x * width / gw, y * height / gh, (x + 1) * width / gw, (y + 1) * height / gh)
     styles = [(seed, SEED, "-", 1), *((box, TRUTH, "--", 1.4) for box in result["annotated"])]
-    for box, colour, style, thick in [*styles, (result["box"], BOX, "-", 1.8)]:
+    for box, colour, style, thick in [*styles, (result["box"], BOX, ":" if result["arbitrary"] else "-", 1.8)]:
         outline = Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, ec=colour, ls=style, lw=thick)
         outline.set_path_effects([withStroke(linewidth=thick + 1, foreground="black", alpha=0.5)])
         axes.add_patch(outline)

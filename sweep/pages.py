@@ -9,7 +9,8 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
-from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, draw_page, headed_figure, write_pdf
+from inspection.map_pages import draw_page
+from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, headed_figure, write_pdf
 from loading.memory import MemoryLoader
 from sweep import results
 from sweep.cells import GridCell, describe_cls
@@ -34,7 +35,7 @@ def draw_sweep(folder, data: ImageData, about: str, measure="accuracy", halved=N
     found = predictions(records)
     figures += [prediction_page(found, about)] if found["cells"] else []
     page = attention_page(folder, records, summary, data) if summary["best"] else None
-    figures += [] if page is None else [draw_page(page, vmax=page.largest())]
+    figures += [] if page is None else [draw_page(page, vmax=page.top())]
     write_pdf(iter(figures), folder / "sweep.pdf")
     utils.write_atomically(folder / "sweep.png", lambda file: figures[0].savefig(file, format="png", dpi=130))
 

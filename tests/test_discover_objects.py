@@ -8,15 +8,15 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from pypdf import PdfReader
 
-import discover_objects
 import utils
 from checkpoints.files import save_checkpoint
 from checkpoints.models import at_size
 from conftest import run, tiny
 from discover_objects import main
-from inspection import objects
+from inspection import fitting, objects
 from inspection.annotations import entry_of, index_of, read_annotations
-from inspection.objects import fitting_size, lost
+from inspection.fitting import fitting_size
+from inspection.objects import lost
 
 DATA = {"name": "FOLDER", "classes": list("abcde"), "input_size": (32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
 SCENES = {  # name: size of the image, box of the object
@@ -277,7 +277,7 @@ def test_boxes_and_corloc_of_a_coco_file(checkpoint, scenes, tmp_path, capsys):
     assert settings["corloc_of_whole_image"] == 0
     (page,) = PdfReader(tmp_path / "new" / "objects.pdf").pages
     words = page.extract_text()
-    assert "LOST on the keys of block 3, bias 0: m.pth" in words
+    assert "LOST on the keys, else values, of block 3" in words
     assert all(name in words for name in SCENES)
     assert all(label in words for label in ("discovered box", "annotated box", "seed patch", "found, IoU 1.00"))
 
@@ -338,15 +338,20 @@ def test_patches_are_cut_by_the_layout(scenes, tmp_path, capsys, cls_pos, reg_po
 
 def test_features_and_bias(checkpoint, scenes, tmp_path, capsys):
     argv = flags(checkpoint, tmp_path, "--image_path", scenes, "--features", "queries")
-    _, out, _ = run(main, argv, capsys)
+    _, out, _ = run(main, [*argv, "--bias", "0"], capsys)
     assert "note: in 4 of 4 images the seed correlates with all patches" in out
     assert "no CorLoc" not in out
     _, images = result(tmp_path)
     assert images["square.png"]["box"] == [0, 0, 64, 64]
-    assert images["square.png"]["degree"] == 64
-    _, out, _ = run(main, [*argv, "--bias", "-25"], capsys)
-    assert "note" not in out
-    assert all(close(image["box"], name) for name, image in result(tmp_path)[1].items())
+    assert images["square.png"]["degree"] == 64 and images["square.png"]["arbitrary"]
+    (page,) = PdfReader(tmp_path / "new" / "objects.pdf").pages
+    assert page.extract_text().count(": arbitrary") == 4
+    for more in (["--bias", "-25"], []):  # by hand, and by the rule: without what all patches share
+        _, out, _ = run(main, [*argv, *more], capsys)
+        assert ("there queries less their mean over patches" in out) == (not more) and "arbitrary" not in out
+        found = result(tmp_path)[1]
+        assert all(close(image["box"], name) for name, image in found.items())
+        assert {(image["features"], image["centred"]) for image in found.values()} == {("queries", not more)}
 
 
 def test_shapes_and_weights_of_the_models(checkpoint, scenes, tmp_path, capsys, monkeypatch):
@@ -358,7 +363,7 @@ def test_shapes_and_weights_of_the_models(checkpoint, scenes, tmp_path, capsys, 
         assert other.blocks[0].attn.qkv.weight.data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
         return other
 
-    monkeypatch.setattr(objects, "at_size", kept)
+    monkeypatch.setattr(fitting, "at_size", kept)
     argv = flags(checkpoint, tmp_path, "--image_path", scenes)
     assert run(main, [*argv, "--max_side", "64"], capsys)[0] == 0
     assert sizes == [(64, 40), (36, 64), (64, 64), (32, 64)]  # in the order of names
@@ -434,7 +439,7 @@ def test_bad_input_is_found_before_anything_is_written(checkpoint, scenes, tmp_p
     (tmp_path / "strange.json").write_text(json.dumps(coco({"other.png": (4, 4)}, [])))
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "odd.png").write_bytes((scenes / "odd.png").read_bytes())
-    monkeypatch.setattr(discover_objects, "patch_features", lambda *_: pytest.fail("an image was looked at"))
+    monkeypatch.setattr(objects, "patch_features", lambda *_: pytest.fail("an image was looked at"))
     argv = flags(checkpoint, tmp_path, "--image_path", scenes, *more.format(*[tmp_path] * 3).split())
     status, _, err = run(main, argv, capsys)
     assert status == 2

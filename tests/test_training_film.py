@@ -215,7 +215,7 @@ def test_one_scale_a_token_and_not_too_many_frames(whole, tmp_path, monkeypatch)
     drawn = []
 
     def kept(page, **kwargs):
-        drawn.append((page.key, page.largest(), kwargs["vmax"]))
+        drawn.append((page.key, page.top(), kwargs["vmax"]))
         return draw_page(page, **kwargs)
 
     draw_page = film.draw_page

@@ -15,7 +15,8 @@ from torch import Tensor
 import utils
 from datasets import denormalise, resize
 from inspection import inputs
-from inspection.pages import ATTENTION, MapCell, Page, Row, by_token, draw_page, token_name, write_pdf
+from inspection.map_pages import draw_page
+from inspection.pages import ATTENTION, MapCell, Page, Row, by_token, token_name, write_pdf
 from loading.files import FileLoader
 from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
@@ -70,7 +71,7 @@ class Film:
         saved, file = self._maps_and_captions(epoch), self._file(epoch)
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
         pages = [_page(saved, key, self.args.epochs) for key in _tokens(saved)]
-        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.largest())) for page in pages])
+        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.top())) for page in pages])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
 
@@ -193,7 +194,7 @@ def write_film(args):
         from PIL import Image
 
         for key in keys:
-            vmax, frames = max(page.largest() for page in pages(key)), []
+            vmax, frames = max(page.top() for page in pages(key)), []
             for i, page in enumerate(pages(key)):
                 figure = draw_page(page, vmax=vmax, scope="all epochs")
                 yield figure

@@ -1,0 +1,50 @@
+"""Fonts for names in any script: an installed one that has the characters, or the escaped name."""
+
+from functools import cache
+
+PLAIN = "DejaVu Sans"  # comes with matplotlib
+
+
+def drawable(text: str) -> str:
+    r"""`text` without what no font here can draw: 猫 is \u732b where there is no font for it."""
+    if text.isascii():
+        return text
+    known = frozenset().union(*map(_glyphs, fonts_of(text)))
+    return "".join(c if c == "\n" or ord(c) in known else ascii(c)[1:-1] for c in text)
+
+
+def fonts_of(text: str) -> list[str]:
+    """Installed families that have the characters of `text` between them, as far as there are any."""
+    fonts, lacking = [PLAIN], {ord(c) for c in text if c.isprintable()} - _glyphs(PLAIN)
+    while lacking:
+        family = _family_with(min(lacking))
+        fonts += [family] if family else []
+        lacking -= _glyphs(family) if family else {min(lacking)}
+    return fonts
+
+
+def use_fonts(figure):
+    """Give each text of a figure fonts that have its characters, and escape what none has; returns the figure."""
+    from matplotlib.text import Text
+
+    for artist in figure.findobj(Text):
+        text = artist.get_text()
+        if not text.isascii():
+            artist.set_text(drawable(text))
+            artist.set_fontfamily(fonts_of(text))
+    return figure
+
+
+@cache
+def _glyphs(family) -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties(family=[family]))).get_charmap())  # a name may have a "-"
+
+
+@cache
+def _family_with(character) -> str | None:
+    from matplotlib.font_manager import fontManager
+
+    names = (font.name for font in fontManager.ttflist if not font.name.startswith("Last Resort"))  # draws boxes
+    return next((name for name in names if character in _glyphs(name)), None)

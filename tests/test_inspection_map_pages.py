@@ -1,0 +1,174 @@
+"""How pages of maps are laid out and coloured, how images are fitted, and names in any script."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pypdf import PdfReader
+
+import visualize_attention
+from checkpoints.files import load_checkpoint, save_checkpoint
+from checkpoints.models import at_size, model_from_checkpoint
+from conftest import run, tiny
+from datasets import eval_transform
+from inspection import fonts, inputs
+from inspection.map_pages import Look, draw_page, parts_of
+from inspection.pages import MapCell, Page, Row
+from visualize_attention import main
+
+MEAN = {"mean": [0.5, 0.25, 0], "std": [0.25] * 3}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = tiny(img_size=16, cls_pos=2, reg_pos=1, num_register_tokens=2)
+    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (16, 16), **MEAN}
+    (tmp_path / "late").mkdir()
+    file = tmp_path / "late" / "best_model.pth"
+    save_checkpoint(file, {"model": model.state_dict(), "model_args": model.model_args, "data": data})
+    return file
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """80 x 40 pixels: red at the left, blue at the right."""
+    image = Image.new("RGB", (80, 40), "red")
+    image.paste("blue", (40, 0, 80, 40))
+    image.save(tmp_path / "wide.png")
+    return tmp_path / "wide.png"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    pages = {}
+
+    def kept(page, *others):
+        pages[page.key] = (page, draw_page(page, *others))
+        return pages[page.key][1]
+
+    monkeypatch.setattr(visualize_attention, "draw_page", kept)
+    return pages
+
+
+def flags(checkpoint, image, folder, *more):
+    return ["--model_path", checkpoint, "--image_path", image, "--output_dir", folder, "--device", "cpu", *more]
+
+
+def words_of(figure) -> str:
+    return " ".join(" ".join(text.get_text().split()) for text in figure.texts)
+
+
+def test_native_shape(checkpoint, wide, tmp_path, capsys, drawn):
+    status, _, err = run(main, flags(checkpoint, wide, tmp_path, "--fit", "native"), capsys)
+    assert status == 0, err
+    page, figure = drawn["block2_cls"]
+    assert page.rows[0].cells[0].map.shape == (2, 4)
+    assert "late/best_model.pth; image: wide.png, whole image of 80 x 40 pixels" in words_of(figure)
+    model = at_size(model_from_checkpoint(load_checkpoint(checkpoint)), (8, 16))
+    pixels = Image.open(wide).resize((16, 8), Image.Resampling.BICUBIC)
+    images = eval_transform(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None], {"input_size": (8, 16), **MEAN})
+    expected = model.attention_maps(images, [2])[2].cls[0]
+    found = torch.stack([cell.map for cell in page.rows[0].cells[1:]])
+    assert torch.allclose(found, expected, atol=1e-6)
+    for more in (["--patch", "1,1"], ["--format", "html"]):
+        status, _, err = run(main, flags(checkpoint, wide, tmp_path, "--fit", "native", *more), capsys)
+        assert status == 2 and "leave out --format html and --patch" in err
+
+
+def test_the_whole_image_with_bars(checkpoint, wide, tmp_path, capsys, drawn):
+    assert run(main, flags(checkpoint, wide, tmp_path, "--fit", "pad"), capsys)[0] == 0
+    page, figure = drawn["block2_cls"]
+    shown = page.rows[0].shown
+    assert shown.shape == (3, 80, 80)
+    assert shown[:, 5, 5].tolist() == shown[:, 75, 75].tolist() == [128, 64, 0]  # the mean: 0 for the model
+    assert shown[:, 40, 5].tolist() == [255, 0, 0] and shown[:, 40, 75].tolist() == [0, 0, 255]
+    assert "padded from 80 x 40 pixels" in words_of(figure)
+    assert run(main, flags(checkpoint, wide, tmp_path), capsys)[0] == 0
+    assert "centre crop of 80 x 40 pixels" in words_of(drawn["block2_cls"][1])
+
+
+def test_chosen_heads(checkpoint, wide, tmp_path, capsys, drawn):
+    for given, names in (("2,0", ["head 2", "head 0"]), ("mean", ["mean over heads"])):
+        assert run(main, flags(checkpoint, wide, tmp_path, "--heads", given), capsys)[0] == 0
+        assert [cell.name for cell in drawn["block2_cls"][0].rows[0].cells] == names
+    for given, problem in (("3", "--heads 3: this model has the heads 0..2"), ("x", "'x' is not a whole number")):
+        status, _, err = run(main, flags(checkpoint, wide, tmp_path / "new", "--heads", given), capsys)
+        assert status == 2 and problem in err
+
+
+def test_the_top_of_the_scale_and_logarithms():
+    attention = torch.arange(1, 101.0).reshape(10, 10) / 5050
+    page = Page(
+        "cls", "Class token", [Row("", torch.zeros(3, 40, 40, dtype=torch.uint8), [MapCell("head 0", attention)])]
+    )
+    figure = draw_page(page, look=Look(percentile=50))
+    picture = figure.axes[1].images[0]
+    assert picture.norm.vmax == pytest.approx(100 * 50.5 / 5050)
+    assert "the 50th percentile of the values; larger ones have its colour" in words_of(figure)
+    figure = draw_page(page, look=Look(log=True))
+    norm, scale = figure.axes[1].images[0].norm, figure.axes[2]
+    assert [round(float(norm(value)), 4) for value in (100 / 50.5, 10 / 50.5, 0.1 / 50.5, 0)] == [1, 0.6667, 0, 0]
+    assert [label.get_text() for label in scale.get_yticklabels()] == ["0.002%", "0.02%", "0.2%", "2%"]
+    assert "Logarithmic" in words_of(figure)
+
+
+def test_over_the_image_opacity_grows_with_attention():
+    attention, shown = torch.tensor([[0.0, 0.1], [0.2, 0.4]]), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    shown[0] = 200  # red
+    figure = draw_page(Page("cls", "", [Row("", shown, [MapCell("head 0", attention)])]), look=Look(overlay=True))
+    photo, over = figure.axes[1].images
+    assert np.ptp(photo.get_array(), axis=-1).max() == 0  # grey
+    assert over.get_alpha() == pytest.approx(np.array([[0, 0.2], [0.4, 0.8]]))
+
+
+def test_many_rows_are_several_pages():
+    shown, cells = torch.zeros(3, 8, 8, dtype=torch.uint8), [MapCell(f"head {i}", torch.rand(2, 2)) for i in range(17)]
+    page = Page("blocks_cls", "Class token", [Row(f"block {i}", shown, cells) for i in range(24)])
+    parts = parts_of(page)
+    assert [row.label for part in parts for row in part.rows] == [row.label for row in page.rows]
+    assert [part.key for part in parts] == [f"blocks_cls_{n}" for n in range(1, len(parts) + 1)]
+    assert parts[0].title == f"Class token (1 of {len(parts)})"
+    for part in parts:
+        figure = draw_page(part)
+        width, height = figure.get_size_inches()
+        assert sorted((width, height)) < [8.28, 11.7] and max(width, height) <= 11.7
+        sides = [axes.get_position().width * width for axes in figure.axes[1:]]
+        assert min(sides) >= 0.55
+    assert parts_of(Page("x", "", page.rows[:2])) == [Page("x", "", page.rows[:2])]
+
+
+def test_a_default_model_where_training_writes_it(checkpoint, wide, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = flags(checkpoint, wide, "pages")[2:]
+    assert run(main, argv, capsys)[0] == 2
+    os.renames(checkpoint, tmp_path / "models" / "best_model.pth")
+    status, out, err = run(main, argv, capsys)
+    assert status == 0, err
+    assert "there is no best_model.pth here: taking models/best_model.pth" in out
+    text = " ".join(PdfReader(tmp_path / "pages" / "attention_wide_block2.pdf").pages[0].extract_text().split())
+    assert "model: models/best_model.pth" in text
+
+
+def test_names_that_tell_models_apart():
+    assert inputs.names_of(["a/best_model.pth"]) == ["a/best_model.pth"]
+    assert inputs.names_of(["x/a/m.pth", "y/a/m.pth"]) == ["x/a/m.pth", "y/a/m.pth"]
+    assert inputs.names_of(["timm:vit", "a/m.pth"]) == ["timm:vit", "a/m.pth"]
+
+
+def test_characters_that_no_font_has_are_escaped(monkeypatch):
+    monkeypatch.setattr(fonts, "_family_with", lambda character: None)
+    assert fonts.drawable("héllo 猫") == "héllo \\u732b"
+    monkeypatch.setattr(fonts, "_family_with", lambda character: "Fake" if character == ord("猫") else None)
+    monkeypatch.setattr(fonts, "_glyphs", lambda family: frozenset(map(ord, "猫")) if family == "Fake" else frozenset())
+    assert fonts.fonts_of("猫犬") == [fonts.PLAIN, "Fake"]
+    assert fonts.drawable("猫犬") == "猫\\u72ac"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_page_with_such_names(checkpoint, wide, tmp_path, capsys):
+    (tmp_path / "猫").mkdir()
+    wide = wide.rename(tmp_path / "猫" / "犬.png")
+    status, _, err = run(main, flags(checkpoint, wide, tmp_path / "new", "--format", "png"), capsys)
+    assert status == 0, err

@@ -59,6 +59,7 @@ OF_BOTH = {
     ("lr", 0.5): lambda seen: max(rates(seen, 30)) > 0.01,
     ("weight_decay", 5): lambda seen: group(seen)["weight_decay"] == 5 and seen["optimizer"].state,
     ("weight_decay", 0): lambda seen: group(seen)["weight_decay"] == 0 and seen["optimizer"].state,
+    ("layer_decay", 0.5): lambda seen: group(seen)["lr_scale"] == 1 / 16 and not seen["optimizer"].state,
     ("warmup_epochs", 1.5): lambda seen: rates(seen, 4) == sorted(rates(seen, 4)),
     ("smoothing", 0.3): lambda seen: seen["mixup"].label_smoothing == 0.3,
     ("mixup", 0.3): lambda seen: seen["mixup"].mixup_alpha == 0.3,

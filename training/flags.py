@@ -86,6 +86,10 @@ def add_training_flags(group):
     group.add_argument("--opt", help="timm's name of an optimizer")
     group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
     group.add_argument(
+        "--layer_decay", type=number(float, 0, 1, above=0), metavar="D", help="multiply --lr by D for each layer "
+        "between a parameter and the head, as in BEiT",
+    )  # fmt: skip
+    group.add_argument(
         "--warmup_epochs",
         type=number(float, 0),
         help="linear warm-up (default: a tenth of --epochs, or a recipe's less)",

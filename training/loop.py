@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from checkpoints.files import save_checkpoint
-from engine import NotFinite, Position, TrainingStep, evaluate, train_one_epoch
+from engine import NotFinite, Position, TrainingStep, evaluate, peak_rate, train_one_epoch
 from training import run_folder
 from training.film import Film
 from training.run_log import RunLogger, environment, plain_args
@@ -233,7 +233,7 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     """One epoch's record in the log. With EMA, `val_*` are those of the EMA weights, which are what is saved."""
     metrics = {
         "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"],
-        "lr": step.optimizer.param_groups[0]["lr"], "grad_norm": trained["grad_norm"],
+        "lr": peak_rate(step.optimizer), "grad_norm": trained["grad_norm"],
         "seconds": round(trained["seconds"], 3), "images_per_s": round(trained["images"] / trained["seconds"], 1),
         "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(run.device), 1),
     }  # fmt: skip

@@ -54,7 +54,10 @@ def make_optimizer(model, args, batches):
     has_fused = ("adam", "adamw") if args.fsdp else ("adam", "adamw", "sgd")  # FSDP2's shares: not SGD (torch 2.14)
     fused = {"fused": True} if args.opt in has_fused and device.type in ("cpu", "cuda") else {}
     try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
-        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, **fused)
+        optimizer = create_optimizer_v2(
+            model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, layer_decay=args.layer_decay,
+            **fused,
+        )  # fmt: skip
     except (ValueError, AssertionError) as error:
         raise BadInput(f"--opt {args.opt}: {error}") from None
     if not args.weight_decay:

@@ -105,7 +105,7 @@ def test_the_same_command_twice_has_the_same_log_and_weights(tmp_path, expected)
     assert differences(expected, faults.undisturbed(tmp_path)) == []
 
 
-@pytest.mark.parametrize("more", [[], ["--ema", "0.9"], ["--layer_decay", "0.7"]])
+@pytest.mark.parametrize("more", [[], ["--ema", "0.9"], ["--layer_decay", "0.7"], ["--balance", "sampler"]])
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatch, capsys, more):
     argv = [*DIGITS, *more, "--epochs", "4", "--drop_path", "0.2"]
     assert run(cifar_main.main, [*argv, "--model_path", tmp_path / "a" / "m.pth"], capsys)[0] == 0

@@ -132,6 +132,10 @@ def add_data_flags(group):
         "--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out"
     )
     add_max_pixels(group)
+    group.add_argument(
+        "--balance", choices=("none", "sampler", "loss"), default="none", help="for classes of unequal size, all of "
+        "which are to count alike: draw the images of a small class more often, or weight their loss",
+    )  # fmt: skip
     group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for digits)")
     group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
     group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")

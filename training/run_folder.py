@@ -31,7 +31,7 @@ MAY_DIFFER = (
 )  # fmt: skip
 MAY_GROW = ("epochs", "warmup_epochs")  # may change, and that is reported
 # What decides which images are in which batch: the same within an epoch.
-DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
+DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed", "balance")
 
 
 class InUse(BadInput):

@@ -9,6 +9,7 @@ from loading.decode import add_max_pixels
 from models_dynamic import SIZES
 from tokens.blocks import STEMS
 from tokens.layout import MODES, all_alike
+from training.log_to import add_log_flags, check_packages
 from utils import BadInput, number
 
 # Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
@@ -107,7 +108,7 @@ def add_training_flags(group):
     )  # fmt: skip
     group.add_argument("--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too")
     group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
-    group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+    add_log_flags(group)
     group.add_argument(
         "--viz_every", type=number(int, 1), metavar="N", help="draw what tokens attend to in held-out images, each N "
         "epochs, before the first and after the last one; in the end also as a PDF and animated GIFs",
@@ -209,6 +210,7 @@ def check_training(args):
     """Raise BadInput for flags that training cannot do together; where nothing is trained, they do not matter."""
     if getattr(args, "eval", False) or getattr(args, "throughput", False):
         return
+    check_packages(args.log_to)
     if args.warmup_epochs >= args.epochs:
         raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     check_pairs(args, args.batch_size)

@@ -2,14 +2,18 @@
 
     python cifar_test.py --model_path ./models/best_model.pth
     python cifar_test.py --model_path ./models/best_model.pth --per_class --confusion
+    python cifar_test.py --model_path ./models/best_model.pth --predict ./photos  # images without labels
 
 Prints `Test accuracy: NN.NN% (top-5 NN.NN%) on N images of CIFAR10`.
 """
+
+from pathlib import Path
 
 import utils
 from checkpoints.models import load_model
 from datasets import MAX_PIXELS
 from loading.decode import add_max_pixels
+from training.predictions import write_predictions
 from training.scoring import score
 from utils import say
 
@@ -56,6 +60,15 @@ def _print_confusion(labels, predictions, classes, per_class, confusion):
             print(f"  {name:{width}} " + "".join(f"{n:{cell}}" for n in row))
 
 
+def predict(args, device):
+    """Write what the model of `--model_path` takes the images in a folder for."""
+    model, checkpoint = load_model(args.model_path)
+    path = Path(args.predictions)
+    utils.writable_folder(path.parent)
+    count = write_predictions(model, checkpoint, args.predict, path, device, args.batch_size, args.max_pixels)
+    say(f"{path}: predictions for {count} images")
+
+
 def main(argv=None):
     parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its data set's test images.")
     parser.add_argument("--model_path", default="./models/best_model.pth", help="checkpoint")
@@ -65,8 +78,12 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--per_class", action="store_true", help="print the accuracy of each class")
     parser.add_argument("--confusion", action="store_true", help="print the confusion matrix")
+    parser.add_argument("--predict", metavar="FOLDER", help="classify the images in a folder in place of the test")
+    parser.add_argument("--predictions", metavar="FILE", default="predictions.csv", help="CSV file of --predict")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
+    if args.predict:
+        return predict(args, device)
     test_model(
         args.model_path, args.data_path, device, args.batch_size, args.per_class, args.confusion, args.max_pixels
     )  # fmt: skip

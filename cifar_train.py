@@ -46,7 +46,7 @@ def train_model(model: DynamicViT, data: ImageData, args, device, resume=None, u
     share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
     batches = MemoryLoader(
         data.train.to(device), description, transform=TrainTransform(description, args.aug, args.hflip, args.reprob),
-        passes=args.repeats, seed=args.seed, **share,
+        passes=args.repeats, seed=args.seed, balanced=args.balance == "sampler", **share,
     )  # fmt: skip
     val_batches = MemoryLoader(data.val.to(device), description, **share) if data.val else None
     step = make_step(args, model, batches, len(data.classes))

@@ -264,6 +264,22 @@ def _hold_out(data: Split, classes, size, what, of_each_class) -> tuple[Split, S
     return data.part(kept), data.part(held)
 
 
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """(K,) How much an image of each class counts where all classes count alike; 1 on average over the images.
+
+    Both ways of --balance have it from here: the loss as a factor, the sampler as a chance.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    return len(labels) / (counts.clamp(min=1) * (counts > 0).sum())
+
+
+def balanced_draws(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of as many images as there are, drawn with replacement, each class as often as the others on average."""
+    labels = labels.cpu()
+    weights = class_weights(labels, 0).double()[labels]  # in float32 the sum over a million images is too coarse
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+
+
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of (M, 3, h, w) uint8 images, in 0..1."""
     histograms = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()

@@ -29,6 +29,11 @@ class NotFinite(RunFailed):
         self.batch = batch
 
 
+def peak_rate(optimizer) -> float:
+    """The learning rate now; with layer-wise decay that of the last layer, the largest."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
 @dataclass
 class TrainingStep:
     """What an optimizer step takes, and how it is taken.
@@ -177,7 +182,7 @@ class Watch:
         bad = ~torch.stack([loss for *_, loss in group]).isfinite().all()
         if not overflow_is_usual:
             bad = bad | ~norm.isfinite()
-        about = (step, group, norm, self.optimizer.param_groups[0]["lr"])
+        about = (step, group, norm, peak_rate(self.optimizer))
         if self.skip_bad:  # all processes leave out the same steps
             if not sum_over_ranks(bad.float()).item():
                 return True
@@ -259,8 +264,8 @@ class _Progress:
         self.bar.update(len(group))
         if time.monotonic() - self.shown >= self.interval:
             rate = world_size() * sums["images"] / (time.monotonic() - self.start)
-            lr = self.optimizer.param_groups[0]["lr"]
-            line = f"loss {float(sums['loss']) / max(sums['images'], 1):.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
+            loss, lr = float(sums["loss"]) / max(sums["images"], 1), peak_rate(self.optimizer)
+            line = f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
             self.bar.set_postfix_str(line)
             if self.bar.disable:
                 say(f"{self.title}: batch {self.done}/{self.batches}, {line}")

@@ -265,7 +265,7 @@ def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
     )  # fmt: skip
     train = FileLoader(
         data.train, data.description(), transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
-        seed=args.seed, **share,
+        seed=args.seed, balanced=args.balance == "sampler", **share,
     )  # fmt: skip
     return train, FileLoader(data.val, data.description(), **share) if data.val else None
 

@@ -217,6 +217,18 @@ class DynamicViT(nn.Module):
         """Names of the parameters that are tokens or positions; timm's optimizers ask for them."""
         return {name for name in ("pos_embed", *TOKENS) if hasattr(self, name)}
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """The layer of each parameter, as timm's VisionTransformer has it: for rates that decay from layer to layer.
+
+        A token that enters at block k is in the layer whose output it joins: block k - 1, or the stem. Registers are
+        one parameter, and enter with the first of them.
+        """
+        registers = self.reg_pos if isinstance(self.reg_pos, tuple) else (self.reg_pos or 0,)
+        entry = dict(zip(TOKENS, (*self._entries, min(registers))))
+        late = [(f"^{name}", (block - 1,)) for name, block in entry.items() if block]
+        stem = "|".join(["patch_embed", "pos_embed", *(name for name, block in entry.items() if not block)])
+        return dict(stem=f"^(?:{stem})", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,)), *late])
+
     def set_grad_checkpointing(self, enable: bool = True):
         """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory."""
         self.grad_checkpointing = enable

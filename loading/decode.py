@@ -38,13 +38,19 @@ def without_errors(split, errors, part, classes) -> Split:
         return split
     kept = split.part([i for i in range(len(split)) if i not in errors])
     what = "held-out" if part == "val" else "training"
-    utils.say(f"note: {len(errors)} of {len(split)} {what} images cannot be read and are left out:")
-    for i in sorted(errors):
-        utils.say(f"  {utils.printable(_what_is_wrong(errors[i]))}")
+    note_unreadable(errors, len(split), f"{what} ")
     empty = [name for name, count in zip(classes, torch.bincount(kept.labels, minlength=len(classes))) if not count]
     if empty:
         raise BadInput(f"no {what} image of class {empty[0]} can be read; fix them, or remove that class")
     return kept
+
+
+def note_unreadable(errors, count, what):
+    """Count and list the images that are left out, of `count`. `errors`: see `failures`."""
+    if errors:
+        utils.say(f"note: {len(errors)} of {count} {what}images cannot be read and are left out:")
+    for i in sorted(errors):
+        utils.say(f"  {utils.printable(_what_is_wrong(errors[i]))}")
 
 
 def joined(errors, training=False) -> BadInput:

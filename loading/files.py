@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
 import utils
-from datasets import MAX_PIXELS, ImageData, Split, channel_statistics, find_parts, held_out
+from datasets import MAX_PIXELS, ImageData, Split, balanced_draws, channel_statistics, find_parts, held_out
 from loading.decode import failures, fit_image, joined, read_image, read_picture, without_errors
 from loading.folders import FOLDERS
 from utils import BadInput, signals_blocked
@@ -179,10 +179,13 @@ def _collate(items, training):
 
 
 class SeededSampler(Sampler):
-    """(number, seed) of one image after another, from place `first` on; with `seed` None nothing is drawn."""
+    """(number, seed) of one image after another, from place `first` on; with `seed` None nothing is drawn.
 
-    def __init__(self, numbers, seed, rank):
-        self.numbers, self.seed, self.rank = numbers, seed, rank
+    `balance`: the labels, for `balanced_draws` in place of all images, of which `numbers` then chooses; or None.
+    """
+
+    def __init__(self, numbers, seed, rank, balance=None):
+        self.numbers, self.seed, self.rank, self.balance = numbers, seed, rank, balance
         self.set_epoch(0)
 
     def set_epoch(self, epoch, first=0):
@@ -199,7 +202,11 @@ class SeededSampler(Sampler):
             return ((number, None) for number in self.numbers)
         generator = torch.Generator().manual_seed(self.epoch_seed * 1_009 + self.rank)
         seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
-        return islice(zip(self.numbers, seeds), self.first, None)
+        numbers = self.numbers
+        if self.balance is not None:
+            drawn = balanced_draws(self.balance, torch.Generator().manual_seed(self.epoch_seed * 1_009 - 1))
+            numbers = (int(drawn[n]) for n in numbers)
+        return islice(zip(numbers, seeds), self.first, None)
 
 
 class SeededErasing:
@@ -229,11 +236,12 @@ class FileLoader:
             the images, so that an epoch is not longer.
         reprob: probability of random erasing with noise, on the device.
         workers: processes that read; 0: this one.
+        balanced: train on `balanced_draws` in place of every image once.
     """
 
     def __init__(
         self, split: Split, data, batch_size, device, transform=None, *, repeats=1, reprob=0.0, seed=0, rank=0,
-        world_size=1, workers=0,
+        world_size=1, workers=0, balanced=False,
     ):  # fmt: skip
         self.split, share = split, dict(num_replicas=world_size, rank=rank)
         if transform is None:
@@ -244,7 +252,7 @@ class FileLoader:
             numbers, training = RepeatAugSampler(split, num_repeats=repeats, selected_round=0, **share), True
         else:
             numbers, training = DistributedSampler(split, drop_last=True, **share), True
-        self.draws = SeededSampler(numbers, seed, rank)
+        self.draws = SeededSampler(numbers, seed, rank, split.labels if balanced else None)
         # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
         count = len(numbers)
         self.batch_size = min(batch_size, max(count - count % 2, 1)) if training else batch_size

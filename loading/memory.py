@@ -15,6 +15,7 @@ from datasets import (
     MAX_PIXELS,
     ImageData,
     Split,
+    balanced_draws,
     channel_statistics,
     eval_transform,
     find_parts,
@@ -141,10 +142,13 @@ class MemoryLoader:
     Args:
         data: a description of the data (see `eval_transform`).
         passes: how often an epoch goes through the images; the last time, through a part of them if it is a fraction.
+        balanced: each pass has `balanced_draws` in place of every image once.
     """
 
-    def __init__(self, split: Split, data, batch_size, transform=None, passes=1, seed=0, rank=0, world_size=1):
-        self.split, self.data, self.transform = split, data, transform
+    def __init__(
+        self, split: Split, data, batch_size, transform=None, passes=1, seed=0, rank=0, world_size=1, balanced=False
+    ):  # fmt: skip
+        self.split, self.data, self.transform, self.balanced = split, data, transform, balanced
         self.passes, self.seed, self.rank, self.world_size = passes, seed, rank, world_size
         self.epoch = self.first = 0
         self.drawn = max(world_size, int(passes * len(split)))  # in an epoch of training, by all processes
@@ -182,7 +186,12 @@ class MemoryLoader:
             return torch.arange(self.rank, len(self.split), self.world_size), None
         seed = (self.seed * 1_000_003 + self.epoch) * 1_009
         shuffle = torch.Generator().manual_seed(seed)  # the same in every process
-        order = torch.cat([torch.randperm(len(self.split), generator=shuffle) for _ in range(math.ceil(self.passes))])
+        order = torch.cat([self._pass(shuffle) for _ in range(math.ceil(self.passes))])
         order = order[: self.drawn]
         order = order[self.rank :: self.world_size][: len(self) * self.batch_size]
         return order, torch.Generator().manual_seed(seed + 1 + self.rank)
+
+    def _pass(self, generator) -> Tensor:
+        if self.balanced:
+            return balanced_draws(self.split.labels, generator)
+        return torch.randperm(len(self.split), generator=generator)

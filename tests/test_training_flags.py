@@ -59,6 +59,8 @@ OF_BOTH = {
     ("lr", 0.5): lambda seen: max(rates(seen, 30)) > 0.01,
     ("weight_decay", 5): lambda seen: group(seen)["weight_decay"] == 5 and seen["optimizer"].state,
     ("weight_decay", 0): lambda seen: group(seen)["weight_decay"] == 0 and seen["optimizer"].state,
+    ("layer_decay", 0.5): lambda seen: group(seen)["lr_scale"] == 1 / 16 and not seen["optimizer"].state,
+    ("balance", "loss"): lambda seen: "weights" in vars(seen["criterion"]),
     ("warmup_epochs", 1.5): lambda seen: rates(seen, 4) == sorted(rates(seen, 4)),
     ("smoothing", 0.3): lambda seen: seen["mixup"].label_smoothing == 0.3,
     ("mixup", 0.3): lambda seen: seen["mixup"].mixup_alpha == 0.3,
@@ -91,6 +93,7 @@ OF_SMALL_IMAGES = {
     ("aug", "rand"): lambda seen: transform(seen).aug == "rand",
     ("hflip", 0.3): lambda seen: transform(seen).hflip == 0.3,
     ("reprob", 0.3): lambda seen: transform(seen).reprob == 0.3,
+    ("balance", "sampler"): lambda seen: seen["batches"].balanced,
     ("recipe", "quick"): REFUSED,  # for its model
     ("repeats", 2): lambda seen: seen["batches"].passes == 2 and seen["first_update"] == len(seen["batches"]),
 }
@@ -107,6 +110,7 @@ OF_PICTURES = {
     ("eval_crop_ratio", 0.5): REFUSED,
     ("reprob", 0.3): lambda seen: seen["batches"].batches.random_erasing.erasing.probability == 0.3,
     ("repeated_aug", ""): lambda seen: type(seen["batches"].draws.numbers).__name__ == "RepeatAugSampler",
+    ("balance", "sampler"): lambda seen: seen["batches"].draws.balance is not None,
     ("mix_switch_prob", 0.3): lambda seen: seen["mixup"].switch_prob == 0.3,
     ("unscale_lr", ""): lambda seen: max(rates(seen, 30)) > 4e-4,
     ("recipe", "fast"): REFUSED,  # for its stochastic depth

@@ -1,12 +1,18 @@
 """How a run begins: the model, its weights, the seed, compilation."""
 
+from argparse import Namespace
+
+import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import cifar_main
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import DIGITS, run
+from conftest import DIGITS, run, tiny
+from engine import peak_rate
 from models_dynamic import DynamicViT
+from training.setup import make_optimizer
 
 
 def test_same_seed_same_weights(tmp_path, capsys):
@@ -56,3 +62,34 @@ def test_a_run_that_begins_with_the_weights_of_another(tmp_path, trained, capsys
     torch.testing.assert_close(new["register_tokens"], old["register_tokens"][:, :1], atol=1e-6, rtol=0)
     status, _, err = run(cifar_main.main, [*argv, "--finetune", tmp_path / "no.pth", "--overwrite"], capsys)
     assert status == 2 and "there is no checkpoint" in err
+
+
+def rates(model, opt="adamw", layer_decay=0.5):
+    """{parameter: its learning rate after a warm-up to 1}."""
+    args = Namespace(fsdp=False, opt=opt, lr=1.0, weight_decay=0.05, layer_decay=layer_decay, epochs=2, accum_steps=1,
+                     warmup_epochs=1, warmup_lr=0.1, min_lr=0.0)  # fmt: skip
+    optimizer, scheduler = make_optimizer(model, args, range(10))
+    scheduler.step_update(10)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert peak_rate(optimizer) == pytest.approx(0.5, abs=0.01)  # a half of the cosine
+    return {names[p]: g["lr"] / peak_rate(optimizer) for g in optimizer.param_groups for p in g["params"]}
+
+
+def test_rates_halve_from_layer_to_layer_below_the_head():
+    """4 blocks: the head is a layer, then blocks 3 (with the norm), 2, 1, 0, then the stem."""
+    found = rates(tiny(cls_pos=2, reg_pos=(3, 1), num_register_tokens=2, dist_pos=0))
+    for name, rate in {
+        "head.weight": 1, "head_dist.bias": 1, "norm.weight": 1 / 2, "blocks.3.attn.qkv.weight": 1 / 2,
+        "blocks.0.norm1.bias": 1 / 16, "patch_embed.proj.weight": 1 / 32, "pos_embed": 1 / 32, "dist_token": 1 / 32,
+        "cls_token": 1 / 8, "blocks.1.mlp.fc1.weight": 1 / 8, "register_tokens": 1 / 16,
+    }.items():  # fmt: skip
+        assert found[name] == rate, name
+    assert set(rates(tiny(cls_pos=None, num_register_tokens=0), layer_decay=None).values()) == {1}
+
+
+def test_rates_are_those_of_timms_model():
+    """All tokens at block 0."""
+    size = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5)
+    theirs = VisionTransformer(**size, reg_tokens=2, no_embed_class=True)
+    ours = rates(DynamicViT(**size, num_register_tokens=2), opt="nmuon")
+    assert {name.replace("register_tokens", "reg_token"): rate for name, rate in ours.items()} == rates(theirs)

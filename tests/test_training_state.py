@@ -105,16 +105,17 @@ def test_the_same_command_twice_has_the_same_log_and_weights(tmp_path, expected)
     assert differences(expected, faults.undisturbed(tmp_path)) == []
 
 
-@pytest.mark.parametrize("more", [[], ["--ema", "0.9"]])
+@pytest.mark.parametrize("more", [[], ["--ema", "0.9"], ["--layer_decay", "0.7"], ["--balance", "sampler"]])
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatch, capsys, more):
     argv = [*DIGITS, *more, "--epochs", "4", "--drop_path", "0.2"]
     assert run(cifar_main.main, [*argv, "--model_path", tmp_path / "a" / "m.pth"], capsys)[0] == 0
 
     killed_in_epoch_3(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"])
-    (tmp_path / "b" / "m.pth").unlink()
+    aside = (tmp_path / "b" / "m.pth").rename(tmp_path / "aside.pth")
     status, _, err = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth"], capsys)
     assert status == 2  # an unfinished run is not thrown away
     assert "--resume resumes it, --overwrite trains anew" in err
+    aside.rename(tmp_path / "b" / "m.pth")
     status, out, _ = run(cifar_main.main, [*argv, "--model_path", tmp_path / "b" / "m.pth", "--resume"], capsys)
     assert status == 0
     assert "resuming after epoch 2" in out

@@ -9,6 +9,7 @@ from loading.decode import add_max_pixels
 from models_dynamic import SIZES
 from tokens.blocks import STEMS
 from tokens.layout import MODES, all_alike
+from training.log_to import add_log_flags, check_packages
 from utils import BadInput, number
 
 # Flags of the model that were not given are not in the namespace: its size in `SIZES`, then the class, has the default.
@@ -86,6 +87,10 @@ def add_training_flags(group):
     group.add_argument("--opt", help="timm's name of an optimizer")
     group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
     group.add_argument(
+        "--layer_decay", type=number(float, 0, 1, above=0), metavar="D", help="multiply --lr by D for each layer "
+        "between a parameter and the head, as in BEiT",
+    )  # fmt: skip
+    group.add_argument(
         "--warmup_epochs",
         type=number(float, 0),
         help="linear warm-up (default: a tenth of --epochs, or a recipe's less)",
@@ -103,7 +108,7 @@ def add_training_flags(group):
     )  # fmt: skip
     group.add_argument("--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too")
     group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
-    group.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+    add_log_flags(group)
     group.add_argument(
         "--viz_every", type=number(int, 1), metavar="N", help="draw what tokens attend to in held-out images, each N "
         "epochs, before the first and after the last one; in the end also as a PDF and animated GIFs",
@@ -128,6 +133,10 @@ def add_data_flags(group):
         "--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out"
     )
     add_max_pixels(group)
+    group.add_argument(
+        "--balance", choices=("none", "sampler", "loss"), default="none", help="for classes of unequal size, all of "
+        "which are to count alike: draw the images of a small class more often, or weight their loss",
+    )  # fmt: skip
     group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for digits)")
     group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
     group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
@@ -201,6 +210,7 @@ def check_training(args):
     """Raise BadInput for flags that training cannot do together; where nothing is trained, they do not matter."""
     if getattr(args, "eval", False) or getattr(args, "throughput", False):
         return
+    check_packages(args.log_to)
     if args.warmup_epochs >= args.epochs:
         raise BadInput(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     check_pairs(args, args.batch_size)

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from checkpoints.files import save_checkpoint
-from engine import NotFinite, Position, TrainingStep, evaluate, train_one_epoch
+from engine import NotFinite, Position, TrainingStep, evaluate, peak_rate, train_one_epoch
 from training import run_folder
 from training.film import Film
+from training.log_to import open_logs
 from training.run_log import RunLogger, environment, plain_args
 from training.setup import updates_per_epoch
 from training.signals import StopSignals
@@ -78,11 +79,10 @@ def run_epochs(run: Run, step: TrainingStep) -> dict:
         if state.best is not None and not run.best_path.is_file():  # resumed in another folder, for instance
             say(f"note: {run.best_path}, the best weights so far, is missing; the best of the epochs to come is saved")
             state.best = None
-    log = utils.main_decides(lambda: start_log(run, state, step.amp_dtype))
-    logger = RunLogger(log, args.tensorboard, state.epoch)
-    with gathered(shown):
-        film.begin(shown, state.epoch, state.step)
-    with StopSignals() as stop:
+    with open_logs(args, state.epoch if run.resume else None) as log_to, StopSignals() as stop:
+        logger = RunLogger(utils.main_decides(lambda: start_log(run, state, step.amp_dtype)), log_to)
+        with gathered(shown):
+            film.begin(shown, state.epoch, state.step)
         hooks = StepHooks(state, stop, run.val_batches)
         for epoch in range(state.epoch, run.until or args.epochs):
             if args.max_steps and state.step >= args.max_steps:
@@ -233,7 +233,7 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     """One epoch's record in the log. With EMA, `val_*` are those of the EMA weights, which are what is saved."""
     metrics = {
         "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"],
-        "lr": step.optimizer.param_groups[0]["lr"], "grad_norm": trained["grad_norm"],
+        "lr": peak_rate(step.optimizer), "grad_norm": trained["grad_norm"],
         "seconds": round(trained["seconds"], 3), "images_per_s": round(trained["images"] / trained["seconds"], 1),
         "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(run.device), 1),
     }  # fmt: skip

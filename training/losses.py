@@ -1,7 +1,28 @@
-"""The loss that learns from a teacher."""
+"""Losses: that of classes which count alike, and the one that learns from a teacher."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class WeightedLoss(nn.Module):
+    """Mean over the images of (loss x weight of its class; of mixed images, the weights by the shares of their labels).
+
+    Unlike torch's `weight`, it divides by the number of images, not by their weights, so that an image counts the same
+    in whatever batch it is, and on whatever process.
+
+    Args:
+        base: (logits (B, K), labels (B,) or (B, K)) -> losses (B,) or (B, K).
+        weights: (K,).
+    """
+
+    def __init__(self, base: nn.Module, weights: Tensor):
+        super().__init__()
+        self.base, self.weights = base, weights
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        of_image = self.weights[labels] if labels.ndim == 1 else labels @ self.weights
+        losses = self.base(logits, labels).reshape(len(logits), -1).mean(dim=1)
+        return (losses * of_image).mean()
 
 
 class DistillationLoss(nn.Module):

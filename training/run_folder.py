@@ -26,12 +26,12 @@ NEWEST = "checkpoint.pth"
 # Flags that leave a run what it is: where, by whom and how it is watched. All others must be the same to resume.
 MAY_DIFFER = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
-    "distributed", "throughput", "compile", "tensorboard", "viz_every", "viz_images", "save_steps", "keep",
+    "distributed", "throughput", "compile", "log_to", "viz_every", "viz_images", "save_steps", "keep",
     "max_pixels", "bad_images", "fsdp",
 )  # fmt: skip
 MAY_GROW = ("epochs", "warmup_epochs")  # may change, and that is reported
 # What decides which images are in which batch: the same within an epoch.
-DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed")
+DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed", "balance")
 
 
 class InUse(BadInput):

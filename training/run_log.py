@@ -1,4 +1,4 @@
-"""What a run writes for a reader: lines of JSON, TensorBoard's events, curves."""
+"""What a run writes for a reader: lines of JSON, curves."""
 
 import json
 import math
@@ -12,23 +12,16 @@ import numpy as np
 import torch
 
 import utils
-from utils import BadInput, RunFailed, write_atomically
+from utils import RunFailed, write_atomically
 
 CURVES_EVERY = 30  # seconds, at least; and after the last epoch
 
 
 class RunLogger:
-    """What the first process writes of each epoch: a line of the log, TensorBoard's events, sometimes the curves."""
+    """What the first process writes of each epoch: a line of the log, what `log_to` writes, sometimes the curves."""
 
-    def __init__(self, log: Path, on_tensorboard, epoch):
-        self.log, self.drawn, self.epochs = log, -math.inf, None
-        self.board = None
-        if on_tensorboard and utils.is_main():
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
-            self.board = SummaryWriter(log.parent, purge_step=epoch + 1)
+    def __init__(self, log: Path, log_to=()):
+        self.log, self.log_to, self.drawn, self.epochs = log, log_to, -math.inf, None
 
     def add(self, metrics):
         try:
@@ -38,10 +31,8 @@ class RunLogger:
             raise RunFailed(f"cannot write {self.log}: {error.strerror}") from None
         if perf_counter() - self.drawn > CURVES_EVERY:  # a page takes a second, small epochs little more
             self.draw()
-        if self.board is not None:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, metrics["epoch"])
-            self.board.flush()
+        for add in self.log_to:
+            add(metrics)
 
     def draw(self):
         if not utils.is_main():

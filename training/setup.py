@@ -14,11 +14,12 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import timm_model
 from checkpoints.weights import LoadReport, load_weights
+from datasets import class_weights
 from engine import TrainingStep
 from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu
 from training import flags
 from training.flags import MODEL_FLAGS, OF_ANY_MODEL, given_model_args
-from training.losses import DistillationLoss
+from training.losses import DistillationLoss, WeightedLoss
 from utils import BadInput
 
 FSDP_OPTIMIZERS = ("adam", "adamw", "lamb", "lion", "nadamw", "sgd")  # tested; some of timm's fail with shares
@@ -32,7 +33,8 @@ def make_step(args, model, batches, classes: int, teacher=None) -> TrainingStep:
     """Optimizer, schedule, Mixup, loss and precision as the flags say, for `model` on its device."""
     device = next(model.parameters()).device
     optimizer, scheduler = make_optimizer(model, args, batches)
-    mixup, criterion = make_mixup_and_loss(args, batches.batch_size, classes)
+    weights = class_weights(batches.split.labels, classes).to(device) if args.balance == "loss" else None
+    mixup, criterion = make_mixup_and_loss(args, batches.batch_size, classes, weights)
     if teacher is not None:
         criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     amp_dtype = utils.amp_dtype(args.amp, device)
@@ -54,7 +56,10 @@ def make_optimizer(model, args, batches):
     has_fused = ("adam", "adamw") if args.fsdp else ("adam", "adamw", "sgd")  # FSDP2's shares: not SGD (torch 2.14)
     fused = {"fused": True} if args.opt in has_fused and device.type in ("cpu", "cuda") else {}
     try:  # the groups are the same without decay, so that a run can be resumed with it, and the other way round
-        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, **fused)
+        optimizer = create_optimizer_v2(
+            model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay or 1.0, layer_decay=args.layer_decay,
+            **fused,
+        )  # fmt: skip
     except (ValueError, AssertionError) as error:
         raise BadInput(f"--opt {args.opt}: {error}") from None
     if not args.weight_decay:
@@ -67,8 +72,11 @@ def make_optimizer(model, args, batches):
     return optimizer, scheduler
 
 
-def make_mixup_and_loss(args, batch_size, classes: int):
-    """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two."""
+def make_mixup_and_loss(args, batch_size, classes: int, weights=None):
+    """timm's Mixup (None without it) and the loss; label smoothing is done by one of the two.
+
+    `weights`: of the classes in the loss, (K,); None: all alike.
+    """
     mixup, smoothing = None, args.smoothing
     if args.mixup or args.cutmix:
         flags.check_pairs(args, batch_size)
@@ -77,9 +85,12 @@ def make_mixup_and_loss(args, batch_size, classes: int):
             num_classes=classes,
         )  # fmt: skip
         smoothing = 0.0
+    reduction = "mean" if weights is None else "none"
     if args.bce_loss:
-        return mixup, BinaryCrossEntropy(smoothing=smoothing)
-    return mixup, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+        loss = BinaryCrossEntropy(smoothing=smoothing, reduction=reduction)
+    else:
+        loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing, reduction=reduction)
+    return mixup, loss if weights is None else WeightedLoss(loss, weights)
 
 
 def start(args) -> torch.device:

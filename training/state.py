@@ -137,7 +137,8 @@ class TrainingState:
     def _restore_optimizer(self, path, saved):
         """Its state, with its groups as the flags are now; no state where that is of another optimizer."""
         there, here = saved["args"], plain_args(self.args)
-        changed = [name for name in ("opt", "attn_only", "finetune") if there.get(name) != here.get(name)]
+        decide = ("opt", "attn_only", "finetune", "layer_decay")
+        changed = [name for name in decide if there.get(name) != here.get(name)]
         old, groups = saved["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"]
         other = [len(group["params"]) for group in old] != [len(group["params"]) for group in groups]
         if "opt" in changed or (other and changed):
@@ -146,7 +147,7 @@ class TrainingState:
         if other:
             raise BadInput(f"{path} cannot be resumed from: an earlier revision of this project wrote its optimizer")
         # Of the rest some, like Lookahead's steps, is state; the rate is set before each step.
-        flagged = ("initial_lr", "weight_decay", "fused")
+        flagged = ("initial_lr", "lr_scale", "weight_decay", "fused")
         groups = [was | {key: now[key] for key in flagged if key in now} for was, now in zip(old, groups)]
         self._load_optimizer(saved["optimizer"] | {"param_groups": groups})
 

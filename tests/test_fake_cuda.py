@@ -71,7 +71,7 @@ def train(monkeypatch):
 
 
 RUNS = [
-    "", "--aug rand --mixup 0 --cutmix 0 --smoothing 0.1", "--aug none --opt sgd --clip_grad 1 --accum_steps 2 --reprob 0",
+    "", "--aug rand --mixup 0 --cutmix 0", "--aug none --opt sgd --clip_grad 1 --accum_steps 2 --reprob 0",
     "--cls_pos 2 --reg_pos 1 --drop_path 0.2", "--cls_pos none --num_reg 0", "--cls_mode reader --reg_pos 2",
     "--class_attention 1", "--init_values 0.1 --opt lamb",
 ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_value_that_is_read_in_training_raises(train):
         criterion = step.criterion
         step.criterion = lambda logits, labels: criterion(logits, labels) * logits.mean().item()
 
-    with pytest.raises(RuntimeError, match="item.. cannot be called on meta tensors"):
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         train(change=reads)
 
 

@@ -337,7 +337,7 @@ def main(argv=None):
     flag("--batch", type=utils.number(int, 1), help="images in training and inference (default: 8 to 1024)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     flag("--minutes", type=utils.number(float, above=0), default=5.0, help="begin no row after this time")
-    flag("--json", metavar="FILE", help="also write the rows there")
+    flag("--json", metavar="FILE", help="also write the rows there, after each one")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
     unknown = set(args.rows.split(",")) - set(ROWS)
@@ -352,11 +352,10 @@ def main(argv=None):
                 break
             rows.append(run_race(entry, args.rounds, device) if isinstance(entry, Race) else entry)
             show(rows[-1])
-    line = verdict(rows, left_out, args.minutes)
-    print(line)
-    if args.json:
-        record = {"rows": rows, "verdict": line, "rounds": args.rounds, "device": str(device), **environment(device)}
-        utils.write_text(args.json, json.dumps(record, indent=1))
+            if args.json:
+                record = {"rows": rows, "rounds": args.rounds, "device": str(device), **environment(device)}
+                utils.write_text(args.json, json.dumps(record, indent=1))
+    print(verdict(rows, left_out, args.minutes))
 
 
 if __name__ == "__main__":

@@ -66,18 +66,16 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as name:
         machine = Machine(device, args.tiny, Path(name), start + 60 * args.minutes)
         for check in args.checks.split(","):
-            if machine.left() < 0:
-                rows.append(Row(f"{check}: left out, the time is over", args.minutes, "minutes"))
-                continue
-            found = perform(CHECKS[check], machine)
+            found = [Row(f"{check}: left out, the time is over", args.minutes, "minutes")]
+            if machine.left() > 0:
+                found = perform(CHECKS[check], machine)
             rows += found
             for row in found:
                 print(f"{row.what}: {row.value:,.4g} {row.unit} {row.note}{' FAILED' * (row.ok is False)}", flush=True)
             about = {"verdict": verdict(rows), "seconds": round(time.monotonic() - start), "device": str(device)}
             about |= {"tiny": args.tiny, **environment(device)}
-            utils.write_text(
-                output / "gpu.json", json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1)
-            )
+            record = about | {"rows": [asdict(row) for row in rows]}
+            utils.write_text(output / "gpu.json", json.dumps(record, indent=1))
             utils.write_text(output / "gpu.md", markdown(rows, about))
     print(about["verdict"])
     if any(row.ok is False for row in rows):

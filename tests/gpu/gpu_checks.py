@@ -246,9 +246,9 @@ def racing(machine):
     argv += [] if machine.tiny else ["--rows", "infer,train,maps,foreign,load,graphs,compile"]
     argv += ["--device", str(machine.device), "--json", str(file), "--minutes", str(max(machine.left() / 60 - 1, 0.1))]
     command = [sys.executable, str(ROOT / "bench.py"), *argv]
-    # One row, such as compiling a large model, may begin at the end of the minutes.
+    # A row that begins at the end of the minutes, such as compiling a large model, may be too long.
     with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, timeout=max(machine.left(), 60), check=True, stdout=sys.stderr)
+        subprocess.run(command, timeout=max(machine.left(), 60), check=True, capture_output=True)
     for row in json.loads(file.read_text())["rows"]:
         yield Row(row["name"], row["ours"], row["unit"], note=f"ratio {row['ratio']:.3f} {row['target']}".strip())
 

@@ -16,7 +16,9 @@ from conftest import TINY, tiny
 from datasets import Split
 from fake_cuda import CUDA, FakeCuda, Waits
 from images import DATA
+from inspection import sinks
 from inspection.attention import attention_maps, attention_rollout, attention_rows
+from inspection.statistics import Norms, TokenStatistics
 from loading import memory
 from loading.memory import MemoryLoader, TrainTransform
 from training import flags
@@ -166,6 +168,18 @@ def test_models_and_maps_stay_on_the_gpu(name):
         maps = [attention_maps(model, images, every, [(1, 2)]), attention_rollout(model, images, every)]
         parts = [part for found in maps for at in found.values() for part in vars(at).values()]
         assert {part.device for part in parts if isinstance(part, torch.Tensor)} == {CUDA}
+
+
+def test_statistics_leave_the_gpu_as_sums_only(monkeypatch):
+    """No CPU tensor meets the maps; histograms, made on the CPU of values that are not there, are left out."""
+    gpu, model = on_gpu(reg_pos=1, num_register_tokens=2)
+    monkeypatch.setattr(Norms, "add", lambda norms, values: None)
+    with gpu:
+        images = torch.zeros(2, 3, 16, 24, device=CUDA)
+        statistics = TokenStatistics(model)
+        assert statistics.add(images).device == CUDA
+        assert statistics.moments["distance", 0].sum.device.type == "cpu"
+        sinks.measure(model, lambda: [(images, None)])
 
 
 def test_evaluation_reads_at_its_end_only(monkeypatch):

@@ -1,9 +1,10 @@
 # make demo: train, test and draw on data that need no download.   make sweep: a small grid of positions on them.
 # make test: the tests.   make faults: runs that are killed, starved of disk, ...   make lint: ruff, and imports.
+# make gpu: on a machine with a card, what only a card can show; eight minutes, writes gpu/gpu.json and gpu/gpu.md.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo sweep test faults lint clean
+.PHONY: demo sweep test faults gpu lint clean
 
 demo: .venv/run
 	$(BIN)/python cifar_main.py --data_set DIGITS --model_path demo/best_model.pth --overwrite \
@@ -24,6 +25,9 @@ test: .venv/test
 
 faults: .venv/run
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python tests/faults/faults.py
+
+gpu: .venv/run
+	$(BIN)/python tests/gpu/gpu.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

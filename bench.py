@@ -4,7 +4,7 @@
     python bench.py --device cuda
 
 Each row races this project against a peer in one process, in turn, so that drift cancels, and prints the medians and
-the median of the ratios of single rounds. docs/PERFORMANCE.md explains the rows.
+the median of the ratios of single rounds; the last line is the verdict. docs/PERFORMANCE.md explains the rows.
 """
 
 import contextlib
@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -27,12 +29,15 @@ from torchvision.transforms.functional import to_pil_image
 import utils
 from datasets import Split
 from engine import TrainingStep, train_one_epoch
+from inspection.attention import attention_rows, set_fused_attention
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu
 from training.run_log import environment
 
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 SMALL, CIFAR = "dynamic_vit_small_patch16_224", "dynamic_vit_cifar"
+FOREIGN = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3")
+RACE = 5.0  # seconds after which a race ends, if it has had three rounds
 LABEL = {SMALL: "224/16 width 384", CIFAR: "32/4 width 192", "dynamic_vit_tiny_patch16_224": "224/16 width 192",
          "dynamic_vit_base_patch16_224": "224/16 width 768"}  # fmt: skip
 
@@ -56,10 +61,15 @@ def measured(name, unit, ours, peer, target="") -> dict:
 def run_race(entry: Race, rounds, device) -> dict:
     """The row: medians of seconds or of images per second, and the median of the ratios of single rounds.
 
-    Who begins changes from round to round. Two rounds warm up.
+    Who begins changes from round to round. Two rounds warm up. A race of `RACE` seconds ends early, after
+    three rounds at least.
     """
-    seconds = {entry.ours: [], entry.peer: []}
+    seconds, begin = {entry.ours: [], entry.peer: []}, time.perf_counter()
     for turn in range(-2, rounds):
+        if turn == 0:
+            begin = time.perf_counter()
+        if turn >= 3 and time.perf_counter() - begin > RACE:
+            break
         for contender in (entry.ours, entry.peer) if turn % 2 else (entry.peer, entry.ours):
             start = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar of each epoch
@@ -91,11 +101,16 @@ def random_batch(size, batch, device):
     return torch.randn(batch, 3, pixels, pixels, device=device), torch.randint(classes, (batch,), device=device)
 
 
+def compiled_model(model, compiled):
+    """`compiled`: False, True, or a mode of torch.compile, such as 'reduce-overhead' for CUDA graphs."""
+    return torch.compile(model, mode=None if compiled is True else compiled) if compiled else model
+
+
 def training(model, batches, device, dtype=None, compiled=False):
     """A function that takes a training step with each batch: the engine's, with AdamW."""
     plain_attention_on_cpu(model, device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
-    model = torch.compile(model) if compiled else model
+    model = compiled_model(model, compiled)
     schedule = CosineLRScheduler(optimizer, t_initial=2)  # counts epochs, and is not told of any
     step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, schedule, amp_dtype=dtype)
     return lambda: train_one_epoch(step, batches)
@@ -103,7 +118,7 @@ def training(model, batches, device, dtype=None, compiled=False):
 
 def inference(model, images, device, dtype=None, compiled=False):
     model.eval()
-    model = torch.compile(model) if compiled else model
+    model = compiled_model(model, compiled)
 
     def run():
         with torch.no_grad(), utils.autocast(device, dtype):
@@ -173,6 +188,71 @@ def maps_rows(args, device):
     yield Race(name, lambda: model.attention_maps(images, range(model.depth)), forward, "<= 1.15")
 
 
+def graph_rows(args, device):
+    """Forward passes and training steps as CUDA graphs, against compiled without."""
+    low, graphs = utils.amp_dtype("auto", device), "reduce-overhead"
+    for size, count in sizes_here(args, device).items() if device.type == "cuda" else ():
+        batch = random_batch(size, count, device)
+        name = f"{LABEL[size]}, {precision(low)}, CUDA graphs, against compiled without"
+        mine, plain = (inference(ours(size, device), batch[0], device, low, mode) for mode in (graphs, True))
+        yield Race(f"inference {name}", mine, plain, "", count)
+        mine, plain = (training(ours(size, device), [batch], device, low, mode) for mode in (graphs, True))
+        yield Race(f"training {name}", mine, plain, "", count)
+
+
+def foreign_rows(args, device):
+    """The attention of CLS and registers in all blocks of timm's models, against its unfused attention and hooks: time,
+    and memory in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name in FOREIGN:
+            for side in (224, 518):
+                races = [functions(name, side, device) for functions in (recorded, hooked)]
+                title = f"attention of CLS, {name.removeprefix('vit_')}, {side} px, against hooks"
+                yield Race(title, *races, "<= 1")
+                took = pool.starmap(peak_of, [(make, name, side, device) for make in (recorded, hooked)], chunksize=1)
+                yield measured(f"memory of {title}", "MiB", *took, "<= 1")
+
+
+def foreign(name, side, device):
+    """(timm's model with random weights for images of `side` pixels, less if its patches ask for it; an image)"""
+    side -= side % to_2tuple(timm.create_model(name, depth=1).patch_embed.patch_size)[0]
+    model = timm.create_model(name, img_size=side).eval().to(device)
+    return model, torch.randn(1, 3, side, side, device=device)
+
+
+def recorded(name, side, device):
+    """A function: {block: (1, H, tokens before the patches, N)}, from the recorder."""
+    model, image = foreign(name, side, device)
+    return lambda: attention_rows(model, image, range(len(model.blocks)), [slice(0, model.num_prefix_tokens)])
+
+
+def hooked(name, side, device):
+    """The same from hooks behind each explicit softmax, which see all rows, and keep a copy of those wanted."""
+    model, image = foreign(name, side, device)
+    set_fused_attention(model, False)
+    found = {}
+    for i, block in enumerate(model.blocks):
+        block.attn.attn_drop.register_forward_hook(
+            lambda module, args, attn, i=i: found.update({i: attn[:, :, : model.num_prefix_tokens].clone()})
+        )
+
+    @torch.no_grad()
+    def run():
+        model(image)
+        return found
+
+    return run
+
+
+def peak_of(make, name, side, device) -> float:
+    """MiB that a call takes, on top of the model and the imports."""
+    function = make(name, side, device)
+    utils.reset_peak_memory(device)
+    before = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else utils.peak_memory(device)
+    function()
+    return utils.peak_memory(device) - before
+
+
 def memory_rows(args, device):
     """The largest memory of a training step: the median of three processes that take nothing but one."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -216,8 +296,8 @@ def load_rows(args, device):
 
 
 ROWS = {
-    "train": train_rows, "compile": compile_rows, "infer": infer_rows, "maps": maps_rows, "memory": memory_rows,
-    "load": load_rows,
+    "maps": maps_rows, "load": load_rows, "memory": memory_rows, "foreign": foreign_rows, "train": train_rows,
+    "infer": infer_rows, "compile": compile_rows, "graphs": graph_rows,
 }  # fmt: skip
 
 
@@ -233,6 +313,16 @@ def met(row) -> str:
     return "met" if (row["ratio"] >= float(bound) if sign == ">=" else row["ratio"] <= float(bound)) else "MISSED"
 
 
+def verdict(rows, left_out, minutes) -> str:
+    """All rows in a line."""
+    aims = [(row, met(row)) for row in rows if row["target"]]
+    missed = [f"{row['name']} ({row['ratio']:.3f}, not {row['target']})" for row, how in aims if how == "MISSED"]
+    line = f"verdict: {len(aims) - len(missed)} of {utils.counted(len(aims), 'target')} met, "
+    line += utils.counted(len(rows), "row")
+    line += f"; missed: {'; '.join(missed)}" if missed else ""
+    return line + (f"; left out after {minutes:g} minutes: {', '.join(left_out)}" if left_out else "")
+
+
 def show(row):
     numbers = (f"{row[key]:,.{3 if row[key] < 10 else 1}f}" for key in ("ours", "peer"))
     line = f"{row['name']:{WIDTH}}" + " ".join(f"{number:>10}" for number in numbers)
@@ -246,21 +336,26 @@ def main(argv=None):
     flag("--rounds", type=utils.number(int, 1), default=9)
     flag("--batch", type=utils.number(int, 1), help="images in training and inference (default: 8 to 1024)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    flag("--json", metavar="FILE", help="also write the rows there")
+    flag("--minutes", type=utils.number(float, above=0), default=5.0, help="begin no row after this time")
+    flag("--json", metavar="FILE", help="also write the rows there, after each one")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
     unknown = set(args.rows.split(",")) - set(ROWS)
     if unknown:
         raise utils.BadInput(f"--rows: there is no {', '.join(sorted(unknown))}; choose of {','.join(ROWS)}")
     print(f"{'':{WIDTH}}{'ours':>10} {'peer':>10} {'unit':9}{'ratio':>7}  target")
-    rows = []
+    rows, left_out, end = [], [], time.monotonic() + 60 * args.minutes
     for name in args.rows.split(","):
         for entry in ROWS[name](args, device):
+            if rows and time.monotonic() > end:
+                left_out.append(name)
+                break
             rows.append(run_race(entry, args.rounds, device) if isinstance(entry, Race) else entry)
             show(rows[-1])
-    if args.json:
-        record = {"rows": rows, "rounds": args.rounds, "device": str(device), **environment(device)}
-        utils.write_text(args.json, json.dumps(record, indent=1))
+            if args.json:
+                record = {"rows": rows, "rounds": args.rounds, "device": str(device), **environment(device)}
+                utils.write_text(args.json, json.dumps(record, indent=1))
+    print(verdict(rows, left_out, args.minutes))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from tokens.blocks import reader_attention
@@ -233,10 +235,25 @@ def _recorded(model, images, blocks, keep) -> dict:
 
 @torch.no_grad()
 def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.Size, torch.Size]]:
-    """{block: shapes of its queries (B, H, M, d) and keys (B, H, N, d)} of the blocks whose attention can be seen."""
+    """{block: shapes of its queries (B, H, M, d) and keys (B, H, N, d)} of the blocks whose attention can be seen.
+
+    `images`: (B, 3, h, w) on any device; the forward pass is one on the meta device, which computes shapes alone.
+    """
     shapes: dict = {}
-    watched_pass(model, images, lambda i, call: shapes.update({i: (call.query.shape, call.key.shape)}), -1)
+    watched = nn.Module()
+    watched.model = model
+    watched.forward = lambda x: watched_pass(model, x, lambda i, call: shapes.update({i: _shapes(call)}), -1)
+    weights = {name: x.to("meta") for name, x in chain(watched.named_parameters(), watched.named_buffers())}
+    try:
+        functional_call(watched, weights, images.to("meta"))
+    except (RuntimeError, NotImplementedError):  # a model that reads values, or has tensors that are no buffers
+        shapes.clear()
+        watched(images)
     return shapes
+
+
+def _shapes(call: AttentionCall) -> tuple[torch.Size, torch.Size]:
+    return call.query.shape, call.key.shape
 
 
 def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:

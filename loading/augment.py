@@ -131,7 +131,7 @@ def _blend(images, other, ratio):
 
 def _blur(images):
     kernel = images.new_ones(3, 3, dtype=torch.float32)
-    kernel[1, 1] = 5
+    kernel[1, 1].fill_(5)  # `= 5` would copy it from the CPU, and wait for a GPU
     blurred = images.float()
     inner = F.conv2d(blurred, (kernel / 13).expand(3, 1, 3, 3), groups=3).round()
     blurred[:, :, 1:-1, 1:-1] = inner

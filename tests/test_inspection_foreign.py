@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from conftest import shell
+from conftest import shell, tiny
 from images import picture
 from inspection import foreign
 from inspection.attention import (
@@ -18,6 +18,8 @@ from inspection.attention import (
     trace,
 )
 from inspection.foreign import ForeignViT
+from inspection.inputs import InputImage
+from inspection.maps import image_maps
 
 # What each is made smaller by: (blocks, prefix [CLS | registers], queries of the pooling)
 MODELS = {
@@ -95,6 +97,45 @@ def test_layouts(name):
     assert model.cls_only == name.startswith("cait") and model.hidden == 2 * model.cls_only
     with pytest.raises(ValueError, match=r"its blocks are 0\.\.1"):
         model.token_layout(3)
+
+
+def where_blocks_ran(model) -> list[str]:
+    """A list to which every block adds the device of its tokens."""
+    devices = []
+    for block in blocks_of(model):
+        block.register_forward_pre_hook(lambda _, args: devices.append(args[0].device.type))
+    return devices
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_model_is_asked_for_its_shapes_without_computing(name):
+    """Every block runs once, on the meta device, and the model is as it was."""
+    model, images = make(name)
+    before, devices = model(images), where_blocks_ran(model)
+    ForeignViT(model, name, images.shape[2:])
+    assert devices == ["meta"] * len(blocks_of(model))
+    assert not any(x.is_meta for x in model.state_dict().values())
+    assert torch.equal(model(images), before)
+
+
+def test_a_model_that_reads_values_is_asked_with_a_black_image():
+    model, images = make("deit3_small_patch16_224")
+    expected, devices = ForeignViT(model, "deit3", 224).token_layout(1), where_blocks_ran(model)
+    model.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] * args[0].sum().sign().item(),))
+    assert ForeignViT(model, "deit3", 224).token_layout(1) == expected
+    assert devices == ["meta", "meta", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize(("classes", "runs"), [(0, 2), (5, 4)])
+def test_what_nobody_asks_for_is_not_computed(classes, runs):
+    """Without a head the pass for a picture ends behind the last block that is drawn."""
+    model = tiny(num_classes=classes)
+    devices = where_blocks_ran(model)
+    data = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": (16, 24), "classes": []}
+    image = InputImage("photo", lambda: picture(size=(24, 16)))
+    seen = image_maps(model, data, image, [0, 1], [], False)
+    assert (len(devices), list(seen.maps), bool(seen.caption)) == (runs, [0, 1], bool(classes))
 
 
 def test_the_distillation_token_is_no_register():

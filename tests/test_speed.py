@@ -6,13 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from conftest import noise, run, tiny
 from datasets import Split
-from engine import TrainingStep, train_one_epoch
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import set_fused_attention
 
@@ -73,36 +71,14 @@ def test_the_loader_calls_python_for_pieces_not_for_images():
     assert calls[1] < 2 * calls[0], calls
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_does_not_wait_for_the_gpu():
-    device = torch.device("cuda")
-    images = torch.randint(256, (1280, 3, 32, 32), dtype=torch.uint8, device=device)
-    split = Split(images, torch.zeros(1280, dtype=torch.long, device=device))
-    loader, model = MemoryLoader(split, DATA, 128, TrainTransform(DATA)), bench.ours(bench.CIFAR, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    loss, schedule = torch.nn.CrossEntropyLoss(), CosineLRScheduler(optimizer, t_initial=2)
-    parts = TrainingStep(model, loss, optimizer, schedule, amp_dtype=torch.bfloat16)
-    train_one_epoch(parts, loader)  # makes its constants
-    steps = iter(range(100))
-
-    def strict(taken):
-        if next(steps) == 8:
-            torch.cuda.set_sync_debug_mode("default")  # the figures at the end of an epoch are read
-
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train_one_epoch(parts, loader, on_step=strict)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_bench(tmp_path, capsys, monkeypatch):
     """A row of each kind on tiny shapes: ours, the peer's, the ratio, and whether the target is met."""
     sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "depth": 7, "num_heads": 2, "num_classes": 10}
     monkeypatch.setattr(bench, "SIZES", {bench.SMALL: sizes, bench.CIFAR: sizes})
     processes = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: processes)  # which know the sizes above
-    argv = ["--rows", "train,maps,memory,load", "--rounds", "1", "--batch", "2", "--device", "cpu"]
+    monkeypatch.setattr(bench, "FOREIGN", ["test_vit"])
+    argv = ["--rows", "train,maps,memory,load,foreign,graphs", "--rounds", "1", "--batch", "2", "--device", "cpu"]
     argv += ["--json", tmp_path / "b.json"]
     status, out, err = run(bench.main, argv, capsys)
     assert status == 0, err
@@ -113,9 +89,43 @@ def test_bench(tmp_path, capsys, monkeypatch):
         assert row["ratio"] == pytest.approx(row["ours"] / row["peer"], rel=1e-6)
     memory = next(row for row in rows if row["unit"] == "MiB")
     assert min(memory["ours"], memory["peer"]) > 0
+    names = [f"attention of CLS, test_vit, {side} px, against hooks" for side in (224, 518)]
+    assert [row["name"] for row in rows[-4:]] == [what + name for name in names for what in ("", "memory of ")]
+    assert f"targets met, {len(rows)} rows" in out.splitlines()[-1]
     assert bench.met({"target": ">= 2", "ratio": 1.9}) == "MISSED"
     assert bench.met({"target": "<= 2", "ratio": 1.9}) == "met"
     assert "there is no nonsense" in run(bench.main, ["--rows", "nonsense"], capsys)[2]
+
+
+def test_verdict():
+    rows = [
+        {"name": "a", "ratio": 1.2, "target": ">= 1"}, {"name": "b", "ratio": 1.2, "target": "<= 1"},
+        {"name": "c", "ratio": 3.0, "target": ""},
+    ]  # fmt: skip
+    assert bench.verdict(rows[::2], [], 5) == "verdict: 1 of 1 target met, 2 rows"
+    line = bench.verdict(rows, ["train", "load"], 0.5)
+    assert line.endswith("3 rows; missed: b (1.200, not <= 1); left out after 0.5 minutes: train, load")
+
+
+def test_no_row_begins_after_the_time_is_over(capsys, monkeypatch):
+    """But the first one; and a race ends after three rounds when its seconds are over."""
+    calls = []
+    races = [bench.Race(name, lambda: calls.append(1), lambda: None) for name in "ab"]
+    monkeypatch.setattr(bench, "ROWS", {"x": lambda *_: races, "y": lambda *_: races})
+    monkeypatch.setattr(bench, "RACE", 0.0)
+    status, out, err = run(bench.main, ["--rows", "x,y", "--minutes", "1e-9", "--device", "cpu"], capsys)
+    assert out.splitlines()[-1] == "verdict: 0 of 0 targets met, 1 row; left out after 1e-09 minutes: x, y", err
+    assert len(calls) == 2 + 3
+
+
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224"])
+def test_hooks_see_what_the_recorder_sees(name):
+    found = []
+    for make in (bench.recorded, bench.hooked):
+        torch.manual_seed(0)
+        found.append(make(name, 60, torch.device("cpu"))())  # 48 or 56 pixels
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    assert all(torch.allclose(found[0][i], found[1][i], atol=1e-6) for i in found[0])
 
 
 def test_the_peers_are_the_same_model():

@@ -17,7 +17,8 @@ FLOORS = {  # from the top; a folder stands for its files
     "inspection": ["inspection"],
     "loading": ["loading"],
     "checkpoints": ["checkpoints"],
-    "ground": ["models_dynamic", "datasets", "loading.folders", "loading.scenes", "engine", "utils"],
+    "ground": ["models_dynamic", "datasets", "loading.folders", "loading.archives", "loading.labels", "loading.scenes",
+               "engine", "utils"],
     "attention": ["inspection.attention"],  # the recorder: the model's own maps come from it
     "tokens": ["tokens"],  # which tokens stand where; the blocks that they pass
 }  # fmt: skip

@@ -108,6 +108,13 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     Args:
         about: a checkpoint's description of its data; its very test images are found again.
     """
+    split, classes = _find_split(name, path, train, about, max_pixels)
+    if about and about.get("class_map"):
+        return select_classes(split, classes, about["classes"]), list(about["classes"])
+    return split, classes
+
+
+def _find_split(name, path, train, about, max_pixels):
     if name not in FOLDERS:
         return _small_images(name, path, train)
     part, left_out = "train" if train else "test", Counter()
@@ -115,7 +122,7 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     if "all" in folders:
         about = about or {}
         parts, classes, origin = _split_classes(path, about.get("test_size"), left_out, max_pixels)
-        if about.get("classes"):
+        if about.get("classes") and not about.get("class_map"):
             check_classes(classes, about["classes"], "the images", "the model")
         if about.get("test_files", origin["test_files"]) != origin["test_files"]:
             raise BadInput(
@@ -127,8 +134,6 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
         split, classes = _class_folders(folder_of(part, folders, name, path), left_out, max_pixels)
         classes = classes or (about or {}).get("classes") or numbered([split])
     note_left_out(path, left_out)
-    if about and about.get("class_map"):
-        return select_classes(split, classes, about["classes"]), list(about["classes"])
     return split, classes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # from the top; a folder stands for its files
     "scripts": ["cifar_main", "main_distillation", "visualize_attention", "position_sweep", "analyze_tokens",
-                "discover_objects", "export_model", "run_with_submitit", "bench", "hubconf"],
+                "discover_objects", "evaluate", "export_model", "run_with_submitit", "bench", "hubconf"],
     "sweep": ["sweep"],
     "small images": ["cifar_train", "cifar_test"],
     "training": ["training"],

@@ -93,8 +93,8 @@ def splits_of(path) -> dict[str, str]:
     else:
         if kind == "hfids":
             utils.note_once(
-                path, "is not streamed: a stream cannot be split, shuffled by seed alone or resumed at any "
-                "batch, so it is read like hfds/, from the disk (downloaded there once)",
+                path, f"{path} is not streamed: of a stream nothing can be held out, order and draws depend on the "
+                "number of workers, and no run resumes in the middle; it is read as hfds/, from the disk",
             )  # fmt: skip
         words = utils.main_decides(lambda: list(_hugging_face(rest)))  # the first process downloads
     return {word: f"{path}!{word}" for word in words}

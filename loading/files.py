@@ -129,7 +129,7 @@ class _ImageFiles(Dataset):
             os._exit(0)  # a worker process, whose batch nobody waits for any more
         number, seed = item
         try:
-            image, label = read_picture(self.split, number), int(self.split.labels[number])
+            image, label = read_picture(self.split, number), self.split.labels[number]
         except BadInput as error:
             return error  # raised in a worker process, it would reach the user as a traceback in one long line
         if seed is None:

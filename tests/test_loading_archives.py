@@ -182,6 +182,13 @@ def test_train_and_test_from_tar_files_on_the_command_line(tmp_path, capsys):
     assert status == 0 and "on 8 images" in text
 
 
+def test_hfids_is_read_by_number(tmp_path, monkeypatch, capsys):
+    path = make("hf_saved", tmp_path, monkeypatch).replace("hfds", "hfids")
+    parts, _, _ = find_parts("IMNET", path, None, None, 10**6)
+    assert len(values_of(parts["train"])) == 12
+    assert capsys.readouterr().out.count("is not streamed") == 1
+
+
 # Labels ------------------------------------------------------------------------------------------------------------
 
 

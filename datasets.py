@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
+from loading.archives import kind_of
 from loading.folders import FOLDERS, class_folders, find_folders, folder_of, listing, note_left_out, part_of, visible
 from loading.scenes import CLASSES, scans, scenes
 from utils import BadInput, RunFailed
@@ -82,6 +83,8 @@ def detect_data_set(path) -> str:
     """The name of the data set under `path`: what is there decides; where nothing is, the folder's name."""
     if path is None:
         return "CIFAR10"
+    if kind_of(path):
+        return "FOLDER"
     path = Path(path)
     for name, folder in CIFAR.items():
         if (path / folder).is_dir():

@@ -106,8 +106,10 @@ def labelled_images(part) -> tuple[np.ndarray, list[int], list[str] | None]:
     kind, _, rest = root.partition("/")
     if kind == "wds":
         shards = [shard for shard in _shards(rest) if split in _words(shard, rest)]
-        names, labels = zip(*(sample for shard in shards for sample in _samples(shard)))
-        return np.array([os.fsencode(name) for name in names]), list(labels), None
+        samples = [sample for shard in shards for sample in _samples(shard)]
+        if not samples:
+            raise BadInput(f"the shards of {root} for {split} have no images (jpg, png, webp); correct --data_path")
+        return np.array([os.fsencode(name) for name, _ in samples]), [label for _, label in samples], None
     if kind == "torch":
         data = _torch(root, split)
         labels = getattr(data, "targets", None)

@@ -25,6 +25,9 @@ def labels_of(names, place) -> list[str] | list[int]:
 
     They are in a file in it, or beside it: lines of name and class, or of the class alone, in the order of the names.
 
+    Args:
+        names: of the images, sorted.
+
     Raises:
         BadInput: no such file, or it does not have all the images.
     """
@@ -42,7 +45,7 @@ def labels_of(names, place) -> list[str] | list[int]:
     if len(rows[0]) == 1:
         if len(rows) != len(names):
             raise BadInput(f"{file} has {len(rows)} lines, {place} has {len(names)} images; give a line for each")
-        order = {name: row[0] for name, row in zip(sorted(names), rows)}
+        order = {name: row[0] for name, row in zip(names, rows)}
     else:
         order = {Path(name).stem: label for name, label in rows}
         lacking = next((name for name in names if Path(name).stem not in order), None)

@@ -4,6 +4,7 @@ import io
 import pickle
 import tarfile
 from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
@@ -120,16 +121,33 @@ def torchvisions(path):
     return f"torch/image_folder/{path}"
 
 
+def one_tar(path):
+    for part, start in (("train", 0), ("val", 100)):
+        images = [(label, i) for label in range(3) for i in range(4)]
+        files = {f"in/{SYNSETS[label]}/{i}.png": encoded(start + 10 * label + i) for label, i in images}
+        write_tar(path / f"{part}.tar", files)
+    return path
+
+
+def skip_without_datasets():
+    try:
+        version("datasets")
+    except PackageNotFoundError:
+        pytest.skip("Hugging Face datasets take a package: pip install datasets")
+
+
 def make(kind, path, monkeypatch):
     if kind.startswith("hf"):
-        pytest.importorskip("pyarrow", reason="Hugging Face datasets take the package datasets")
+        skip_without_datasets()
         monkeypatch.setenv("HF_DATASETS_CACHE", str(path / "cache"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         return hugging_face(path, kind == "hf_saved")
-    return {"tar": tar_of_a_class, "imagenet": imagenets_own, "wds": shards, "torch": torchvisions}[kind](path)
+    return {"tar": tar_of_a_class, "one_tar": one_tar, "imagenet": imagenets_own, "wds": shards, "torch": torchvisions}[
+        kind
+    ](path)
 
 
-KINDS = ("tar", "imagenet", "wds", "hf_saved", "hf_parquet", "torch")
+KINDS = ("tar", "one_tar", "imagenet", "wds", "hf_saved", "hf_parquet", "torch")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,7 +264,7 @@ def test_bad_input(tmp_path, monkeypatch):
     tar_of_a_class(tmp_path / "c")
     (tmp_path / "c" / "val" / f"{SYNSETS[0]}.tar").write_bytes(b"no tar")
     refused(tmp_path / "c", "uncompressed")
-    pytest.importorskip("pyarrow", reason="Hugging Face datasets take the package datasets")
+    skip_without_datasets()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(f"hfds/{tmp_path / 'none'}", "cannot read the Hugging Face dataset")
 
@@ -255,6 +273,17 @@ def test_damaged_image_in_a_tar_is_named(tmp_path):
     tar = write_tar(tmp_path / "x.tar", {"a.png": encoded(1)[:40]})
     with pytest.raises(BadInput, match=r"cannot read the image .*x.tar!512\+40!a.png"):
         read_image(f"{tar}!512+40!a.png")
+
+
+def test_all_damaged_images_are_left_out(tmp_path):
+    path = tar_of_a_class(tmp_path)
+    name = f"{SYNSETS[0]}_"
+    files = {f"{name}{i}.png": encoded(i)[: 40 if i == 1 else None] for i in range(4)}
+    write_tar(path / "train" / f"{SYNSETS[0]}.tar", files)
+    data = load_file_data("IMNET", path, (6, 6), bad_images="skip")
+    assert len(data.train) + len(data.val) == 11
+    with pytest.raises(BadInput, match=f"{name}1.png"):
+        list(FileLoader(find_split("IMNET", path, True)[0], data.description(), 12, torch.device("cpu")))
 
 
 def test_files_in_folders_named_as_a_kind():

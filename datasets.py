@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from loading.folders import FOLDERS, PARTS, class_folders, find_folders, folder_of, listing, note_left_out, visible
+from loading.archives import kind_of
+from loading.folders import FOLDERS, class_folders, find_folders, folder_of, listing, note_left_out, part_of, visible
 from loading.scenes import CLASSES, scans, scenes
 from utils import BadInput, RunFailed
 
@@ -82,6 +83,8 @@ def detect_data_set(path) -> str:
     """The name of the data set under `path`: what is there decides; where nothing is, the folder's name."""
     if path is None:
         return "CIFAR10"
+    if kind_of(path):
+        return "FOLDER"
     path = Path(path)
     for name, folder in CIFAR.items():
         if (path / folder).is_dir():
@@ -108,6 +111,13 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     Args:
         about: a checkpoint's description of its data; its very test images are found again.
     """
+    split, classes = _find_split(name, path, train, about, max_pixels)
+    if about and about.get("class_map"):
+        return select_classes(split, classes, about["classes"]), list(about["classes"])
+    return split, classes
+
+
+def _find_split(name, path, train, about, max_pixels):
     if name not in FOLDERS:
         return _small_images(name, path, train)
     part, left_out = "train" if train else "test", Counter()
@@ -115,7 +125,7 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     if "all" in folders:
         about = about or {}
         parts, classes, origin = _split_classes(path, about.get("test_size"), left_out, max_pixels)
-        if about.get("classes"):
+        if about.get("classes") and not about.get("class_map"):
             check_classes(classes, about["classes"], "the images", "the model")
         if about.get("test_files", origin["test_files"]) != origin["test_files"]:
             raise BadInput(
@@ -125,8 +135,28 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
         split = parts[part]
     else:
         split, classes = _class_folders(folder_of(part, folders, name, path), left_out, max_pixels)
+        classes = classes or (about or {}).get("classes") or numbered([split])
     note_left_out(path, left_out)
     return split, classes
+
+
+def numbered(splits) -> list[str]:
+    """Names of classes that have only numbers."""
+    return [str(i) for i in range(1 + max(int(split.labels.max()) for split in splits))]
+
+
+def select_classes(split, classes, wanted) -> Split:
+    """The images of the classes `wanted`, whose labels are their places in that list."""
+    unknown = [name for name in wanted if name not in set(classes)]
+    if unknown:
+        raise BadInput(
+            f"there is no class {unknown[0]}: the classes are {', '.join(classes[:5])}, ...; correct the map"
+        )
+    places = torch.full((len(classes),), -1)
+    places[[classes.index(name) for name in wanted]] = torch.arange(len(wanted))
+    labels = places[split.labels]
+    kept = (labels >= 0).nonzero()[:, 0]
+    return replace(split.part(kept.tolist()), labels=labels[kept])
 
 
 def check_number(i, count):
@@ -183,8 +213,20 @@ def _read_digits(train):
 # Training, held-out and test images --------------------------------------------------------------------------------
 
 
-def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
-    """('train' and 'test' images, and 'val' if that has a folder; classes; `ImageData.origin`). Nothing is read yet."""
+def find_parts(name, path, val_size, test_size, max_pixels, wanted=None) -> tuple[dict[str, Split], list[str], dict]:
+    """('train' and 'test' images, and 'val' if that has a folder; classes; `ImageData.origin`). Nothing is read yet.
+
+    Args:
+        wanted: classes in the order of their labels; images of others are left out. None: all.
+    """
+    parts, classes, origin = _all_parts(name, path, val_size, test_size, max_pixels)
+    if wanted is None:
+        return parts, classes, origin
+    parts = {part: select_classes(split, classes, wanted) for part, split in parts.items()}
+    return parts, list(wanted), origin | {"class_map": True}
+
+
+def _all_parts(name, path, val_size, test_size, max_pixels):
     folders = find_folders(name, path) if name in FOLDERS else {}
     if test_size is not None and "all" not in folders:
         raise BadInput(f"--test_size is for class folders without train/, and {path or name} has its own test images")
@@ -198,18 +240,20 @@ def find_parts(name, path, val_size, test_size, max_pixels) -> tuple[dict[str, S
         parts, classes, origin = _split_classes(path, test_size, left_out, max_pixels)
     else:
         wanted = {part: folder_of(part, folders, name, path) for part in ("train", "test")}
-        parts, classes = {}, None
+        parts, named = {}, {}
         for part, folder in (wanted | folders).items():
-            parts[part], these = _class_folders(folder, left_out, max_pixels)
-            classes = classes or these
-            check_classes(classes, these, "the training images", f"the {'held-out' if part == 'val' else part} images")
-        chosen = next(part for part, names in PARTS.items() if folders["test"].name in names)
+            parts[part], named[part] = _class_folders(folder, left_out, max_pixels)
+        classes = named["train"] or numbered(parts.values())
+        for part, these in named.items():  # None: its labels are numbers of the training images' classes
+            what = f"the {'held-out' if part == 'val' else part} images"
+            check_classes(classes, these or classes, "the training images", what)
+        chosen = part_of(folders["test"])
         origin = {} if chosen == FOLDERS[name] else {"test_folder": chosen}
     note_left_out(path, left_out)
     return parts, classes, origin
 
 
-def _class_folders(root, left_out, max_pixels) -> tuple[Split, list[str]]:
+def _class_folders(root, left_out, max_pixels) -> tuple[Split, list[str] | None]:
     files, labels, classes = class_folders(root, left_out)
     return Split(files, labels, max_pixels), classes
 

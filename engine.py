@@ -287,6 +287,8 @@ class _Progress:
 def evaluate(model, batches, keep_predictions=False, on_batch=None) -> dict:
     """Score a model in full precision, every image once, over all processes. `on_batch()` is called after each batch.
 
+    Labels are (B,), or with several right answers (B, L), filled up with -1; then there is no loss.
+
     Returns:
         `loss` (mean cross-entropy), `top1` and `top5` in per cent, `images`; with `keep_predictions` also
         `predictions` (M,), the classes this process predicted, in the order of its batches.
@@ -299,9 +301,10 @@ def evaluate(model, batches, keep_predictions=False, on_batch=None) -> dict:
         for images, labels in batches:
             logits = model(images).float()
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-            hits = ranked == labels[:, None]
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()])
+            hits = (ranked[:, :, None] == labels.view(len(labels), 1, -1)).any(dim=2)  # (B, 5)
+            if labels.ndim == 1:
+                loss += F.cross_entropy(logits, labels, reduction="sum")
+            counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), torch.ones_like(ranked[:, 0]).sum()])
             if keep_predictions:
                 predictions.append(ranked[:, 0])
             if on_batch is not None:

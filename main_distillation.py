@@ -24,6 +24,7 @@ from checkpoints.models import load_model
 from datasets import DATA_SETS, DIGITS
 from engine import TrainingStep, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
+from loading.labels import class_map
 from models_dynamic import SIZES, plain_attention_on_cpu
 from training import film, flags, run_folder
 from training.loop import Run, run_epochs, wrap
@@ -91,8 +92,13 @@ def get_parser():
     group = parser.add_argument_group("data")
     group.add_argument("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
     group.add_argument(
-        "--data_path", help="folder with train/ and val/ (default: ./data/imagenet, ./data/CIFAR10, ./data/CIFAR100)"
-    )
+        "--data_path", help="folder with train/ and val/, folders or tar files of a class each; or wds/FOLDER, "
+        "hfds/NAME, torch/NAME, see docs/IMAGENET.md (default: ./data/imagenet, ./data/CIFAR10, ./data/CIFAR100)",
+    )  # fmt: skip
+    group.add_argument(
+        "--class_map", metavar="FILE", help="the classes, one a line in the order of the labels, perhaps fewer than "
+        "the data have; or a .txt that timm has, as mini_imagenet_synsets.txt",
+    )  # fmt: skip
     flags.add_data_flags(group)
     group.add_argument("--aa", help="timm's augmentation policy, or none")
     group.add_argument("--color_jitter", type=number(float, 0), help="strength; only without --aa")
@@ -215,7 +221,10 @@ def input_size(args) -> tuple[int, int]:
 def read_data(args):
     """The data set of the flags, of the size of their model."""
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
-    return load_file_data(args.data_set, args.data_path, input_size(args), **crop, **flags.of_data(args))
+    wanted = class_map(args.class_map) if args.class_map else None
+    return load_file_data(
+        args.data_set, args.data_path, input_size(args), **crop, **flags.of_data(args), classes=wanted
+    )
 
 
 def make_model(args, num_classes, resume=None):

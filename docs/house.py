@@ -10,14 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # from the top; a folder stands for its files
     "scripts": ["cifar_main", "main_distillation", "visualize_attention", "position_sweep", "analyze_tokens",
-                "discover_objects", "export_model", "run_with_submitit", "bench", "hubconf"],
+                "discover_objects", "evaluate", "export_model", "run_with_submitit", "bench", "hubconf"],
     "sweep": ["sweep"],
     "small images": ["cifar_train", "cifar_test"],
     "training": ["training"],
     "inspection": ["inspection"],
     "loading": ["loading"],
     "checkpoints": ["checkpoints"],
-    "ground": ["models_dynamic", "datasets", "loading.folders", "loading.scenes", "engine", "utils"],
+    "ground": ["models_dynamic", "datasets", "loading.folders", "loading.archives", "loading.labels", "loading.scenes",
+               "engine", "utils"],
     "attention": ["inspection.attention"],  # the recorder: the model's own maps come from it
     "tokens": ["tokens"],  # which tokens stand where; the blocks that they pass
 }  # fmt: skip

@@ -12,6 +12,7 @@ from tqdm.contrib.concurrent import thread_map
 
 import utils
 from datasets import MAX_PIXELS, Split
+from loading.archives import open_image
 from loading.folders import HEIF_NEEDS, prepare_pillow
 from utils import BadInput, number
 
@@ -94,15 +95,19 @@ def read_image(path, max_pixels=MAX_PIXELS, draft=False):
 
     Raises BadInput, naming the file, if Pillow cannot read it.
     """
-    if not os.path.isfile(path):  # a pipe or a device may never end
-        raise BadInput(f"there is no image {path}; give a file")
     prepare_pillow()
+    try:
+        source = path if os.path.isfile(path) else open_image(str(path))  # a pipe or a device may never end
+    except (OSError, LookupError) as error:
+        raise BadInput(f"cannot read the image {path} ({error}); fix or remove it") from None
+    if source is None:
+        raise BadInput(f"there is no image {path}; give a file")
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow refuses twice as many wherever a file declares them
     try:
-        with Image.open(path) as image:
+        with source if isinstance(source, Image.Image) else Image.open(source) as image:
             if draft:
                 image.draft("RGB", (1, 1))
-            return _as_seen(image, path)
+            return _as_seen(image, path, source)
     except Image.DecompressionBombError as error:
         count = re.search(r"\d+", str(error)).group()
         raise BadInput(
@@ -110,19 +115,20 @@ def read_image(path, max_pixels=MAX_PIXELS, draft=False):
             "make the image smaller"
         ) from None
     except Exception as error:  # Pillow's plugins raise many kinds
-        why = _why_unknown(path) if isinstance(error, Image.UnidentifiedImageError) else error
+        why = _why_unknown(source) if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadInput(f"cannot read the image {path} ({why}); fix or remove it") from None
 
 
-def _why_unknown(path) -> str:
-    with open(path, "rb") as file:
+def _why_unknown(source) -> str:
+    with open(source, "rb") if isinstance(source, str | os.PathLike) else source as file:
+        file.seek(0)
         head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
         return HEIF_NEEDS
     return "AVIF takes Pillow 11.3 or newer" if head[4:11] == b"ftypavi" else "damaged, or of an unknown format"
 
 
-def _as_seen(image, path):
+def _as_seen(image, path, source):
     deep = _has_deep_colours(image)
     image.load()
     try:
@@ -132,7 +138,7 @@ def _as_seen(image, path):
     if image.mode[0] in "IF":
         image = _grey(image, path)
     elif deep:
-        image = _colours(image, path)
+        image = _colours(image, path, source)
     if turn:
         image = image.transpose(Image.Transpose[turn])
     if image.has_transparency_data:
@@ -207,7 +213,7 @@ def _has_deep_colours(image) -> bool:
     return image.format in ("PNG", "TIFF") and bool(image.tile) and modes.issuperset(map(_raw_mode, image.tile))
 
 
-def _colours(image, path):
+def _colours(image, path, source):
     """An image with 16 bits a channel as Pillow read it, or from the file again if its values have fewer bits.
 
     As those of `_grey`; then the upper 8 are few or none. Unpacked in the other byte order, the file gives the lower 8.
@@ -215,7 +221,7 @@ def _colours(image, path):
     if max(high for _, high in image.getextrema()[:3]) >= 64:  # of 256: at least 15 bits
         return image
     other = {"LA;16B": "RGBA", "B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-    with Image.open(path) as again:
+    with Image.open(source) as again:
         mode = _raw_mode(again.tile[0])
         turned = other.get(mode) or mode[:-1] + other[mode[-1]]
         again.tile = [

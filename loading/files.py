@@ -28,7 +28,7 @@ from utils import BadInput, signals_blocked
 
 def load_file_data(
     name, path, input_size, val_size=None, crop_pct=0.875, interpolation="bicubic", test_size=None,
-    max_pixels=MAX_PIXELS, bad_images="error",
+    max_pixels=MAX_PIXELS, bad_images="error", classes=None,
 ) -> ImageData:  # fmt: skip
     """`loading.memory.load_data` for a `FileLoader`: images in folders stay there, and get ImageNet's mean and std.
 
@@ -37,8 +37,9 @@ def load_file_data(
     Args:
         val_size: as there, but 1 % for IMNET, as in big_vision.
         crop_pct, interpolation: of evaluation, see `fit_image`.
+        classes: see `find_parts`, wanted.
     """
-    parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels)
+    parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels, classes)
     if bad_images == "skip":
         parts |= {part: _readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
     train, val = held_out(name, parts, classes, val_size)
@@ -128,7 +129,7 @@ class _ImageFiles(Dataset):
             os._exit(0)  # a worker process, whose batch nobody waits for any more
         number, seed = item
         try:
-            image, label = read_picture(self.split, number), int(self.split.labels[number])
+            image, label = read_picture(self.split, number), self.split.labels[number]
         except BadInput as error:
             return error  # raised in a worker process, it would reach the user as a traceback in one long line
         if seed is None:

@@ -1,6 +1,7 @@
 """Folders of image files: which of them are training and test, which are classes, and which files are images."""
 
 import os
+import re
 import warnings
 from collections import Counter, deque
 from contextlib import suppress
@@ -13,8 +14,11 @@ from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 import utils
+from loading.archives import kind_of, labelled_images, splits_of, tar_members
+from loading.labels import labels_of
 from utils import BadInput
 
+OF_IMAGENET = "ILSVRC2012_img_"  # and train.tar, val.tar
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # and names of their folders
 LIKE_PARTS = {"training", "testing", *(name for names in PARTS.values() for name in names)}  # no names of classes
 FOLDERS = {"FOLDER": "test", "IMNET": "val"}  # and the part that is the test, unless a checkpoint has another
@@ -26,23 +30,29 @@ HEIF_ENDINGS = (".heic", ".heif", ".hif")
 HEIF_NEEDS = "HEIC takes a package: pip install pillow-heif"
 
 
-def find_folders(name, path, about=None) -> dict[str, Path]:
+def find_folders(name, path, about=None) -> dict[str, Path | str]:
     """Those that are there of 'train', 'test', and 'val' if another one is the test; of class folders alone, 'all'.
+
+    Each is a folder, a tar file, or a split of `loading.archives`.
 
     With val/ and test/, val/ is held out. With one of them that is the test, as it is for a checkpoint (`about`).
     """
     if path is None:
         raise BadInput(f"--data_set {name} needs --data_path, a folder with {EXPECTED[name]}")
-    root, there = Path(path), {}
+    root, there, splits = Path(path), {}, splits_of(path) if kind_of(path) else None
     for part, names in PARTS.items():
-        found = [root / n for n in names if os.path.isdir(root / n)]
+        if splits is None:
+            tars = [root / f"{before}{n}.tar" for n in names for before in ("", OF_IMAGENET)]
+            found = [root / n for n in names if os.path.isdir(root / n)] or [tar for tar in tars if tar.is_file()]
+        else:
+            found = [splits[n] for n in names if n in splits]
         if len(found) > 1:
             raise BadInput(f"{' and '.join(map(str, found))} are both there; keep one, or move one into the other")
         there |= {part: found[0]} if found else {}
     subfolders = class_names(root) if not there and name == "FOLDER" else []
     if len(subfolders) > 1 and not {n.lower() for n in subfolders} & LIKE_PARTS:
         return {"all": root}
-    if name == "IMNET" and {"val", "test"} <= there.keys() and not class_names(there["test"]):
+    if name == "IMNET" and {"val", "test"} <= there.keys() and not _has_labels(there["test"]):
         del there["test"]  # ImageNet's own, without labels
     test = "test" if about is None else about.get("test_folder", FOLDERS[name])
     if test not in there:
@@ -51,10 +61,22 @@ def find_folders(name, path, about=None) -> dict[str, Path]:
     return {part: there[folder] for part, folder in of_parts.items() if folder in there}
 
 
-def folder_of(part, folders, name, path) -> Path:
+def _has_labels(place) -> bool:
+    return max(labelled_images(place)[1]) >= 0 if kind_of(place) else place.is_dir() and bool(class_names(place))
+
+
+def part_of(place) -> str:
+    """Which of PARTS a folder, tar file or split is by its name."""
+    name = Path(re.split("[/!]", str(place))[-1]).stem.removeprefix(OF_IMAGENET)
+    return next(part for part, names in PARTS.items() if name in names)
+
+
+def folder_of(part, folders, name, path) -> Path | str:
     """Raises BadInput, with what is there and what is expected, if that part is not there."""
     if part in folders:
         return folders[part]
+    if kind_of(path):
+        raise BadInput(f"{path} has no split {part}, only {', '.join(splits_of(path))}; call them train and validation")
     root = Path(path)
     names = [root / "train"] if part == "train" else [root / n for n in ("test", "val")]
     download = "" if visible(root) or name == "IMNET" else "; --data_set CIFAR10 would be downloaded there"
@@ -84,12 +106,19 @@ def class_names(folder) -> list[str]:
     return [name for name in visible(folder) if os.path.isdir(Path(folder) / name)]
 
 
-def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str]]:
-    """(names of M files as bytes, labels (M,) int64, classes) of `root/<class>/*`, at any depth, in any format that
-    Pillow reads."""
-    classes = class_names(root)
+def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str] | None]:
+    """(names of M images as bytes, labels (M,) int64, classes) of `root/<class>/*`, at any depth, in any format that
+    Pillow reads; of tar files of a class each, or of a tar of folders; or of a split of `loading.archives`.
+
+    Images without class folders have their labels in a file (`labels_of`). Classes are None if they have only numbers.
+    """
+    if kind_of(root):
+        images, labels, classes = labelled_images(root)
+        return images, torch.tensor(labels), classes
+    classes = class_names(root) if root.is_dir() else []
     if not classes:
-        raise BadInput(f"{root} has no class folders; put the images into {root}/<class>/, or move it away")
+        tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+        return _listed_images(tar_members(tars) if tars else _as_listed(root, left_out), root, left_out)
     files, labels = [], []
     for label, name in enumerate(classes):
         found = image_files(root / name, left_out)
@@ -102,6 +131,34 @@ def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str]]:
     return np.array(files), torch.tensor(labels), classes
 
 
+def _as_listed(root, left_out):
+    return [(file.name, str(file)) for file in image_files(root, left_out)]
+
+
+def _listed_images(entries, root, left_out):
+    """`class_folders` of (path, name of the image): the last folder of the path is the class, or none has one."""
+    endings = image_endings()
+    kept = [(path, name) for path, name in entries if os.path.splitext(path)[1].lower() in endings]
+    left_out.update(ending for path, _ in entries if (ending := os.path.splitext(path)[1].lower()) not in endings)
+    if not kept:
+        raise BadInput(f"{root} has no class folders and no images; put images into {root}/<class>/, or move it away")
+    kept.sort(key=lambda entry: (os.path.dirname(entry[0]), entry[0]))
+    names = [os.path.basename(os.path.dirname(path)) for path, _ in kept]
+    if not any(names):
+        names = labels_of([path for path, _ in kept], root)
+    images = np.array([os.fsencode(name) for _, name in kept])
+    if isinstance(names[0], int):
+        return images, torch.tensor(names), None
+    classes = sorted(set(names))
+    numbers = {name: i for i, name in enumerate(classes)}
+    return images, torch.tensor([numbers[name] for name in names]), classes
+
+
+def image_endings() -> set[str]:
+    prepare_pillow()
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
 def image_files(folder, left_out: Counter | None = None) -> list[Path]:
     """The files at any depth below `folder`, sorted, whose ending is that of a format that is read; each once.
 
@@ -111,9 +168,7 @@ def image_files(folder, left_out: Counter | None = None) -> list[Path]:
     Args:
         left_out: here the other files are counted, by their ending.
     """
-    prepare_pillow()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, links = {}, []
+    endings, files, links = image_endings(), {}, []
     visited, waiting = set(map(str, Path(os.path.realpath(folder)).parents)), deque([os.fspath(folder)])
     while waiting:
         here = waiting.popleft()

@@ -33,7 +33,8 @@ RUNS = {
     ),
 }
 
-ELSEWHERE = ["run_with_submitit.py", "bench.py"]  # run in test_processes.py and, with tiny shapes, in test_speed.py
+# Run in test_processes.py, test_evaluate.py and, with tiny shapes, in test_speed.py.
+ELSEWHERE = ["run_with_submitit.py", "evaluate.py", "bench.py"]
 
 
 @pytest.mark.parametrize("name", [*RUNS, *ELSEWHERE])

@@ -1,0 +1,99 @@
+"""Which class an image has where no folder says so: ImageNet's label files; and which classes are wanted."""
+
+import io
+import os
+import re
+import tarfile
+from importlib.resources import files
+from pathlib import Path
+
+from utils import BadInput
+
+DEVKIT = "ILSVRC2012_devkit_t12"
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"  # numbers of the devkit's own
+LABEL_FILES = ("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt", "val.txt", "labels.csv",
+               "labels.txt")  # Kaggle's, TensorFlow's, Caffe's, own  # fmt: skip
+
+
+def timm_info(name) -> str:
+    """One of timm's files about ImageNet (`timm/data/_info`)."""
+    return files("timm.data").joinpath("_info", name).read_text(encoding="utf-8")
+
+
+def labels_of(names, place) -> list[str] | list[int]:
+    """The class name, or the number, of each image of a folder or tar without class folders.
+
+    They are in a file in it, or beside it: lines of name and class, or of the class alone, in the order of the names.
+
+    Args:
+        names: of the images, sorted.
+
+    Raises:
+        BadInput: no such file, or it does not have all the images.
+    """
+    around = [Path(place), Path(place).parent]
+    file = next((folder / name for folder in around for name in LABEL_FILES if (folder / name).is_file()), None)
+    if file is not None:
+        rows = [re.split(r"[,\s]+", line.strip())[:2] for line in file.read_text().splitlines() if line.strip()]
+    else:
+        file, rows = next((found for folder in around for found in _devkit(folder)), (None, None))
+    if file is None:
+        raise BadInput(
+            f"{place} has no class folders, and no file says which class its images have; put "
+            f"{', '.join(LABEL_FILES)} or {DEVKIT}.tar.gz beside it"
+        )
+    if len(rows[0]) == 1:
+        if len(rows) != len(names):
+            raise BadInput(f"{file} has {len(rows)} lines, {place} has {len(names)} images; give a line for each")
+        order = {name: row[0] for name, row in zip(names, rows)}
+    else:
+        order = {Path(name).stem: label for name, label in rows}
+        lacking = next((name for name in names if Path(name).stem not in order), None)
+        if lacking:
+            raise BadInput(f"{file} has no line for {lacking}")
+        order = {name: order[Path(name).stem] for name in names}
+    labels = [order[name] for name in names]
+    return [int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels
+
+
+def _devkit(folder):
+    """(file, [[WordNet ID], ...]) from a devkit, packed or not."""
+    from scipy.io import loadmat
+
+    for root in (folder, folder / "data", folder / DEVKIT / "data"):
+        if (root / TRUTH).is_file() and (root / "meta.mat").is_file():
+            file, truth, meta = root / TRUTH, (root / TRUTH).read_bytes(), (root / "meta.mat").read_bytes()
+            break
+    else:
+        file = folder / f"{DEVKIT}.tar.gz"
+        if not file.is_file():
+            return
+        with tarfile.open(file) as archive:
+            inside = {os.path.basename(name): name for name in archive.getnames()}
+            truth, meta = (archive.extractfile(inside[name]).read() for name in (TRUTH, "meta.mat"))
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    names = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()))
+    yield file, [[names[int(number)]] for number in truth.split()]
+
+
+def class_map(file) -> list[str]:
+    """The classes of --class_map, in the order of their labels: a class a line, or a pickled {class: label}.
+
+    `file` may also be the name of one of timm's, such as imagenet_a_synsets.txt.
+    """
+    from timm.data.readers.class_map import load_class_map
+
+    if not os.path.exists(file):
+        try:
+            labels = {name: i for i, name in enumerate(timm_info(file).split())}
+        except (OSError, ValueError):
+            raise BadInput(f"there is no file {file}; give --class_map a text file with a class a line") from None
+    else:
+        try:
+            labels = load_class_map(file)
+        except Exception as error:  # a damaged pickle raises anything
+            raise BadInput(f"cannot read --class_map {file} ({error}); give a text file, a class a line") from None
+    labels.pop("", None)
+    if not labels or sorted(labels.values()) != list(range(len(labels))):
+        raise BadInput(f"--class_map {file}: its labels have to be 0, 1, 2, ..., each once")
+    return [str(name) for name in sorted(labels, key=labels.get)]

@@ -1,0 +1,290 @@
+"""Images in tar files, shards, Hugging Face and torchvision datasets, and ImageNet's own files: read as folders are."""
+
+import io
+import pickle
+import tarfile
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from conftest import STUDENT, run
+from datasets import find_parts, find_split
+from loading.archives import kind_of
+from loading.decode import read_image, read_picture
+from loading.files import FileLoader, load_file_data
+from loading.labels import class_map
+from main_distillation import main
+from utils import BadInput
+
+SYNSETS = "n01440764 n01443537 n01484850".split()
+
+
+def picture(n) -> Image.Image:
+    """Whose upper left value is n."""
+    pixels = np.full((6, 6, 3), n, np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(n) -> bytes:
+    file = io.BytesIO()
+    picture(n).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, entries):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in entries.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def values_of(split) -> list[tuple[int, int]]:
+    """(upper left value, label) of each image."""
+    return [(read_picture(split, i).getpixel((0, 0))[0], int(split.labels[i])) for i in range(len(split))]
+
+
+def tar_of_a_class(path):
+    for part, start in (("train", 0), ("val", 100)):
+        for label, name in enumerate(SYNSETS):
+            files = {f"{name}_{i}.png": encoded(start + 10 * label + i) for i in range(4)}
+            write_tar(path / part / f"{name}.tar", files | {"readme.txt": b"no image"})
+    return path
+
+
+def imagenets_own(path):
+    """ILSVRC2012_*.tar: a tar of tars, a flat tar, and the devkit, whose numbers are not those of sorted classes."""
+    inner = {}
+    for label, name in enumerate(SYNSETS):
+        file = write_tar(path / "one.tar", {f"{name}_{i}.JPEG": encoded(10 * label + i) for i in range(4)})
+        inner[f"{name}.tar"] = file.read_bytes()
+        file.unlink()
+    write_tar(path / "ILSVRC2012_img_train.tar", inner)
+    flat = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": encoded(100 + 10 * (i // 4) + i % 4) for i in range(12)}
+    write_tar(path / "ILSVRC2012_img_val.tar", dict(reversed(flat.items())))
+    write_tar(path / "ILSVRC2012_img_test.tar", {"ILSVRC2012_test_00000001.JPEG": encoded(1)})
+    devkit = path / "ILSVRC2012_devkit_t12" / "data"
+    devkit.mkdir(parents=True)
+    numbers = np.array([(3, SYNSETS[0]), (1, SYNSETS[1]), (2, SYNSETS[2])], [("ILSVRC2012_ID", "i4"), ("WNID", "O")])
+    savemat(devkit / "meta.mat", {"synsets": numbers})
+    truth = "".join(f"{number}\n" * 4 for number in (3, 1, 2))
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    with tarfile.open(path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
+        archive.add(devkit.parent, "ILSVRC2012_devkit_t12")
+    return path
+
+
+def shards(path):
+    for part, start in (("train", 0), ("validation", 100)):
+        for shard in range(2):
+            files = {}
+            for label in range(3):
+                for i in (2 * shard, 2 * shard + 1):
+                    files[f"{label}_{i}.png"] = encoded(start + 10 * label + i)
+                    files[f"{label}_{i}.cls"] = str(label).encode()
+                    files[f"{label}_{i}.json"] = b"{}"
+            write_tar(path / f"tiny-{part}-{shard:04d}.tar", files)
+    return f"wds/{path}"
+
+
+def hugging_face(path, saved):
+    """As `save_to_disk` writes it, or parquet files; the test images have no labels, as ImageNet's there."""
+    from loading.archives import _their_datasets
+
+    with _their_datasets() as package:
+        features = package.Features(image=package.Image(), label=package.ClassLabel(names=SYNSETS))
+        found = package.DatasetDict()
+        for part, start in (("train", 0), ("validation", 100), ("test", 200)):
+            rows = [(start + 10 * label + i, -1 if part == "test" else label) for label in range(3) for i in range(4)]
+            columns = {"image": [{"bytes": encoded(n), "path": None} for n, _ in rows], "label": [n for _, n in rows]}
+            found[part] = package.Dataset.from_dict(columns, features=features)
+        if saved:
+            found.save_to_disk(str(path / "hf"))
+        for part, data in found.items() if not saved else ():
+            data.to_parquet(str(path / "hf" / f"{part}-00000-of-00001.parquet"))
+    return f"hfds/{path / 'hf'}"
+
+
+def torchvisions(path):
+    for part, start in (("train", 0), ("val", 100)):
+        for label, name in enumerate(SYNSETS):
+            (path / part / name).mkdir(parents=True)
+            for i in range(4):
+                picture(start + 10 * label + i).save(path / part / name / f"{i}.png")
+    return f"torch/image_folder/{path}"
+
+
+def one_tar(path):
+    for part, start in (("train", 0), ("val", 100)):
+        images = [(label, i) for label in range(3) for i in range(4)]
+        files = {f"in/{SYNSETS[label]}/{i}.png": encoded(start + 10 * label + i) for label, i in images}
+        write_tar(path / f"{part}.tar", files)
+    return path
+
+
+def skip_without_datasets():
+    try:
+        version("datasets")
+    except PackageNotFoundError:
+        pytest.skip("Hugging Face datasets take a package: pip install datasets")
+
+
+def make(kind, path, monkeypatch):
+    if kind.startswith("hf"):
+        skip_without_datasets()
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(path / "cache"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        return hugging_face(path, kind == "hf_saved")
+    return {"tar": tar_of_a_class, "one_tar": one_tar, "imagenet": imagenets_own, "wds": shards, "torch": torchvisions}[
+        kind
+    ](path)
+
+
+KINDS = ("tar", "one_tar", "imagenet", "wds", "hf_saved", "hf_parquet", "torch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_images_with_their_labels(kind, tmp_path, monkeypatch):
+    path = make(kind, tmp_path, monkeypatch)
+    parts, classes, _ = find_parts("IMNET", path, None, None, 10**6)
+    assert classes == (["0", "1", "2"] if kind == "wds" else SYNSETS)
+    for part, start in (("train", 0), ("test", 100)):
+        assert sorted(values_of(parts[part])) == [
+            (start + 10 * label + i, label) for label in range(3) for i in range(4)
+        ]
+    again, same = find_split("IMNET", path, False, {"classes": classes})
+    assert same == classes and values_of(again) == values_of(parts["test"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_promises_of_files_hold(kind, tmp_path, monkeypatch):
+    """Held out, each evaluated once by two processes, the same order and draws whatever the workers, from any batch."""
+    path = make(kind, tmp_path, monkeypatch)
+    data = load_file_data("IMNET", path, (6, 6))
+    assert len(data.train) == 9 and len(data.val) == 3
+    about, cpu = data.description(), torch.device("cpu")
+    seen = [label for rank in range(2) for _, labels in FileLoader(data.test, about, 5, cpu, rank=rank, world_size=2)
+            for label in labels.tolist()]  # fmt: skip
+    assert Counter(seen) == {0: 4, 1: 4, 2: 4}
+
+    def draw(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) + torch.randint(50, (1,)).to(torch.uint8)
+
+    def batches(workers, first):
+        loader = FileLoader(data.train, about, 2, cpu, transform=draw, seed=3, workers=workers)
+        loader.set_epoch(1, first)
+        return torch.cat([images for images, _ in loader])
+
+    whole = batches(0, 0)
+    assert torch.equal(batches(2, 0), whole)
+    assert torch.equal(batches(0, 2), whole[4:])
+
+
+def test_train_and_test_from_tar_files_on_the_command_line(tmp_path, capsys):
+    tar_of_a_class(tmp_path / "data")
+    (tmp_path / "two.txt").write_text(f"{SYNSETS[2]}\n{SYNSETS[0]}\n")
+    words = [word for word in STUDENT if word not in ("--data_set", "DIGITS")]
+    flags = ["--data_path", tmp_path / "data", "--class_map", tmp_path / "two.txt", "--epochs", 1, "--batch_size", 2]
+    out = tmp_path / "out"
+    status, text, err = run(main, [*words, *flags, "--output_dir", out], capsys)
+    assert status == 0, err
+    assert "on 8 images" in text
+    status, text, _ = run(main, ["--eval", "--resume", out / "best_checkpoint.pth", "--device", "cpu"], capsys)
+    assert status == 0 and "on 8 images" in text
+
+
+def test_hfids_is_read_by_number(tmp_path, monkeypatch, capsys):
+    path = make("hf_saved", tmp_path, monkeypatch).replace("hfds", "hfids")
+    parts, _, _ = find_parts("IMNET", path, None, None, 10**6)
+    assert len(values_of(parts["train"])) == 12
+    assert capsys.readouterr().out.count("is not streamed") == 1
+
+
+# Labels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("val.txt", "{file}.JPEG {label}"), ("LOC_val_solution.csv", "{file},{name} 1 2 3 4"), ("labels.txt", "{name}")],
+)
+def test_a_flat_folder_with_a_label_file(name, line, tmp_path):
+    tar_of_a_class(tmp_path)
+    for file in (tmp_path / "val").iterdir():
+        file.unlink()
+    lines = ["ImageId,PredictionString"] if name.endswith("csv") else []
+    for i, label in enumerate((2, 0, 1, 0)):
+        file = f"ILSVRC2012_val_{i + 1:08d}"
+        picture(i).save(tmp_path / "val" / f"{file}.JPEG", "PNG")
+        lines.append(line.format(file=file, label=label, name=SYNSETS[label]))
+    (tmp_path / name).write_text("\n".join(lines))
+    parts, classes, _ = find_parts("IMNET", tmp_path, None, None, 10**6)
+    assert classes == SYNSETS
+    assert values_of(parts["test"]) == [(0, 2), (1, 0), (2, 1), (3, 0)]
+
+
+def test_class_map(tmp_path):
+    path = tmp_path / "map.pkl"
+    path.write_bytes(pickle.dumps({SYNSETS[2]: 0, SYNSETS[0]: 1}))
+    wanted = class_map(path)
+    parts, classes, origin = find_parts("IMNET", tar_of_a_class(tmp_path), None, None, 10**6, wanted)
+    assert classes == [SYNSETS[2], SYNSETS[0]]
+    assert values_of(parts["test"]) == [*((100 + i, 1) for i in range(4)), *((120 + i, 0) for i in range(4))]
+    again, _ = find_split("IMNET", tmp_path, False, {"classes": classes} | origin)
+    assert values_of(again) == values_of(parts["test"])
+    assert len(class_map("imagenet_a_synsets.txt")) == 200
+    with pytest.raises(BadInput, match="no class n0"):
+        find_parts("IMNET", tmp_path, None, None, 10**6, ["n0"])
+    path.write_bytes(pickle.dumps({SYNSETS[2]: 0, SYNSETS[0]: 2}))
+    with pytest.raises(BadInput, match="0, 1, 2"):
+        class_map(path)
+
+
+# What is wrong is one line ---------------------------------------------------------------------------------------
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    def refused(path, match):
+        with pytest.raises(BadInput, match=match):
+            find_parts("IMNET", path, None, None, 10**6)
+
+    refused("wds/https://host/train-{00..10}.tar", "download them")
+    refused(f"wds/{tmp_path}", "no shards")
+    write_tar(tmp_path / "a" / "train-0.tar", {"x.png": encoded(0)})
+    refused(f"wds/{tmp_path / 'a'}", "no split test, only train")
+    write_tar(tmp_path / "a" / "val-0.tar", {"x.png": encoded(0)})
+    refused(f"wds/{tmp_path / 'a'}", "x has no label")
+    refused(f"torch/none/{tmp_path / 'b'}", "cannot read torch/none")
+    tar_of_a_class(tmp_path / "c")
+    (tmp_path / "c" / "val" / f"{SYNSETS[0]}.tar").write_bytes(b"no tar")
+    refused(tmp_path / "c", "uncompressed")
+    skip_without_datasets()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(f"hfds/{tmp_path / 'none'}", "cannot read the Hugging Face dataset")
+
+
+def test_damaged_image_in_a_tar_is_named(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a.png": encoded(1)[:40]})
+    with pytest.raises(BadInput, match=r"cannot read the image .*x.tar!512\+40!a.png"):
+        read_image(f"{tar}!512+40!a.png")
+
+
+def test_all_damaged_images_are_left_out(tmp_path):
+    path = tar_of_a_class(tmp_path)
+    name = f"{SYNSETS[0]}_"
+    files = {f"{name}{i}.png": encoded(i)[: 40 if i == 1 else None] for i in range(4)}
+    write_tar(path / "train" / f"{SYNSETS[0]}.tar", files)
+    data = load_file_data("IMNET", path, (6, 6), bad_images="skip")
+    assert len(data.train) + len(data.val) == 11
+    with pytest.raises(BadInput, match=f"{name}1.png"):
+        list(FileLoader(find_split("IMNET", path, True)[0], data.description(), 12, torch.device("cpu")))
+
+
+def test_files_in_folders_named_as_a_kind():
+    assert kind_of("./wds/a") is None and kind_of("wds") is None and kind_of("hfds/a/b") == "hfds"

@@ -20,7 +20,7 @@ def page(result, about=""):
     for key in (("output_cosine",) if judged else ("cost", "divergence_bits")) + (() if probed else ("probe",)):
         del titles[key]
     figure = headed_figure(
-        (2.75 * len(titles), 7), "Up to which block does it not matter what a token holds?",
+        (11, 7), "Up to which block does it not matter what a token holds?",
         f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
@@ -28,11 +28,11 @@ def page(result, about=""):
         + " Probe: ridge regression on the unchanged token; dotted: chance. Decodable is not used." * bool(probed),
         layout="constrained",
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.11, 0.98, 0.79), w_pad=0.08)
+    figure.get_layout_engine().set(rect=(0.01, 0.15, 0.98, 0.75), w_pad=0.08)
     grid = figure.subplots(max(1, len(kinds)), len(titles), squeeze=False)
     for row, (kind, by_name) in zip(grid, kinds.items()):
         for axes, (key, title) in zip(row, titles.items()):
-            axes.set_title(f"{WORDS[kind]}: {title}", fontsize=9)
+            axes.set_title(f"{WORDS[kind]}:\n{title}", fontsize=9)
             if key == "probe":
                 _draw(axes, PROBED[kind], probed["accuracy"][kind], probed["interval"][kind])
                 axes.axhline(probed["chance"], color="0.3", linestyle=":", linewidth=1)
@@ -41,8 +41,12 @@ def page(result, about=""):
                 _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
         if judged:
             row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
-        row[list(titles).index("patch_cosine")].legend(fontsize=7, frameon=False)
+        cosine = row[list(titles).index("patch_cosine")]
+        cosine.set_ylim(min(cosine.get_ylim()[0], 0.99), 1.001)  # a millionth is not a difference
+        handles = [line for line in cosine.lines if not line.get_label().startswith("_")]
         row[-1].set_visible(kind == "cls")
+    place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.11))
+    figure.legend(handles=handles, **place, ncols=len(handles), fontsize=8, frameon=False)
     return figure
 
 

@@ -19,7 +19,6 @@ def drawn_texts(figure) -> list[tuple[Text, object]]:
         draw(self, renderer)
 
     Text.draw = seen
-    figure.set_dpi(72)
     try:
         FigureCanvasAgg(figure).draw()
     finally:

@@ -2,21 +2,21 @@
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 import analyze_tokens
 from checkpoints.files import save_checkpoint
 from conftest import noise, tiny
 from inspection.statistics import TokenStatistics
 from inspection.statistics_pages import artefacts_page, norms_page
-from pages import drawn_texts, no_overlaps
+from pages import no_overlaps
 
-EVERYTHING = (
-    "--what norms attention outputs sinks lens causes --ablate registers cls_attention_to_registers --causes_images 8"
-)
+EVERYTHING = "--what norms attention outputs sinks lens causes --causes_images 8 "
+EVERYTHING += "--ablate registers cls_attention_to_registers"
 
 
 def words(figure):
-    return " ".join(" ".join(text.get_text() for text, _ in drawn_texts(figure)).split())
+    return " ".join(" ".join(text.get_text() for text in figure.findobj(Text)).split())
 
 
 def results_of(model, images):

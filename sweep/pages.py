@@ -185,6 +185,7 @@ def accuracy_and_flops(summary, about):
     ]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
+    ax.xaxis.get_major_locator().set_params(nbins=6)
     ax.grid(alpha=0.3)
     return figure
 
@@ -243,7 +244,7 @@ def attention_page(folder, records, summary, data: ImageData):
         token_maps(model, next(iter(MemoryLoader(few, checkpoint["data"], len(few))))[0])["cls"]
         for model, checkpoint in models
     ]
-    names = [fill(results.label(record), 24) for record in pair]
+    names = [results.label(record).replace(", ", ",\n", 1) for record in pair]
     for i in range(len(few)):
         strips = [
             Strip(name, [None if np.isnan(m).any() else torch.from_numpy(m) for m in maps[i]], top_of(maps))

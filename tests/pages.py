@@ -18,6 +18,7 @@ def drawn_texts(figure) -> list[tuple[Text, object]]:
             found.append((self, self.get_window_extent(renderer)))
         draw(self, renderer)
 
+    figure.set_dpi(200)  # as in PDFs: letters are wider at fewer, where they fill whole pixels
     Text.draw = seen
     try:
         FigureCanvasAgg(figure).draw()
@@ -33,11 +34,12 @@ def no_overlaps(figure):
     width, height = figure.get_size_inches()
     printed = max(min(a / width, b / height, 1) for a, b in (A4, A4[::-1]))
     for text, box in texts:
-        words = repr(text.get_text())
-        assert box.x0 >= -1 and box.y0 >= -1, f"{words} is cut by the page's edge"
-        assert box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, f"{words} is cut by the page's edge"
+        words, (right, upper) = repr(text.get_text()), figure.bbox.max
+        out = {"left": -box.x0, "lower": -box.y0, "right": box.x1 - right, "upper": box.y1 - upper}
+        for edge, pixels in out.items():
+            assert pixels <= 2, f"{words} is cut by the {edge} edge of the page ({pixels:.0f} pixels)"
         size = text.get_fontsize() * printed
         assert size >= SMALLEST - 0.01, f"{words} has {size:.1f} points at A4"
     for (one, a), (other, b) in combinations(texts, 2):
         wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert wide <= 1 or high <= 1, f"{one.get_text()!r} and {other.get_text()!r} overlap"
+        assert wide <= 2 or high <= 2, f"{one.get_text()!r} and {other.get_text()!r} overlap"

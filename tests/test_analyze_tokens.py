@@ -28,6 +28,7 @@ from inspection.statistics import (
     quantile,
 )
 from loading.memory import load_data
+from pages import no_overlaps
 from sweep import measures, pages
 
 
@@ -618,7 +619,7 @@ def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monk
         elif what == "behaviour":
             measures.measured(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
         else:
-            assert pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
+            no_overlaps(pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32))))
         assert seen == {(False, "highest")}
         assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
     finally:

@@ -105,6 +105,11 @@ def read_json_lines(path) -> list[dict]:
     return records
 
 
+def selection_key(metrics):
+    """What the best epoch has the largest of."""
+    return metrics["val_top1"], -metrics["val_loss"]
+
+
 PANELS = (  # of the training curves: title, label of the axis, lines
     ("Loss", "loss", {"train_loss": "training (augmented)", "val_loss": "validation"}),
     ("Validation accuracy", "top-1 (%)", {"val_top1": "validation", "raw_val_top1": "without EMA"}),
@@ -131,7 +136,7 @@ def curves(epochs: list[dict]):
 
     figure = Figure(figsize=(11.69, 6.6), layout="constrained")
     judged = [record for record in epochs if record.get("val_top1") is not None]
-    best = max(judged, key=lambda record: record["val_top1"], default=None)  # the first of equal ones
+    best = max(judged, key=selection_key, default=None)  # the first of equal ones
     if best is not None:
         figure.suptitle(f"Best epoch: {best['epoch']}, {best['val_top1']:.2f}% of the validation images", fontsize=11)
     numbers = [record["epoch"] for record in epochs]

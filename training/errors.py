@@ -24,11 +24,11 @@ def short(k, classes) -> str:
 def confusion_figure(counts: np.ndarray, classes, about):
     """Rows are true classes; the colour is the share of a class's images that are taken for each other class."""
     k = len(counts)
-    side = min(7.5, max(3.5, 0.45 * k))
+    side = min(6.5, max(3.5, 0.45 * k))
     figure = headed_figure(
         (side + 3.2, side + 2.8), "What is taken for what", about,
-        "Rows: true classes; columns: predicted ones. Colour: % of the images of the row; the diagonal, which is right, is"
-        + (" grey. Numbers: images." if k <= NUMBERED else " grey."),
+        "Rows: true classes; columns: predicted. Colour: % of the images of the row; the diagonal, which is right, "
+        + ("is grey. Numbers: images." if k <= NUMBERED else "is grey."),
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.1, 0.98, 0.78))
@@ -47,7 +47,7 @@ def confusion_figure(counts: np.ndarray, classes, about):
     for (y, x), count in np.ndenumerate(counts if k <= NUMBERED else counts[:0]):
         if count:
             colour = "white" if x != y and shares[y, x] > 0.6 * top else "black"
-            axes.text(x, y, str(count), ha="center", va="center", fontsize=7, color=colour)
+            axes.text(x, y, str(count), ha="center", va="center", fontsize=7.5, color=colour)
     return figure
 
 

@@ -6,10 +6,15 @@ from inspection.pages import headed_figure
 from inspection.ridge import PROBED
 from inspection.statistics_pages import ABSENT, WORDS
 
+TITLE = "Up to which block does it not matter what a token holds?"
+
 
 def page(result, about=""):
     """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
     kinds, labelled, probed = result["tokens"], result["labelled"], result["probe"]
+    if not kinds:
+        words = "There is no class token and no register to replace, or no head to judge it by."
+        return headed_figure((11, 1.4), TITLE, about or f"{result['images']} images", words)
     judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
     titles = {
         "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
@@ -20,7 +25,7 @@ def page(result, about=""):
     for key in (("output_cosine",) if judged else ("cost", "divergence_bits")) + (() if probed else ("probe",)):
         del titles[key]
     figure = headed_figure(
-        (11, 7), "Up to which block does it not matter what a token holds?",
+        (11, 7), TITLE,
         f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
@@ -29,7 +34,7 @@ def page(result, about=""):
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0.01, 0.15, 0.98, 0.75), w_pad=0.08)
-    grid = figure.subplots(max(1, len(kinds)), len(titles), squeeze=False)
+    grid = figure.subplots(len(kinds), len(titles), squeeze=False)
     for row, (kind, by_name) in zip(grid, kinds.items()):
         for axes, (key, title) in zip(row, titles.items()):
             axes.set_title(f"{WORDS[kind]}:\n{title}", fontsize=9)

@@ -231,7 +231,7 @@ def test_what_a_probe_reads_beside_what_the_model_uses():
     assert "mean of the registers in" in lines(found)[3] and "20 images; chance 50.0%" in lines(found)[3]
     drawn = {axes.get_title(): axes for axes in page(found).axes if axes.get_visible()}
     assert len(drawn) == 9
-    shown = drawn["class token: accuracy of a probe (%)"].get_lines()[0]
+    shown = drawn["class token:\naccuracy of a probe (%)"].get_lines()[0]
     assert list(shown.get_xdata()) == [0, 1, 2, 3] and list(shown.get_ydata())[1:] == [50, 100, 100]
     assert np.isnan(shown.get_ydata()[0])
 

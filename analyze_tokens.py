@@ -29,6 +29,7 @@ STATISTICS = ("norms", "attention")  # of one pass; see inspection/statistics.py
 PARTS = {"causes": causes, "outputs": outputs, "sinks": sinks, "lens": lens, "dense": dense}
 DEFAULT = ("norms", "attention", "outputs", "sinks", "lens")  # a minute for 1,000 small images on 2 cores
 BATCH = 64
+COLUMNS = 100  # of the printed table, in characters
 ATTENTION = 16_000_000  # elements of the attention of a batch, at most (unless it is of one image)
 
 
@@ -140,7 +141,7 @@ def measure_statistics(args, model, batches, count) -> dict:
 
 
 def table(results) -> str:
-    """A line per block; '-' where a token is absent."""
+    """A line per block; '-' where a token is absent. Columns that `COLUMNS` has no room for stand in a table below."""
     norms = results["norms"]
     columns = {"block": [str(i) for i in range(len(results["tokens"]))], "tokens": [str(n) for n in results["tokens"]]}
 
@@ -165,11 +166,16 @@ def table(results) -> str:
         add(f"CLS to {title}", [None if share is None else 100 * share for share in shares], "{:.1f}%")
     for token, values in (results["readout"] or {"linear": {}})["linear"].items():
         add(f"linear: {token}", values, "{:.1f}%")
-    return "\n".join(_lines(columns))
+    tables, block = [], {"block": columns.pop("block")}
+    for title, values in columns.items():
+        if not tables or max(map(len, _lines(tables[-1] | {title: values}))) > COLUMNS:
+            tables.append(dict(block))
+        tables[-1][title] = values
+    return "\n\n".join("\n".join(_lines(columns)) for columns in tables)
 
 
 def _lines(columns) -> list[str]:
-    """Columns under titles of up to three lines."""
+    """Columns under titles of several lines."""
     heads = {title: title.split(" ") for title in columns}
     height = max(map(len, heads.values()))
     heads = {title: [""] * (height - len(parts)) + parts for title, parts in heads.items()}

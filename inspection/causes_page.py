@@ -6,10 +6,15 @@ from inspection.pages import headed_figure
 from inspection.ridge import PROBED
 from inspection.statistics_pages import ABSENT, WORDS
 
+TITLE = "Up to which block does it not matter what a token holds?"
+
 
 def page(result, about=""):
     """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
     kinds, labelled, probed = result["tokens"], result["labelled"], result["probe"]
+    if not kinds:
+        words = "There is no class token and no register to replace, or no head to judge it by."
+        return headed_figure((11, 1.4), TITLE, about or f"{result['images']} images", words)
     judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
     titles = {
         "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
@@ -20,7 +25,7 @@ def page(result, about=""):
     for key in (("output_cosine",) if judged else ("cost", "divergence_bits")) + (() if probed else ("probe",)):
         del titles[key]
     figure = headed_figure(
-        (2.75 * len(titles), 7), "Up to which block does it not matter what a token holds?",
+        (11, 7), TITLE,
         f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
@@ -28,11 +33,11 @@ def page(result, about=""):
         + " Probe: ridge regression on the unchanged token; dotted: chance. Decodable is not used." * bool(probed),
         layout="constrained",
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.11, 0.98, 0.79), w_pad=0.08)
-    grid = figure.subplots(max(1, len(kinds)), len(titles), squeeze=False)
+    figure.get_layout_engine().set(rect=(0.01, 0.15, 0.98, 0.75), w_pad=0.08)
+    grid = figure.subplots(len(kinds), len(titles), squeeze=False)
     for row, (kind, by_name) in zip(grid, kinds.items()):
         for axes, (key, title) in zip(row, titles.items()):
-            axes.set_title(f"{WORDS[kind]}: {title}", fontsize=9)
+            axes.set_title(f"{WORDS[kind]}:\n{title}", fontsize=9)
             if key == "probe":
                 _draw(axes, PROBED[kind], probed["accuracy"][kind], probed["interval"][kind])
                 axes.axhline(probed["chance"], color="0.3", linestyle=":", linewidth=1)
@@ -41,8 +46,12 @@ def page(result, about=""):
                 _draw(axes, name, values[key], values["cost_interval"] if key == "cost" else None)
         if judged:
             row[0].axhline(result["epsilon"], color="0.3", linestyle="--", linewidth=1)
-        row[list(titles).index("patch_cosine")].legend(fontsize=7, frameon=False)
+        cosine = row[list(titles).index("patch_cosine")]
+        cosine.set_ylim(min(cosine.get_ylim()[0], 0.99), 1.001)  # a millionth is not a difference
+        handles = [line for line in cosine.lines if not line.get_label().startswith("_")]
         row[-1].set_visible(kind == "cls")
+    place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.11))
+    figure.legend(handles=handles, **place, ncols=len(handles), fontsize=8, frameon=False)
     return figure
 
 

@@ -187,6 +187,7 @@ def _bars(axes, groups, plain):
     names = list(dict.fromkeys(name for bars in groups.values() for name, bar in bars.items() if bar))
     axes.set(ylabel="%", ylim=(0, 100), xticks=range(len(names)), xticklabels=names)
     if not names:
+        axes.set_axis_off()
         axes.text(0.5, 0.5, "nothing to judge by", ha="center", transform=axes.transAxes)
         return
     width = 0.8 / len(groups)

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from inspection.attention import trace
+from inspection.bootstrap import bootstrap
 from models_dynamic import DynamicViT
 from utils import BadInput
 
@@ -40,8 +41,9 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
             should be random.
 
     Returns:
-        {"clean": accuracy, kind: {replacement: {"accuracy": , "changed": }}} in per cent; "changed" is the share of
-        predictions that differ from the unchanged model's.
+        {"clean": accuracy, kind: {replacement: {"accuracy": , "difference": , "interval": , "changed": }}} in per cent;
+        "difference" is minus what it costs, with its 95% interval over images; "changed" is the share of predictions
+        that differ from the unchanged model's.
     """
     sums, last, count = {}, {}, 0
     for images, _ in tqdm(batches(), "ablation: means", leave=False, disable=None):
@@ -51,27 +53,28 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
             last[key] = values[-1:]
         count += len(images)
     means = {key: total / count for key, total in sums.items()}
-    hits, changed = Counter(), Counter()
+    hits, changed = {}, Counter()
     for images, labels in tqdm(batches(), "ablation", leave=False, disable=None):
         logits, seen = recorded(model, images, kinds)
         clean = logits.argmax(dim=1)
-        hits["clean"] += int((clean == labels).sum())
+        hits.setdefault("clean", []).append((clean == labels).cpu())
         others = {key: torch.cat([last[key], values[:-1]]) for key, values in seen.items()}
         last = {key: values[-1:] for key, values in seen.items()}
         zeros = {key: torch.zeros_like(values) for key, values in means.items()}
         for kind in kinds:
             for name, new in zip(REPLACEMENTS, (zeros, means, others)):
                 predicted = replaced(model, images, kind, new).argmax(dim=1)
-                hits[kind, name] += int((predicted == labels).sum())
+                hits.setdefault((kind, name), []).append((predicted == labels).cpu())
                 changed[kind, name] += int((predicted != clean).sum())
 
-    result = {"images": count, "clean": 100 * hits["clean"] / count}
-    for kind in kinds:
-        result[kind] = {
-            name: {"accuracy": 100 * hits[kind, name] / count, "changed": 100 * changed[kind, name] / count}
-            for name in REPLACEMENTS
-        }
-    return result
+    hits = {key: 100 * torch.cat(parts).double().numpy() for key, parts in hits.items()}
+    clean, result = hits.pop("clean"), {kind: {} for kind in kinds}
+    for (kind, name), values in hits.items():
+        result[kind][name] = {
+            "accuracy": float(values.mean()), "difference": float((values - clean).mean()),
+            "interval": bootstrap(values - clean).tolist(), "changed": 100 * changed[kind, name] / count,
+        }  # fmt: skip
+    return {"images": count, "clean": float(clean.mean()), **result}
 
 
 def recorded(model, images, kinds) -> tuple:

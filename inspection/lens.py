@@ -20,7 +20,7 @@ from inspection.bootstrap import bootstrap, mean
 from inspection.foreign import own_model
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
-from inspection.statistics_pages import HUES, LINES, WORDS, block_axis
+from inspection.statistics_pages import HUES, LINES, WORDS, block_axis, few_ticks
 
 LARGE, TIMES = 100, 1000  # there: massive is above 100, and at least about 1,000 times the median
 
@@ -175,6 +175,7 @@ def page(result, about=""):
         sizes.plot(values, ".-", color="tab:red", alpha=1 - 0.3 * n, label=f"largest {n + 1}")
     sizes.plot(result["median"], ".-", color="0.3", label="median")
     sizes.set(title="|activation|, mean over images", yscale="log")
+    few_ticks(sizes)
     for axes in (top, side, cosines, sizes):
         block_axis(axes, result)
         if axes.lines:

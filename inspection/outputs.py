@@ -131,35 +131,35 @@ def lines(result) -> list[str]:
 def page(result, about=""):
     """CKA and norms of the parts, and the cosine of each block's CLS with the last; `about`: below the title."""
     figure = headed_figure(
-        (11, 5), "What is the output made of?", about or f"{result['images']} images",
+        (11, 6.2), "What is the output made of?", about or f"{result['images']} images",
         "CLS's attention in the last block, with its weights on tokens of one kind kept and the others zero. Linear "
         "CKA with the whole: 1 is the same up to rotation and scale. Filled: debiased (0: unrelated); outlined: "
         "biased, high if images are few. 'Nothing' keeps the skip path alone. Black, bands: 95% bootstrap intervals.",
         layout="constrained",
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.16, 0.98, 0.7), w_pad=0.08)
-    attention, output, norms, cosine = figure.subplots(1, 4)
+    figure.get_layout_engine().set(rect=(0.01, 0.13, 0.98, 0.76), w_pad=0.08, h_pad=0.08)
+    (attention, output), (norms, cosine) = figure.subplots(2, 2)
     for axes, name, title in ((attention, "attention", "what attention adds"), (output, "output", "final output")):
         values = result["cka"][name]
         names = [PARTS[part] for part in values]
         for word, style in (("debiased", dict(alpha=0.8)), ("cka", dict(fill=False))):
             colours = [HUES.get(part, "0.5") for part in values]
-            axes.bar(
-                names, np.array([v[word] for v in values.values()], float), **style, color=colours, edgecolor="0.3"
-            )
-        axes.axhline(0, color="0.3", linewidth=0.6)
-        axes.set(ylim=(None, 1.05))
+            lengths = np.array([v[word] for v in values.values()], float)
+            axes.barh(names, lengths, **style, color=colours, edgecolor="0.3")
+        axes.axvline(0, color="0.3", linewidth=0.6)
+        axes.set(xlim=(None, 1.05))
         axes.set_title(f"CKA: {title}", fontsize=10)
     values = result["norms"]
     means = np.array([v["mean"] for v in values.values()])
     ends = np.abs(np.array([v["interval"] for v in values.values()]).T - means)
-    norms.bar([PARTS.get(n, "attention") for n in values], means, yerr=ends, color=[HUES.get(n, "0.5") for n in values])
-    norms.set_title("mean norm", fontsize=10)
+    names, colours = [PARTS.get(n, "attention") for n in values], [HUES.get(n, "0.5") for n in values]
+    norms.barh(names, means, xerr=ends, color=colours)
+    norms.set_title("mean norm of what is added", fontsize=10)
     cosine.plot(np.array(result["cosine"], float), ".-", color=HUES["cls"])
     ends = np.array([v or [None, None] for v in result["cosine_interval"]], float).T
     cosine.fill_between(range(len(result["cosine"])), *ends, color=HUES["cls"], alpha=0.15, linewidth=0)
-    cosine.set_title("cosine of CLS with the last block's", fontsize=10)
+    cosine.set_title("cosine of CLS with that of the last block", fontsize=10)
     block_axis(cosine, result)
     for axes in (attention, output, norms):
-        axes.tick_params(axis="x", rotation=60)
+        axes.invert_yaxis()  # the first part at the top
     return figure

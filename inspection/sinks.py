@@ -124,9 +124,12 @@ def page(result, about=""):
     """Above: sinks by kind of token, and by what they bring. Below: by the distance from an entry block."""
     from matplotlib.ticker import MaxNLocator
 
-    limits = result["thresholds"]
+    limits, about = result["thresholds"], about or f"{result['images']} images, {result['heads']} heads a block"
+    if not any(result["all"]["sink"]):
+        words = f"No head gives {limits['attention']:g} or more of {100 * limits['queries']:g}% of its queries to one"
+        return headed_figure((11, 1.4), "Attention sinks: none", about, f"{words} token, in any image.")
     figure = headed_figure(
-        (11, 7), "Attention sinks", about or f"{result['images']} images, {result['heads']} heads a block",
+        (11, 7), "Attention sinks", about,
         f"A head has a sink in an image if at least {100 * limits['queries']:g}% of its queries give one token "
         f"{limits['attention']:g} or more. NOP: what that token brings (its value through the head's output "
         f"projection) has at most {limits['nop']:g} of the others' mean norm, so the head is off; broadcast: at least "

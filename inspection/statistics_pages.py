@@ -1,11 +1,13 @@
 """The pages of analysis.pdf, drawn from analysis.json alone; each explains at its bottom how to read it."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 
 from inspection.pages import headed_figure
 
+LETTERS = 140  # of the line below a title
 ABSENT = "0.88"  # the grey of absent tokens
 WORDS = {"cls": "class token", "dist": "distillation token", "registers": "registers", "patches": "patches"}
 HUES = {"cls": "tab:red", "dist": "tab:purple", "registers": "tab:orange", "patches": "tab:blue"}
@@ -26,11 +28,14 @@ def statistics_pages(results):
 
 def data_name(results) -> str:
     data = results["data"]
-    return ", ".join(data["image_path"]) if data["image_path"] else data["name"]
+    paths = ["/".join(Path(path).parts[-2:]) for path in data["image_path"] or ()]
+    return ", ".join(paths) or data["name"]
 
 
 def about(results) -> str:
-    return f"{results['model']['is']}; {results['images']} images of {data_name(results)}"
+    name = "/".join(Path(results["model"]["path"]).parts[-2:])  # all files are called best_model.pth
+    words = f"{name}: {results['model']['is']}; {results['images']} images of {data_name(results)}"
+    return words if len(words) <= LETTERS else words[: LETTERS - 1] + "…"
 
 
 def _page(results, title, reading, size=(11, 7)):
@@ -50,28 +55,41 @@ def norms_page(results):
     kinds = [kind for kind in WORDS if kind in results["norms"]]
     figure = _page(
         results, "Norms of the tokens",
-        "Each column is the output of a block: the colour shows how many tokens have that norm (logarithmic), "
-        "the white dot is their median. A second band far above the main one is a group of high-norm tokens. "
-        "The dashed line is the threshold for artefacts. Grey: the token is absent.",
+        "Each column is the output of a block: the colour shows how many tokens have that norm (logarithmic), the "
+        "white dot is their median. Red steps: each block's own threshold for artefacts; tinted: above it. A group of "
+        "high-norm patches is a second band with a gap below it; a band that reaches the step without a gap is only "
+        "the tail of all patches. Grey: the token is absent.",
         (max(11, 3.6 * len(kinds)), 6),
     )  # fmt: skip
     every = [found for kind in kinds for found in results["norms"][kind] if found]
-    low, high = min(f["quantiles"]["0.01"] for f in every) / 1.5, max(f["largest"] for f in every) * 1.5
+    thresholds = [found["threshold"] for found in results["artefacts"]["blocks"]]
+    low = min(f["quantiles"]["0.01"] for f in every) / 1.5
+    high = max(*(f["largest"] for f in every), *thresholds) * 1.5
     plots = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(plots, kinds):
+        if kind == "patches":
+            for i, threshold in enumerate(thresholds):
+                axes.fill_between([i - 0.5, i + 0.5], threshold, high, color="tab:red", alpha=0.08, linewidth=0)
+                axes.plot([i - 0.5, i + 0.5], [threshold] * 2, color="tab:red", linewidth=1.2)
         drawn = _draw_histograms(axes, results["norms"][kind])
         medians = [None if found is None else found["quantiles"]["0.5"] for found in results["norms"][kind]]
         axes.plot(np.array(medians, float), "o", color="white", markeredgecolor="black", markersize=4)
-        if kind == "patches":
-            thresholds = [found["threshold"] for found in results["artefacts"]["blocks"]]
-            axes.plot(thresholds, "--", color="tab:red", linewidth=1)
         axes.set(yscale="log", ylim=(low, high), title=WORDS[kind])
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else "")
+        few_ticks(axes)
         block_axis(axes, results)
     plots[0].set_ylabel("norm")
     figure.colorbar(drawn, ax=plots, label="tokens, relative to the fullest bin", pad=0.01)
     return figure
+
+
+def few_ticks(axes):
+    """Plain numbers at 1, 2 and 5 of each decade of a logarithmic axis, or at 1 if there are many decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_histograms(axes, blocks, merged=4):
@@ -97,12 +115,15 @@ def _draw_histograms(axes, blocks, merged=4):
 def artefacts_page(results):
     blocks = results["artefacts"]["blocks"]
     begins, rule = results["artefacts"]["begins_at_block"], results["artefacts"]["rule"]
+    title = f"High-norm artefact patches: {'none in any block' if begins is None else f'from block {begins} on'}"
     with_some = {i: found for i, found in enumerate(blocks) if found["share"] > 0}
-    columns = min(8, max(len(with_some), 1))
+    if not with_some:
+        return _no_artefacts(results, title)
+    columns = min(6, len(with_some))
     rows = math.ceil(len(with_some) / columns)
     figure = _page(
         results,
-        f"High-norm artefact patches: {'none in any block' if begins is None else f'from block {begins} on'}",
+        title,
         f"Above: share of all patches that are artefacts: {rule}. Below, for the blocks that have any: the share of "
         "images in which each patch is one.",
         (11, 4.4 + 1.9 * rows),
@@ -110,11 +131,9 @@ def artefacts_page(results):
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.4, *[1.9] * rows])
     axes, shares = figure.add_subplot(grid[0, :]), [100 * found["share"] for found in blocks]
     axes.bar(range(len(blocks)), shares, color=HUES["patches"])
-    axes.set(ylabel="% of patches", ylim=(0, max(*shares, 0.1) * 1.15))
-    if not with_some:
-        axes.text(0.5, 0.5, "no patch is above its block's threshold", ha="center", transform=axes.transAxes)
+    axes.set(ylabel="% of patches", ylim=(0, max(shares) * 1.15))
     block_axis(axes, results)
-    top = max((max(map(max, found["where"])) for found in with_some.values()), default=1)
+    top = max(max(map(max, found["where"])) for found in with_some.values())
     plots = []
     for n, (i, found) in enumerate(with_some.items()):
         plots.append(figure.add_subplot(grid[1 + n // columns, n % columns]))
@@ -122,9 +141,23 @@ def artefacts_page(results):
         drawn = plots[-1].imshow(percent, vmin=0, vmax=100 * top, cmap="magma")
         plots[-1].set_title(f"block {i}: {100 * found['share']:.2g}%", fontsize=8)
         plots[-1].set_axis_off()
-    if plots:
-        figure.colorbar(drawn, ax=plots, label="% of images")
+    figure.colorbar(drawn, ax=plots, label="% of images")
     return figure
+
+
+def _no_artefacts(results, title):
+    """A sentence with the block that comes closest."""
+    ratios = [
+        norms["largest"] / found["threshold"]
+        for norms, found in zip(results["norms"]["patches"], results["artefacts"]["blocks"])
+    ]
+    i = int(np.argmax(ratios))
+    largest, threshold = results["norms"]["patches"][i]["largest"], results["artefacts"]["blocks"][i]["threshold"]
+    reading = (
+        f"No patch is above its block's threshold. Block {i} comes closest: the largest norm is {largest:.3g}, the "
+        f"threshold {threshold:.3g}. The rule: {results['artefacts']['rule']}."
+    )
+    return headed_figure((11, 1.6), title, about(results), reading)
 
 
 def _draw_heads(figure, axes, blocks, title, label, vmin=0.0, vmax=None):
@@ -164,15 +197,14 @@ def distance_page(results):
         results, "Mean attention distance of each head",
         "Distance between the centres of a patch and of the patches that it attends to, weighted by attention,"
         f" mean over patches and images, in pixels of the model's input ({height} x {width}). Left: a dot is a "
-        "head; low dots are local heads. Attention to other tokens is left out.", (11, 5),
+        "head, the line is their mean; low dots are local heads. Attention to other tokens is left out.", (11, 5),
     )  # fmt: skip
     left, right = figure.subplots(1, 2)
     of_blocks = {i: heads for i, heads in enumerate(results["distance"]) if heads is not None}
     for i, heads in of_blocks.items():
         left.plot([i] * len(heads), heads, "o", color=HUES["patches"], alpha=0.6, markersize=4)
-    left.plot([*of_blocks], [sum(h) / len(h) for h in of_blocks.values()], color="black", linewidth=1, label="mean")
-    left.set(ylabel="pixels", ylim=(0, None), title="heads")
-    left.legend()
+    left.plot([*of_blocks], [sum(h) / len(h) for h in of_blocks.values()], color="black", linewidth=1)
+    left.set(ylabel="pixels", ylim=(0, None), title="heads, and their mean")
     block_axis(left, results)
     _draw_heads(figure, right, results["distance"], "each head", "pixels")
     block_axis(right, results)
@@ -216,7 +248,7 @@ def similarity_page(results):
     rows = math.ceil(len(blocks) / columns)
     figure = _page(
         results, "Do the registers differ?",
-        "Cosine between the registers at the output of each block, mean over images: 1 (yellow) off the "
+        "Cosine between the registers at the output of each block, mean over images: 1 (red) off the "
         "diagonal means that two registers are the same up to scale, 0 that they are orthogonal.",
         (11, 1.7 + 1.9 * rows),
     )  # fmt: skip
@@ -231,7 +263,7 @@ def similarity_page(results):
             axes.set_box_aspect(1)
             axes.set_title(f"block {i}: absent", fontsize=8)
             continue
-        drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap="viridis")
+        drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
         axes.set_xticks(range(len(cosines)), results["register_numbers"][i])
         axes.set_yticks(range(len(cosines)), results["register_numbers"][i])
         axes.tick_params(labelsize=6)
@@ -273,24 +305,27 @@ def probe_page(results):
 
 
 def ablation_page(results):
+    """A row for each kind and replacement: the change of accuracy, with its interval."""
     found = results["ablation"]
     kinds = [kind for kind in found if kind not in ("images", "clean")]
+    rows = [(kind, name, found[kind][name]) for kind in kinds for name in found[kind]]
     figure = _page(
-        results, "Accuracy when registers are replaced",
+        results, "What replaced registers cost",
         "Replaced at test time in every block from the entry block on: by zero (out of distribution, so this "
-        "overstates the loss), by the mean over all images, by the values of another image. The line is the "
-        "accuracy of the unchanged model. In the bars: the accuracy, and the share of predictions that changed.",
-        (11, 4.8),
+        "overstates the loss), by the mean over all images, by the values of another image. Dots: accuracy minus that "
+        f"of the unchanged model, {found['clean']:.1f}% of {found['images']} images; bars: 95% paired bootstrap "
+        "intervals over images. At the right: the share of predictions that changed.",
+        (11, 2.4 + 0.42 * len(rows)),
     )  # fmt: skip
-    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
-        names = list(found[kind])
-        values = [found[kind][name]["accuracy"] for name in names]
-        axes.bar(names, values, color=HUES["registers"], width=0.6)
-        for x, name in enumerate(names):
-            words = f"{values[x]:.1f}%\n{found[kind][name]['changed']:.1f}% changed"
-            axes.text(x, 4, words, ha="center", fontsize=9)
-        axes.axhline(found["clean"], color="black", linewidth=1, label=f"unchanged: {found['clean']:.1f}%")
-        axes.set(ylabel="accuracy (%)", ylim=(0, 102))
-        axes.set_title(kind.replace("_", " "), loc="left")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axes, places = figure.subplots(), range(len(rows))
+    for y, (_, _, row) in enumerate(rows):
+        low, high = row["interval"]
+        axes.plot([low, high], [y, y], color=HUES["registers"], linewidth=2)
+        axes.plot(row["difference"], y, "o", color=HUES["registers"], markeredgecolor="black")
+        axes.text(1.01, y, f"{row['changed']:.1f}% changed", va="center", transform=axes.get_yaxis_transform())
+    axes.axvline(0, color="0.3", linewidth=1)
+    axes.set_yticks(places, [f"{kind.replace('_', ' ').replace('cls', 'CLS')}: {name}" for kind, name, _ in rows])
+    widest = max(0.5, *(abs(end) for *_, row in rows for end in row["interval"]))
+    axes.set(xlabel="change of accuracy (points)", ylim=(len(rows) - 0.5, -0.5), xlim=(-1.1 * widest, 1.1 * widest))
+    axes.grid(axis="x", alpha=0.3)
     return figure

@@ -42,7 +42,7 @@ OF_THE_SWEEP = (  # flags that its cells do not see
 )  # fmt: skip
 # Flags that do not change the result of a cell. All others, the data and the code are its settings.
 NOT_SETTINGS = (
-    *AXES, *OF_THE_SWEEP, "output_dir", "data_path", "device", "num_threads", "tensorboard", "viz_every", "viz_images",
+    *AXES, *OF_THE_SWEEP, "output_dir", "data_path", "device", "num_threads", "log_to", "viz_every", "viz_images",
     "save_steps", "keep", "max_pixels", "bad_images",
 )  # fmt: skip
 

@@ -18,8 +18,7 @@ import numpy as np
 from sweep.cells import AXES, GridCell, folder_of, reached
 from sweep.results import baseline_of, mean_of
 from training import signals
-from training.run_log import read_json_lines
-from training.state import selection_key
+from training.run_log import read_json_lines, selection_key
 from utils import BadInput, counted, say
 
 

@@ -9,14 +9,15 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
-from inspection.map_pages import draw_page
-from inspection.pages import ATTENTION, COLOURS, MapCell, Page, Row, headed_figure, write_pdf
+from inspection.pages import headed_figure, write_pdf
+from inspection.strips import Group, Strip, draw_strips, top_of
 from loading.memory import MemoryLoader
 from sweep import results
 from sweep.cells import GridCell, describe_cls
 from sweep.prediction import predictions
 from training.film import token_maps
 
+DIFFERENCES = ("#b35806", "0.88", "#542788")  # less, none, more: the ends of PuOr, and grey
 IMAGES = 3  # on the page of attention maps
 MARKERS = "osD^vP*X<>dph8"
 
@@ -32,78 +33,117 @@ def draw_sweep(folder, data: ImageData, about: str, measure="accuracy", halved=N
         return
     summary = results.summarise(records, measure, halved)
     figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
+    figures = [figure for figure in figures if figure is not None]
     found = predictions(records)
     figures += [prediction_page(found, about)] if found["cells"] else []
     page = attention_page(folder, records, summary, data) if summary["best"] else None
-    figures += [] if page is None else [draw_page(page, vmax=page.top())]
+    figures += [] if page is None else [page]
     write_pdf(iter(figures), folder / "sweep.pdf")
     utils.write_atomically(folder / "sweep.png", lambda file: figures[0].savefig(file, format="png", dpi=130))
 
 
 def heat_maps(summary, about):
-    """The verdict's measure over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds."""
-    from matplotlib.colors import Normalize
-    from matplotlib.patches import Rectangle
+    """The verdict's measure over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds.
+
+    A cell's colour is its difference from 0/0, where that is beyond the noise; all others are grey.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
 
     rows, accuracy = summary["groups"], summary["measure"] == "accuracy"
     fell = [row | {"primary": None} for row in (summary["halving"] or {"fell": ()})["fell"]]
     counts = list(dict.fromkeys(map(results.panel_of, [*rows, *fell])))  # panels
-    means = [row["primary"]["mean"] for row in rows if row["primary"]] or [0]
-    scale = Normalize(min(means), max(means) if max(means) > min(means) else min(means) + 1)
     panels = {c: [row for row in [*rows, *fell] if results.panel_of(row) == c] for c in counts}
     columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
     lines = {c: results.in_order(row["reg_pos"] for row in panels[c]) for c in counts}
     widths = [len(columns[c]) for c in counts]
-    width = max(7.5, sum(widths) + 0.75 * len(counts) + 1.2)  # inches
-    names = {c: fill(results.panel_name(c), max(14, 15 * len(columns[c]))) for c in counts}
+    width = max(8, sum(widths) + 0.75 * len(counts) + 1.5)  # inches
+    names = {c: fill(results.panel_name(c), max(14, 13 * len(columns[c]))) for c in counts}
     titles = 0.14 * max(name.count("\n") for name in names.values())
-    height = 0.7 * max(map(len, lines.values())) + 2.9 + titles
+    name = "the accuracy" if accuracy else summary["measure"]
     what = "Accuracy on the test images in %" if accuracy else f"{summary['measure']} (see docs/SWEEP.md)"
     reading = (
-        f"{what}: mean over seeds ± standard deviation, and the number of seeds. Frame: the best cell"
-        f"{' on the held-out images' if accuracy else ''}. {summary['verdict']}"
+        f"{what}: mean over seeds ± standard deviation, number of seeds, and the difference from 0/0 with as many "
+        "registers. Grey: within the noise of seeds"
+        f"{' and test images' if accuracy else ''}, or too few seeds to know. Red frame: the best cell"
+        f"{' on the held-out images' if accuracy else ''}; dashed: tied with it. {summary['verdict']}"
     )
-    name = "the accuracy" if accuracy else summary["measure"]
+    reading_h = 0.16 * (1 + len(reading) // int(15.5 * width))
+    height = 0.75 * max(map(len, lines.values())) + 2.1 + titles + reading_h
     figure = headed_figure((width, height), f"Where the tokens enter, and {name}", about, reading)
-    inside = dict(left=0.8 / width, right=1 - 0.2 / width, top=1 - (1.35 + titles) / height, bottom=1.55 / height)
+    inside = dict(
+        left=0.8 / width, right=1 - 0.3 / width, top=1 - (1.1 + titles) / height, bottom=(0.8 + reading_h) / height
+    )
     panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
+    colours = LinearSegmentedColormap.from_list("differences", DIFFERENCES)
+    differences = [abs(row["against_0_0"]["mean"]) for row in rows if _beyond_noise(row)]
+    largest = max(differences, default=1)
     for c, axes in zip(counts, panes):
-        shown = np.full((len(lines[c]), len(columns[c])), np.nan)
+        shown = np.zeros((len(lines[c]), len(columns[c])))
         for row in panels[c]:
             x, y = columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"])
-            if "rung" in row:
-                axes.text(x, y, f"fell at\nrung {row['rung']}", ha="center", va="center", fontsize=8, color="0.4")
-            if not row["primary"]:
-                continue
-            shown[y, x] = row["primary"]["mean"]
-            words = results.mean_and_sd(row["primary"]).replace(" ", "\n", 1) + f"\nn = {row['primary']['n']}"
-            colour = "black" if scale(shown[y, x]) > 0.55 else "white"
-            axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
-            if results.position_of(row) == summary["best"]:
-                axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2))
-        image = axes.imshow(shown, COLOURS, scale, aspect="auto")
-        axes.set(facecolor="0.94", xlabel="CLS enters at block", ylabel="registers at block" if c[0] else "")
+            shown[y, x] = row["against_0_0"]["mean"] if _beyond_noise(row) else 0
+            _write_cell(axes, x, y, row, summary, abs(shown[y, x]) > 0.6 * largest)
+        image = axes.imshow(shown, colours, vmin=-largest, vmax=largest, aspect="auto")
+        axes.set(xlabel="CLS enters at block", ylabel="registers at block" if c[0] else "")
         axes.set_xticks(range(len(columns[c])), map(utils.flag_value, columns[c]))
         axes.set_yticks(range(len(lines[c])), ["-" if y is None else str(y) for y in lines[c]])
         axes.tick_params(length=0)
         axes.set_title(names[c], fontsize=8 if "\n" in names[c] else 10, loc="left")
-    figure.colorbar(image, ax=panes, pad=0.02, label="test accuracy (%)" if accuracy else name)
+    if differences:  # else all is grey
+        bar = figure.colorbar(image, ax=panes, pad=0.02)
+        bar.set_label("points against 0/0" if accuracy else f"{name} against 0/0", fontsize=8)
+        bar.ax.yaxis.get_major_locator().set_params(nbins=3)
     return figure
 
 
+def _beyond_noise(row) -> bool:
+    against = row.get("against_0_0")
+    return against is not None and against["low"] is not None and not against["low"] <= 0 <= against["high"]
+
+
+def _write_cell(axes, x, y, row, summary, dark):
+    """The words in a cell of a heat map, and its frame."""
+    from matplotlib.patches import Rectangle
+
+    if "rung" in row:
+        axes.text(x, y, f"fell at\nrung {row['rung']}", ha="center", va="center", fontsize=8, color="0.4")
+    if not row["primary"]:
+        return
+    words = results.mean_and_sd(row["primary"]).replace(" ", "\n", 1) + f"\nn = {row['primary']['n']}"
+    against = row["against_0_0"]
+    words += "" if against is None else f"\n{against['mean']:+.2f}"
+    axes.text(x, y, words, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    position = results.position_of(row)
+    if position == summary["best"] or position in summary["tied"]:
+        style = "-" if position == summary["best"] else "--"
+        frame = dict(fill=False, edgecolor="tab:red", linewidth=2, linestyle=style)
+        axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, **frame))
+
+
 def marginal_curves(records, about):
-    """Accuracy over one position, averaged over the other, with confidence intervals; of ordinary designs, if any."""
+    """Accuracy over one position, averaged over the other, with confidence intervals; of ordinary designs, if any.
+
+    A position with a single value has no curve; None if neither has one.
+    """
     records = [r for r in records if not results.describe_design(*results.panel_of(r)[1:])] or records
     reading = (
         "Mean over all values of the other position, then over the seeds that have all of these cells; bars: 95 % "
         f"interval of each such mean over seeds and test images (none with fewer than {results.MIN_SEEDS} seeds). "
         "Do not compare bars: cells share seeds and test images, so their differences are paired, see the table."
     )
-    figure = headed_figure((9.5, 5), "One position at a time", about, reading)
-    axes = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.08, right=0.97, top=0.8, bottom=0.27, wspace=0.08)
-    for ax, along, title in zip(axes, ("cls_pos", "reg_pos"), ("class token", "registers")):
+    titles = {"cls_pos": "class token", "reg_pos": "registers"}
+    found_along = {}
+    for along in titles:
         found = {c: curve for c, curve in results.margins(records, along).items() if c[0] or along == "cls_pos"}
+        if len({x for curve in found.values() for x in curve}) > 1:
+            found_along[along] = found
+    if not found_along:
+        return None
+    figure = headed_figure((9.5, 5), "One position at a time", about, reading)
+    axes = figure.subplots(1, len(found_along), sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.8, bottom=0.27, wspace=0.08)
+    for ax, (along, found) in zip(axes, found_along.items()):
+        title = titles[along]
         order = results.in_order(x for curve in found.values() for x in curve)
         for i, (count, curve) in enumerate(found.items()):
             xs = np.array([order.index(x) for x in curve]) + 0.06 * (i - (len(found) - 1) / 2)
@@ -114,7 +154,7 @@ def marginal_curves(records, about):
         ax.set(xlabel=f"{title} enter{'s' if title == 'class token' else ''} at block")
         ax.set_title(f"Over the position of the {title}", fontsize=10, loc="left")
         ax.grid(alpha=0.3)
-        if found:
+        if len(found) > 1:
             ax.legend(fontsize=8)
     axes[0].set_ylabel("test accuracy (%)")
     return figure
@@ -145,6 +185,7 @@ def accuracy_and_flops(summary, about):
     ]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7)
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
+    ax.xaxis.get_major_locator().set_params(nbins=6)
     ax.grid(alpha=0.3)
     return figure
 
@@ -157,7 +198,7 @@ def prediction_page(found, about):
     reading = (
         "Across: minus the top-1 that the cell with CLS at 0 (same registers, same seed) loses where CLS is replaced "
         "by its initial token at the output of block k - 1. Up: the accuracy of the cell trained with CLS at k (the "
-        "number) minus that of the cell with CLS at 0. Dashed: equal. Bars: 95 % over images, paired. "
+        "number) minus that of the cell with CLS at 0. Dashed, where in view: equal. Bars: 95 % over images, paired. "
         + found["verdict"]
     )
     figure = headed_figure((9.5, 6.6), "Does a trained model say where CLS can enter?", about, reading)
@@ -177,7 +218,9 @@ def prediction_page(found, about):
         for cell in cells:
             at = cell["predicted"], cell["measured"]
             ax.annotate(str(cell["cls_pos"]), at, (4, 4), textcoords="offset points", fontsize=8)
+    limits = ax.axis()  # those of the cells: the line may be far away
     ax.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
+    ax.axis(limits)
     ax.set(xlabel="predicted change of top-1 (points)", ylabel="measured change of top-1 (points)")
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     ax.grid(alpha=0.3)
@@ -194,21 +237,23 @@ def attention_page(folder, records, summary, data: ImageData):
     seeds = sorted(groups[best].keys() & base.keys())
     if best[0] is None or not seeds or best == results.baseline_of(best):
         return None
-    rows = []
-    pair = [groups[best][seeds[0]], base[seeds[0]]]
+    pair, groups_of_maps = [groups[best][seeds[0]], base[seeds[0]]], []
     models = [load_model(path_of(folder, record)) for record in pair]
     few = data.val.part(range(min(IMAGES, len(data.val))))
+    of_cells = [
+        token_maps(model, next(iter(MemoryLoader(few, checkpoint["data"], len(few))))[0])["cls"]
+        for model, checkpoint in models
+    ]
+    names = [results.label(record).replace(", ", ",\n", 1) for record in pair]
     for i in range(len(few)):
-        for record, (model, checkpoint) in zip(pair, models):
-            images, _ = next(iter(MemoryLoader(few, checkpoint["data"], len(few))))
-            maps = torch.from_numpy(token_maps(model, images[i : i + 1])["cls"][0])
-            enters = record["cls_pos"]
-            maps_at = ((f"block {b}", None if b < enters else m) for b, m in enumerate(maps))
-            cells = [MapCell(name, shown, f"enters at block {enters}") for name, shown in maps_at]
-            name = f"{results.label(record)}\nclass: {data.classes[int(few.labels[i])]}"
-            rows.append(Row(name, few.images[i], cells))
-    title = f"The class token in the best cell, and with all tokens from block 0 (seed {seeds[0]})"
-    return Page("sweep", title, rows, "held-out images, mean over heads", f"{ATTENTION}, mean over heads")
+        strips = [
+            Strip(name, [None if np.isnan(m).any() else torch.from_numpy(m) for m in maps[i]], top_of(maps))
+            for name, maps in zip(names, of_cells)
+        ]
+        groups_of_maps.append(Group(f"class: {data.classes[int(few.labels[i])]}", few.images[i], strips))
+    columns = [f"block {b}" for b in range(of_cells[0].shape[1])]
+    title = "The class token in the best cell, and with all tokens from block 0"
+    return draw_strips(title, f"held-out images, seed {seeds[0]}", columns, groups_of_maps)
 
 
 def path_of(folder, record) -> Path:

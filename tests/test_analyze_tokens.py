@@ -28,6 +28,7 @@ from inspection.statistics import (
     quantile,
 )
 from loading.memory import load_data
+from pages import no_overlaps
 from sweep import measures, pages
 
 
@@ -324,7 +325,11 @@ def test_ablation_of_the_way_that_the_class_takes():
         assert found["images"] == 8
         assert found["clean"] == 100
         registers = found["registers"]
-        assert registers["another image's"] == {"accuracy": 0, "changed": 100}
+        assert registers["another image's"] == {
+            "accuracy": 0, "difference": -100, "interval": [-100, -100], "changed": 100,
+        }  # fmt: skip
+        low, high = registers["mean"]["interval"]  # paired: half of the images lose
+        assert registers["mean"]["difference"] == -50 and -100 <= low < -50 < high <= 0
         assert registers["mean"]["accuracy"] == 50  # the mean of bright and dark says nothing
         assert registers["zero"]["accuracy"] == 50
         attention = found["cls_attention_to_registers"]
@@ -339,7 +344,8 @@ def test_replacing_by_ones_own_changes_nothing():
     found = ablate(model, batches_of(images, torch.zeros(3).long(), 2), ["registers", "cls_attention_to_registers"])
     for kind in ("registers", "cls_attention_to_registers"):
         for name in ("mean", "another image's"):
-            assert found[kind][name] == {"accuracy": found["clean"], "changed": 0}
+            same = {"accuracy": found["clean"], "difference": 0, "interval": [0, 0], "changed": 0}
+            assert found[kind][name] == same
 
 
 @torch.no_grad()
@@ -393,7 +399,7 @@ def test_the_script(trained, tmp_path):
     titles = [
         "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",
         "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
-        "when registers are replaced", "What is the output made of?", "sinks",
+        "What replaced registers cost", "What is the output made of?", "sinks",
         "What would the model answer at each block?",
     ]  # fmt: skip
     assert len(pages) == len(titles)
@@ -564,7 +570,17 @@ def test_the_table_shows_what_is_absent():
     lines = table(figures).splitlines()
     assert lines[-4].split()[3:5] == ["-", "-"]
     assert lines[-1].count("-") == 0
-    assert analyze_tokens.BATCH >= 1
+
+
+def test_the_table_fits_100_columns():
+    figures = measured(tiny(cls_pos=2, reg_pos=3), noise(tiny())).result()
+    probes = {f"register {r}": [None, None, None, 12.5] for r in range(16)}
+    text = table(figures | {"readout": {"linear": probes}})
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("block") > 1
+    for title in ("norm", "artefacts", "entropy"):
+        assert title in text
+    assert text.count("12.5%") == 16
 
 
 def of_a_sweep(trained, folder):
@@ -603,7 +619,7 @@ def test_maps_and_figures_are_computed_in_full_precision(trained, tmp_path, monk
         elif what == "behaviour":
             measures.measured(trained / "model.pth", load_data("DIGITS", None, (32, 32)), torch.device("cpu"))
         else:
-            assert pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32)))
+            no_overlaps(pages.attention_page(*of_a_sweep(trained, tmp_path), load_data("DIGITS", None, (32, 32))))
         assert seen == {(False, "highest")}
         assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
     finally:

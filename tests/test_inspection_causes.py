@@ -231,7 +231,7 @@ def test_what_a_probe_reads_beside_what_the_model_uses():
     assert "mean of the registers in" in lines(found)[3] and "20 images; chance 50.0%" in lines(found)[3]
     drawn = {axes.get_title(): axes for axes in page(found).axes if axes.get_visible()}
     assert len(drawn) == 9
-    shown = drawn["class token: accuracy of a probe (%)"].get_lines()[0]
+    shown = drawn["class token:\naccuracy of a probe (%)"].get_lines()[0]
     assert list(shown.get_xdata()) == [0, 1, 2, 3] and list(shown.get_ydata())[1:] == [50, 100, 100]
     assert np.isnan(shown.get_ydata()[0])
 
@@ -315,10 +315,10 @@ def test_what_is_written_and_drawn(make):
     if model.num_classes:
         assert len(lines(found)) == 3 and all(name in lines(found)[0] for name in REPLACEMENTS)
         assert found["probe"] is None and lines(found)[2].startswith("No probe beside it: it needs two classes with 4")
-        assert len(titles) == 7 and "registers: top-1 lost (points)" in titles
+        assert len(titles) == 7 and "registers:\ntop-1 lost (points)" in titles
     else:
         assert "no head" in lines(found)[0]
-        assert len(titles) == 5 and "class token: cosine of outputs" in titles
+        assert len(titles) == 5 and "class token:\ncosine of outputs" in titles
 
 
 def test_registers_that_come_and_go_are_replaced_by_their_own_initial_tokens():
@@ -346,7 +346,7 @@ def test_a_block_without_registers_has_no_cost_and_no_probe():
         found = measure(model, in_batches(*two_classes(model, 12)))
         assert [i for i, value in enumerate(found["probe"]["accuracy"]["registers"]) if value is None] == [absent]
         assert None not in found["probe"]["accuracy"]["cls"] and len(lines(found)) == 4
-        drawn = {axes.get_title(): axes for axes in page(found).axes}["registers: top-1 lost (points)"]
+        drawn = {axes.get_title(): axes for axes in page(found).axes}["registers:\ntop-1 lost (points)"]
         assert [i for i, y in enumerate(drawn.get_lines()[0].get_ydata()) if np.isnan(y)] == [absent]  # a gap
     rows = [[], [np.zeros((50, 5))], [], [np.zeros((50, 5))]]
     assert causes.summary(rows, 1.0, 5)["harmless_until"] == 3

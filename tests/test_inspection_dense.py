@@ -14,6 +14,7 @@ from inspection import dense, outliers, segmentation
 from inspection.dense import _judge_boxes
 from inspection.truth import Truth
 from loading import scenes
+from pages import no_overlaps
 from utils import BadInput
 
 GRID = (4, 6)  # of `tiny`: 16 x 24 pixels in patches of 4
@@ -144,7 +145,7 @@ def test_what_is_not_there_is_absent():
     assert found["hit_ratio"] is None and found["corloc"]["plain"] == 100 and found["segmentation"] is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert not any("CLS" in line for line in dense.lines(found))
-    dense.page(found)
+    no_overlaps(dense.page(found))
     with pytest.raises(BadInput, match="nothing to judge by"):
         dense.measure(model, annotated(images, None))
 

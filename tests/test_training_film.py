@@ -14,8 +14,10 @@ import main_distillation
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import STUDENT, TINY, killed_in_epoch_3, run
+from inspection.strips import Group, Strip, draw_strips
 from loading.files import FileLoader, load_file_data
 from loading.memory import MemoryLoader, load_data
+from pages import no_overlaps
 from training import film, run_log
 from training.run_log import read_json_lines
 
@@ -78,15 +80,12 @@ def test_what_is_written(whole):
     expected = [f"epoch_{epoch}.{kind}" for epoch in epochs for kind in ("npz", "png")]
     assert names(whole) == sorted([*expected, "attention.pdf", *(f"attention_{kind}.gif" for kind in kinds)])
     pages = words(whole)
-    assert len(pages) == 6  # all epochs of one token, then those of the next
-    titles = [f"{token}, epoch {epoch} of 3" for token in ("Class token", "Register 0 (of 1)") for epoch in (0, 2, 3)]
-    for page, title in zip(pages, titles):
-        assert title in page
-        assert "enters at block " + ("2" if "Class" in title else "1") in page
-        assert "held-out images 7, 1 of DIGITS; EMA weights" in page
-        assert "One scale for all epochs" in page and "mean over heads" in page
-        assert page.count("absent") == 2 * (2 if "Class" in title else 1)
-        assert all(f"block {i}" in page for i in range(3))
+    assert len(pages) == 3  # of an epoch: a row for each token below each image
+    for page, epoch in zip(pages, (0, 2, 3)):
+        assert f"Epoch {epoch} of 3" in page
+        assert "held-out images 7, 1 of DIGITS; EMA weights" in page and "mean over heads" in page
+        assert page.count("Class token to ") == page.count("Register 0 (of 1) to ") == 2  # and the scale
+        assert page.count("block ") == 3
     with np.load(whole / "attention" / "epoch_0003.npz") as saved:
         assert saved["images"].tolist() == [7, 1] and int(saved["epoch"]) == 3
         for caption in saved["captions"]:
@@ -123,8 +122,8 @@ def test_pictures_and_the_distillation_token(trained, tmp_path, capsys):
     assert f"wrote {tmp_path / 'attention' / 'epoch_0001.png'}" in out
     assert "attention.pdf and attention_cls.gif, attention_dist.gif: 2 epochs" in out
     pages = words(tmp_path)
-    assert len(pages) == 4
-    assert "Distillation token, epoch 1 of 1" in pages[3]
+    assert len(pages) == 2
+    assert "Epoch 1 of 1" in pages[1] and "Distillation token to " in pages[1]
     checkpoint = load_checkpoint(tmp_path / "best_checkpoint.pth")
     val = load_file_data("DIGITS", None, (32, 32), None, 1.0).val
     images, _ = next(iter(FileLoader(val, checkpoint["data"], 3, torch.device("cpu"))))
@@ -210,22 +209,38 @@ def test_nothing_to_draw_is_said_before_training(script, argv, message, trained,
     assert contents(folder) == before
 
 
-def test_one_scale_a_token_and_not_too_many_frames(whole, tmp_path, monkeypatch):
+def test_one_scale_a_token_and_not_too_many_frames_pages_and_bytes(whole, tmp_path, monkeypatch):
     shutil.copytree(whole / "attention", tmp_path / "attention")
-    drawn = []
+    drawn, draw_strips = [], film.draw_strips
 
-    def kept(page, **kwargs):
-        drawn.append((page.key, page.top(), kwargs["vmax"]))
-        return draw_page(page, **kwargs)
+    def kept(title, about, columns, groups):
+        drawn.append((title, groups))
+        figure = draw_strips(title, about, columns, groups)
+        no_overlaps(figure)
+        return figure
 
-    draw_page = film.draw_page
-    monkeypatch.setattr(film, "draw_page", kept)
-    monkeypatch.setattr(film, "FRAMES", 2)
+    monkeypatch.setattr(film, "draw_strips", kept)
+    for name, value in dict(FRAMES=2, PAGES=2, GIF_BYTES=9000).items():
+        monkeypatch.setattr(film, name, value)
     film.write_film(argparse.Namespace(output_dir=tmp_path, viz_every=2, epochs=3))
-    for key in ("cls", "reg0"):
-        largest, scales = zip(*((largest, vmax) for name, largest, vmax in drawn if name == key))
-        assert len(set(largest)) == 3
-        assert set(scales) == {max(largest)}
-        with Image.open(tmp_path / "attention" / f"attention_{key}.gif") as animation:
-            assert animation.n_frames == 2
-    assert len(words(tmp_path)) == 6
+    assert [title for title, _ in drawn[:2]] == ["Epoch 0 of 3", "Epoch 3 of 3"]
+    saved = [dict(np.load(whole / "attention" / f"epoch_000{epoch}.npz")) for epoch in (0, 2, 3)]
+    tops = {key: np.nanpercentile([one[key] for one in saved], 99.5) for key in ("cls", "reg0")}
+    for strips in (group.strips for _, groups in drawn[:2] for group in groups):
+        assert [strip.top for strip in strips] == pytest.approx([*tops.values()])
+        assert [[m is None for m in strip.maps] for strip in strips] == [[True, True, False], [True, False, False]]
+    for key in tops:
+        file = tmp_path / "attention" / f"attention_{key}.gif"
+        assert file.stat().st_size <= 9000
+        with Image.open(file) as animation:
+            assert animation.n_frames <= 2
+    assert len(words(tmp_path)) == 2
+
+
+def test_a_page_has_few_rows_and_the_last_epoch_is_shown():
+    assert [list(part) for part in film._parts(4, 5)] == [[0, 1], [2, 3]]
+    assert [list(part) for part in film._parts(2, 17)] == [[0], [1]]
+    assert film._spread([*range(7)], 3) == [0, 3, 6] and film._spread([*range(7)], 1) == [6]
+    maps = torch.rand(4, 4)
+    strips = [Strip(f"Register {r} (of 16)", [None] * 3 + [maps] * 9, 0.5) for r in range(17)]
+    no_overlaps(draw_strips("x", "y", [f"block {b}" for b in range(12)], [Group("z", torch.zeros(3, 9, 9), strips)]))

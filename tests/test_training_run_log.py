@@ -4,8 +4,9 @@ import torch
 
 import cifar_main
 from conftest import DIGITS, run
+from pages import no_overlaps
 from training import run_log
-from training.run_log import environment
+from training.run_log import curves, environment
 
 
 def test_quick_epochs_do_not_wait_for_their_curves(tmp_path, monkeypatch, capsys):
@@ -24,3 +25,20 @@ def test_the_log_names_the_hardware_that_was_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
     assert "GPU" not in environment(torch.device("cpu"))["hardware"]
     assert environment(torch.device("cuda", 1))["hardware"] == "a GPU, cuda:1"
+
+
+def test_curves_mark_the_epoch_whose_weights_are_saved():
+    epochs = [
+        {"epoch": i + 1, "lr": 10.0**-i, "train_loss": 2.0 - i, "val_loss": loss, "val_top1": top1}
+        for i, (top1, loss) in enumerate([(50.0, 1.0), (75.0, 0.9), (75.0, 0.8), (60.0, 0.5)])
+    ]
+    figure = curves(epochs)
+    no_overlaps(figure)
+    loss, accuracy, rate, gradient, *_ = figure.axes
+    assert figure.get_suptitle() == "Best epoch: 3, 75.00% of the validation images"  # of equal ones, the lower loss
+    assert all(list(axes.lines[-1].get_xdata()) == [3, 3] for axes in (loss, accuracy, rate))
+    assert loss.get_legend() is not None and accuracy.get_legend() is None
+    assert rate.get_yscale() == "log" and accuracy.get_yscale() == "linear"
+    assert not gradient.lines and gradient.texts[0].get_text() == "not measured"
+    assert all(tick == int(tick) for tick in loss.get_xticks())
+    no_overlaps(curves([{"epoch": 1, "lr": 0.0, "train_loss": 2.0}]))  # no validation, and a rate that has no logarithm

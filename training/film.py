@@ -1,10 +1,12 @@
 """What the tokens attend to in held-out images while a model trains: `--viz_every N`, `--viz_images I...`.
 
 `<output_dir>/attention/` gets, after every N-th epoch, `epoch_0010.npz` with the maps as arrays, and `epoch_0010.png`
-with a page for each token; at the end `attention.pdf`, a page for each token and epoch, and `attention_cls.gif`, ...
+with a row for each token below each image; at the end `attention.pdf`, the same of at most `PAGES` pages, and a film of
+each token over all epochs, `attention_cls.gif`, ... of at most `GIF_BYTES`.
 These are drawn from the .npz files alone, so that those of a resumed run show all of its epochs.
 """
 
+import io
 import re
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from torch import Tensor
 import utils
 from datasets import denormalise, resize
 from inspection import inputs
-from inspection.map_pages import draw_page
-from inspection.pages import ATTENTION, MapCell, Page, Row, by_token, token_name, write_pdf
+from inspection.pages import by_token, token_name, write_pdf
+from inspection.strips import Group, Strip, draw_strips, top_of
 from loading.files import FileLoader
 from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
@@ -27,6 +29,8 @@ FILM = re.compile(r"attention\.pdf|attention_(cls|dist|reg\d+)\.gif")
 TOKEN = re.compile(r"cls|dist|reg\d+")
 FOLDER = "attention"
 SIDE, LETTERS = 128, 18  # at most: pixels of an image's longer side, characters of a class name
+PAGES, ROWS = 10, 10  # at most: pages of attention.pdf, rows of one (unless one image has more)
+GIF_BYTES = 1_000_000
 FRAMES, FRAME_MS, LAST_MS = 40, 600, 3000  # of a GIF: the largest number; duration of each, and of the last
 
 
@@ -70,8 +74,9 @@ class Film:
 
         saved, file = self._maps_and_captions(epoch), self._file(epoch)
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
-        pages = [_page(saved, key, self.args.epochs) for key in _tokens(saved)]
-        sheet = np.concatenate([_pixels(draw_page(page, vmax=page.top())) for page in pages])
+        tops = {key: top_of(saved[key]) for key in _tokens(saved)}
+        parts = _parts(len(self.numbers), len(tops))
+        sheet = np.concatenate([_pixels(_page(saved, tops, part, self.args.epochs)) for part in parts])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
 
@@ -101,7 +106,7 @@ class Film:
         self.model.train(training)
         classes = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in self.data["classes"]]
         captions = [
-            f"true: {inputs.class_name(label, classes)}\n{inputs.prediction(row, classes)}"
+            f"true: {inputs.class_name(label, classes)}, {inputs.prediction(row, classes)}"
             for label, row in zip(self.labels, logits)
         ]
         which = ", ".join(map(str, self.numbers[:10])) + ", ..." * (len(self.numbers) > 10)
@@ -158,22 +163,28 @@ def _tokens(saved) -> list[str]:
     return [key for key in saved if TOKEN.fullmatch(key)]
 
 
-def _page(saved, key, epochs) -> Page:
-    """One token at one epoch: a row for each image, a column for each block."""
-    all_maps, pictures, rows = torch.from_numpy(saved[key]), torch.from_numpy(saved["pictures"]), []
-    present = (~all_maps[0, :, 0, 0].isnan()).nonzero().flatten().tolist()
-    enters = present[0]
-    why = [f"absent: enters at block {enters}" if b < enters else "absent" for b in range(all_maps.shape[1])]
-    for caption, picture, maps in zip(saved["captions"], pictures, all_maps):
-        cells = [MapCell(f"block {b}", m if b in present else None, why[b]) for b, m in enumerate(maps)]
-        rows.append(Row(str(caption), picture, cells))
-    name = token_name(key, sum(token.startswith("reg") for token in _tokens(saved)))
-    title, about = f"{name}, epoch {int(saved['epoch'])} of {epochs}", f"enters at block {enters}; {saved['about']}"
-    return Page(key, title, rows, about, f"{ATTENTION}, mean over heads")
+def _parts(images, tokens) -> list[range]:
+    """Which images stand on each page of an epoch."""
+    a_page = max(1, ROWS // tokens)
+    return [range(k, min(k + a_page, images)) for k in range(0, images, a_page)]
+
+
+def _page(saved, tops, images, epochs):
+    """A figure of one epoch: a row for each token of `tops` ({key: brightest share}) below each of `images`."""
+    registers, groups = sum(token.startswith("reg") for token in _tokens(saved)), []
+    for i in images:
+        strips = []
+        for key, top in tops.items():
+            maps = [None if np.isnan(m).any() else torch.from_numpy(m) for m in saved[key][i]]
+            strips.append(Strip(token_name(key, registers), maps, top))
+        caption = str(saved["captions"][i]).replace("\n", ", ")
+        groups.append(Group(caption, torch.from_numpy(saved["pictures"][i]), strips))
+    columns = [f"block {b}" for b in range(saved[next(iter(tops))].shape[1])]
+    return draw_strips(f"Epoch {int(saved['epoch'])} of {epochs}", str(saved["about"]), columns, groups)
 
 
 def write_film(args):
-    """One PDF, and a GIF for each token, of all epochs with maps; one colour scale for all pages of a token.
+    """One PDF, and a GIF for each token, of all epochs with maps; one colour scale for all epochs of a token.
 
     May take minutes: call it where no other process waits.
     """
@@ -181,30 +192,31 @@ def write_film(args):
     files = _epochs(folder) if args.viz_every and utils.is_main() else []
     if not files:
         return
-    with np.load(files[0]) as saved:
-        keys = _tokens(saved)
-    in_gif = {round(i) for i in np.linspace(0, len(files) - 1, min(FRAMES, len(files)))}
+    every = [_read(file) for file in files]
+    tops = {key: top_of(np.stack([saved[key] for saved in every])) for key in _tokens(every[0])}
+    images = len(every[0]["images"])
+    parts = _parts(images, len(tops))[:PAGES]
+    in_pdf = _spread(every, PAGES // len(parts))
+    figures = (_page(saved, tops, part, args.epochs) for saved in in_pdf for part in parts)
+    write_pdf(figures, folder / "attention.pdf")
+    for key, top in tops.items():
+        shown = _spread(every, FRAMES)
+        frames = [_pixels(_page(saved, {key: top}, range(min(images, ROWS)), args.epochs)) for saved in shown]
+        gif = _gif(frames)
+        utils.write_atomically(folder / f"attention_{key}.gif", lambda out, gif=gif: out.write(gif))
+    gifs = ", ".join(f"attention_{key}.gif" for key in tops)
+    some = "" if len(in_pdf) == len(files) else f", {len(in_pdf)} of them in attention.pdf"
+    utils.say(f"wrote {folder / 'attention.pdf'} and {gifs}: {len(files)} epochs{some}")
 
-    def pages(key):
-        for file in files:
-            with np.load(file) as saved:
-                yield _page(saved, key, args.epochs)
 
-    def figures():
-        from PIL import Image
+def _read(file) -> dict:
+    with np.load(file) as saved:
+        return dict(saved)
 
-        for key in keys:
-            vmax, frames = max(page.top() for page in pages(key)), []
-            for i, page in enumerate(pages(key)):
-                figure = draw_page(page, vmax=vmax, scope="all epochs")
-                yield figure
-                if i in in_gif:
-                    frames.append(Image.fromarray(_pixels(figure)).quantize(dither=Image.Dither.NONE))
-            _write_gif(folder / f"attention_{key}.gif", frames)
 
-    write_pdf(figures(), folder / "attention.pdf")
-    gifs = ", ".join(f"attention_{key}.gif" for key in keys)
-    utils.say(f"wrote {folder / 'attention.pdf'} and {gifs}: {len(files)} epochs")
+def _spread(items, count) -> list:
+    """At most `count` of them, evenly, with the first and the last; the last if it is one."""
+    return [items[i] for i in sorted({round(i) for i in np.linspace(len(items) - 1, 0, min(count, len(items)))})]
 
 
 def _pixels(figure) -> np.ndarray:
@@ -217,7 +229,19 @@ def _pixels(figure) -> np.ndarray:
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _write_gif(file, frames):
-    options = dict(save_all=True, append_images=frames[1:], loop=0)
-    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
-    utils.write_atomically(file, lambda out: frames[0].save(out, format="GIF", duration=durations, **options))
+def _gif(frames: list[np.ndarray]) -> bytes:
+    """Smaller, and then with fewer frames, until it fits into `GIF_BYTES`."""
+    from PIL import Image
+
+    pictures, shrink = [Image.fromarray(frame) for frame in frames], 1.0
+    while True:
+        size = [round(shrink * side) for side in pictures[0].size]
+        small = [p.resize(size, Image.Resampling.LANCZOS).quantize(64, dither=Image.Dither.NONE) for p in pictures]
+        durations, out = [FRAME_MS] * (len(small) - 1) + [LAST_MS], io.BytesIO()
+        small[0].save(out, "GIF", save_all=True, append_images=small[1:], loop=0, duration=durations, optimize=True)
+        if out.tell() <= GIF_BYTES or (shrink <= 0.5 and len(pictures) == 1):
+            return out.getvalue()
+        if shrink > 0.5:
+            shrink *= 0.8
+        else:
+            pictures = _spread(pictures, max(1, len(pictures) // 2))

@@ -96,6 +96,11 @@ def read_json_lines(path) -> list[dict]:
     return records
 
 
+def selection_key(metrics):
+    """What the best epoch has the largest of."""
+    return metrics["val_top1"], -metrics["val_loss"]
+
+
 PANELS = (  # of the training curves: title, label of the axis, lines
     ("Loss", "loss", {"train_loss": "training (augmented)", "val_loss": "validation"}),
     ("Validation accuracy", "top-1 (%)", {"val_top1": "validation", "raw_val_top1": "without EMA"}),
@@ -107,26 +112,41 @@ PANELS = (  # of the training curves: title, label of the axis, lines
 
 
 def plot_curves(epochs: list[dict], folder):
-    """Draw `training_curves.png` and `.pdf` from the epoch records of a log; see `PANELS`."""
-    from matplotlib.figure import Figure
+    """Draw `training_curves.png` and `.pdf` from the epoch records of a log."""
+    figure = curves(epochs)
+    for suffix in ("png", "pdf"):
+        write_atomically(
+            Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
+        )
 
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
+
+def curves(epochs: list[dict]):
+    """A matplotlib figure of `PANELS`; the epoch with the best validation accuracy is marked in each."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11.69, 6.6), layout="constrained")
+    judged = [record for record in epochs if record.get("val_top1") is not None]
+    best = max(judged, key=selection_key, default=None)  # the first of equal ones
+    if best is not None:
+        figure.suptitle(f"Best epoch: {best['epoch']}, {best['val_top1']:.2f}% of the validation images", fontsize=11)
     numbers = [record["epoch"] for record in epochs]
     for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
         for key, name in lines.items():
             values = np.array([record.get(key) for record in epochs], dtype=float)  # NaN where it was not measured
             if not np.isnan(values).all():
                 axes.plot(numbers, values, marker=".", label=name)
-        if axes.lines:
+        if len(axes.lines) > 1:
             axes.legend()
-        else:
+        if not axes.lines:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        elif best is not None:
+            axes.axvline(best["epoch"], color="0.4", linestyle=":", linewidth=1)
         axes.set(title=title, xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
+        if title == "Learning rate" and min(record.get("lr") or 0 for record in epochs) > 0:
+            axes.set_yscale("log")
         if title in ("Speed", "Waiting for data"):
             axes.set_ylim(bottom=0)
-    for suffix in ("png", "pdf"):
-        write_atomically(
-            Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
-        )
+    return figure

@@ -13,7 +13,7 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
     """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
 
     Returns:
-        What `evaluate` does, and the true labels of all images.
+        What `evaluate` does, and the split of the test images.
     """
     data, path = checkpoint["data"], data_folder(checkpoint, data_path)
     share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
@@ -27,4 +27,4 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
     there = data.get("images", {}).get("test", len(split))
     if len(split) != there:
         say(f"note: there are {len(split)} test images; in training there were {there}")
-    return evaluate(model.to(device), batches, keep_predictions), split.labels
+    return evaluate(model.to(device), batches, keep_predictions), split

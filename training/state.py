@@ -15,7 +15,7 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.schema import first_wrong, state_schema
 from training import run_folder
-from training.run_log import plain_args
+from training.run_log import plain_args, selection_key
 from utils import BadInput, say
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, of FSDP in the first process only
@@ -174,8 +174,3 @@ class TrainingState:
         """Names of the optimizer's parameters, in the order of its state dict."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-
-
-def selection_key(metrics):
-    """What the best epoch has the largest of."""
-    return metrics["val_top1"], -metrics["val_loss"]

@@ -27,16 +27,19 @@ from utils import BadInput, number
 def check(args):
     """Raise BadInput for flags that contradict each other."""
     if args.format == "html":
-        given = [f"--{f}" for f in ("pages", "tokens", "patch", "scale", "compare", "overlay") if getattr(args, f)]
+        given = [f"--{f}" for f in ("tokens", "patch", "scale", "overlay") if getattr(args, f)]
         if given:
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
+        given = sorted({"heads", "blocks", "tokens"} & set(args.pages or ()))
+        if given:
+            raise BadInput(f"--format html has all heads, blocks and tokens; of --pages leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
         raise BadInput("--compare needs at least two checkpoints: --compare A.pth B.pth")
     if args.compare and args.test_time_registers:
         raise BadInput("--test_time_registers is for one model; leave out --compare, or draw it twice")
     if args.target and "class" not in (args.pages or ()):
         raise BadInput("--target is the class of --pages class; add that, or leave out --target")
-    if args.compare and args.pages:
+    if args.compare and args.pages and args.format != "html":
         raise BadInput("--compare has pages of its own; leave out --pages")
 
 
@@ -49,11 +52,11 @@ def load_all(args):
     for model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
-        all_rows = args.patch or args.format == "html" or {"rollout", "class"} & set(args.pages)
+        all_rows = args.patch or {"rollout", "class"} & set(args.pages)
         if getattr(model, "cls_only", False) and all_rows:
             raise BadInput(
-                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, --pages rollout "
-                f"and class, and --format html"
+                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, and --pages "
+                f"rollout and class"
             )
         if "class" in args.pages and not model.num_classes:
             raise BadInput("--pages class: this model has no head, so no classes; leave out class")
@@ -129,26 +132,66 @@ def draw(args, found, blocks, pages, failed):
             utils.say(utils.printable(f"wrote {file}" + (f": {drawn}" if args.format == "pdf" else "")))
 
 
-def write_html(args, model, data, found, blocks, failed):
+def write_html(args, loaded, found, failed):
     """All attention of all images that can be read, in one file; see `inputs.readable`."""
-    blocks = [i for i in blocks if model.token_layout(i).pool is None]
-    layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
-    check_size(len(found) * packed_size(layouts, heads))
-    folder = utils.writable_folder(args.output_dir)
+    rollout = "rollout" in args.pages
+    sizes = [packed_size(_layouts(args, m), m.model_args["num_heads"] + rollout) for m, _, _ in loaded]
+    check_size(len(found) * sum(sizes))
+    folder, seen = utils.writable_folder(args.output_dir), {}
     for image in inputs.readable(found, failed):
-        attention = {}
-        seen = maps.image_maps(model, data, image, blocks, [], False, keep=attention.__setitem__)
-        encoded.append(encode_image(image.name, seen.caption, seen.shown, layouts, attention, model.grid_size))
-    about = {
-        "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
-        "registers": [[there[0], there[-1] + 1] for r in range(model.num_register_tokens)
-                      if (there := maps.blocks_of(model, f"reg{r}"))],
-    }  # fmt: skip
-    name = found[0].name if len(found) == 1 else f"{len(encoded)}_images"
-    file = folder / f"attention_{name}.html"
-    size = write_viewer(file, f"Attention of {Path(args.model_path).name}", about, encoded)
-    words = f"({size / 1e6:.1f} MB): {utils.counted(len(encoded), 'image')}, blocks {', '.join(map(str, blocks))}"
+        seen[image.name] = [_encoded(args, model, data, image) for model, data, _ in loaded]
+    names, files = [image.name for image in found], [image.file for image in found]
+    titles = dict(zip(names, _short_names(files) if all(files) and len(set(files)) == len(files) else names))
+    names, blocks = _model_names(args), sorted({i for m, _, _ in loaded for i in _layouts(args, m)})
+    stem = found[0].name if len(found) == 1 else f"{len(seen)}_images"
+    file = folder / f"{'compared' if args.compare else 'attention'}_{stem}.html"
+    pictures = [(utils.printable(titles[name]), views) for name, views in seen.items()]
+    about = [_about(name, model) for name, (model, _, _) in zip(names, loaded)]
+    title = f"{' and '.join(names)}: {pictures[0][0] if len(pictures) == 1 else f'{len(pictures)} images'}"
+    size = write_viewer(file, utils.printable(f"Attention of {title}"), about, pictures)
+    words = f"({size / 1e6:.1f} MB): {utils.counted(len(seen), 'image')}, blocks {', '.join(map(str, blocks))}"
     utils.say(utils.printable(f"wrote {file} {words}"))
+
+
+def _layouts(args, model) -> dict:
+    """The layout of each block to show; in an attention pooling, tokens have no rows."""
+    layouts = {i: model.token_layout(i) for i in inputs.chosen_blocks(model, args.layer_num)}
+    return {i: layout for i, layout in layouts.items() if layout.pool is None}
+
+
+def _model_names(args) -> list[str]:
+    """The telling part of each path: every checkpoint is called best_model.pth, so its folder too."""
+    paths = args.compare or [args.model_path]
+    known = [p if str(p).startswith(inputs.SOURCES) else str(Path(*Path(p).resolve().parts[-2:])) for p in paths]
+    names = known if len(set(known)) == len(known) else _short_names(paths)
+    weights = [inputs.flags_for_file(args, i, len(paths)).weights for i in range(len(paths))]
+    return [utils.printable(f"{n} ({Path(w).name})" if w else n) for n, w in zip(names, weights)]
+
+
+def _encoded(args, model, data, image) -> dict:
+    """`encode_image` of one image under one model."""
+    layouts, attention, rolled = _layouts(args, model), {}, {}
+
+    def keep(i, attn, shares):
+        attention[i] = attn
+        if shares is not None:
+            rolled[i] = shares
+
+    targets = [class_number(text, data["classes"], model.num_classes) for text in args.target or ()]
+    targets = (targets or [None]) if "class" in args.pages else []
+    seen = maps.image_maps(model, data, image, list(layouts), [], "rollout" in args.pages, targets, keep)
+    classes = {f"{method}, {k}": m for k, methods in seen.classes.items() for method, m in methods.items()}
+    about = utils.printable(f"{image.title}, {inputs.crop_words(image.read(), image, data)}")
+    return encode_image(about, seen.caption, seen.shown, layouts, attention, model.grid_size, rolled, classes)
+
+
+def _about(name, model) -> dict:
+    """What the page says of a model."""
+    there = [maps.blocks_of(model, f"reg{r}") for r in range(model.num_register_tokens)]
+    return {
+        "name": name, "depth": model.depth, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
+        "registers": [[blocks[0], blocks[-1] + 1] for blocks in there if blocks],
+    }  # fmt: skip
 
 
 @utils.full_precision()
@@ -162,7 +205,7 @@ def visualize(args):
     loaded[0] = model, data, checkpoint
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     if args.format == "html":
-        write_html(args, model, data, found, blocks, failed)
+        write_html(args, loaded, found, failed)
     else:
         draw(args, found, blocks, pages, failed)
     inputs.report_failed(failed, len(found))

@@ -288,6 +288,13 @@ def seen_part(width, height, image, data) -> tuple[float, float, float, float]:
     return crop_box(width, height, data["input_size"], data.get("crop_pct", 1.0))
 
 
+def crop_words(pixels, image, data) -> str:
+    """'centre crop of 6000 x 4000': what of a PIL image the model sees, of its width and height."""
+    left, upper, right, lower = (round(edge) for edge in seen_part(pixels.width, pixels.height, image, data))
+    whole = (left, upper, right, lower) == (0, 0, pixels.width, pixels.height)
+    return f"{'whole image,' if whole else 'centre crop of'} {pixels.width} x {pixels.height}"
+
+
 def as_seen(pixels, image, data, side=DISPLAY_SIDE) -> Tensor:
     """The part of a PIL image that the model sees, in up to `side` pixels, for display: (3, ., .) uint8."""
     if image.in_memory and "crop_pct" not in data:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.attention import maps_of, rollout_of, watch_calls
+from inspection.attention import maps_of, rolled_shares, rollout_maps, watch_calls
 from inspection.class_maps import grad_cam, relevance
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, token_name
 from tokens.layout import blocks_with
@@ -117,19 +117,19 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
 
     Args:
         targets: classes for pages of classes, None for the predicted one; each takes two passes with gradients.
-        keep: called with (block, attention (H, N, N)) of each of `blocks`.
+        keep: called with (block, attention (H, M, N), rolled shares (N, P) or None) of each of `blocks`.
     """
     pixels, device = image.read(), next(model.parameters()).device
     images = inputs.model_input([pixels], [image], data, device)
-    found, rolled, roll = {}, {}, rollout_of(model, patches)
+    found, rolled, roll = {}, {}, rolled_shares(model)
 
     def see(i, call):
-        rolled_out = roll(i, call.weights()) if rollout else None
+        shares = roll(i, call.weights()) if rollout else None
         if i in blocks:
             found[i] = by_token(maps_of(model, patches, i, call), patches)
-            rolled[i] = by_token(rolled_out, patches) if rollout else {}
+            rolled[i] = by_token(rollout_maps(model, patches, i, shares), patches) if rollout else {}
             if keep is not None:
-                keep(i, call.weights()[0].cpu())
+                keep(i, call.weights()[0].cpu(), shares[0].cpu() if rollout else None)
 
     with torch.no_grad():
         logits = watch_calls(model, images, see)[0].cpu()

@@ -8,6 +8,7 @@ or as one HTML file to explore by hand.
     python visualize_attention.py --compare early.pth late.pth --layer_num 8 --img_num 3
     python visualize_attention.py --compare small.pth base.pth --num_heads 6 12 --image_path photo.jpg
     python visualize_attention.py --image_path my_photos --layer_num all --format html
+    python visualize_attention.py --compare early/best_model.pth late/best_model.pth --format html --pages rollout class
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
 One PDF per image. The maps are the attention that the model used: softmaxed over all tokens; rows of the tokens,
@@ -243,7 +244,7 @@ def parse(argv=None):
     parser.add_argument(
         "--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout", "class"), help="heads: a page for each "
         "token and block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention "
-        "rollout; class: which patches speak for a class (default: heads)",
+        "rollout; class: which patches speak for a class (default: heads; --format html takes rollout and class)",
     )  # fmt: skip
     parser.add_argument(
         "--target", nargs="+", metavar="CLASS", help="names or numbers of the classes of --pages class (default: the "

@@ -6,12 +6,14 @@ const SIDE = 360, GAP = 20, LINE = 18;  // of a saved view
 async function asSvg() {
   const views = pictures[state.image].views, parts = [];
   const safe = (words) => String(words).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
-  const text = (x, y, words, size = 13, more = "") => `<text x="${x}" y="${y}" font-size="${size}" ${more}>${safe(words)}</text>`;
-  const wrapped = (x, y, words, size = 13) => {  // at most two lines
-    const letters = Math.floor(SIDE / size * 1.85), cut = words.length > letters ? words.lastIndexOf(" ", letters) : -1;
-    const lines = cut > 0 ? [words.slice(0, cut), words.slice(cut + 1)] : [words];
-    return lines.map((line, i) => text(x, y + i * (size + 3), line, size)).join("");
+  const text = (x, y, words, size = 13) => `<text x="${x}" y="${y}" font-size="${size}">${safe(words)}</text>`;
+  const width = GAP + 3 * (SIDE + GAP);
+  const linesOf = (words, size, wide = SIDE) => {  // at most two
+    const letters = Math.floor(wide / size * 1.95), cut = words.length > letters ? words.lastIndexOf(" ", letters) : -1;
+    return cut > 0 ? [words.slice(0, cut), words.slice(cut + 1)] : [words];
   };
+  const wrapped = (x, y, words, size = 13, wide = SIDE) =>
+    linesOf(words, size, wide).map((line, i) => text(x, y + i * (size + 3), line, size)).join("");
   const ending = (map) => `0 to ${percent(map.range.top)}: ${map.range.words}`;
   let y = GAP;
   for (const [m, view] of views.entries()) {
@@ -20,7 +22,9 @@ async function asSvg() {
     const photo = (x, src) => `<image x="${x}" y="${y + 44}" width="${w}" height="${h}" preserveAspectRatio="none" href="${src}"/>`;
     const mark = (x) => patch === null ? "" : `<rect x="${x + w * (patch % gw) / gw}" y="${y + 44 + h * Math.floor(patch / gw) / gh}" `
       + `width="${w / gw}" height="${h / gh}" fill="none" stroke="#ff2d2d" stroke-width="2"/>`;
-    parts.push(text(GAP, y + 4, `${aboutOf(models[m], view)} · ${where(tokenOf())}`, 12, 'fill="#555"'));
+    const header = `${aboutOf(models[m], view)} · ${where(tokenOf())}`, wide = width - 2 * GAP;
+    parts.push(`<g fill="#555">${wrapped(GAP, y + 4, header, 12, wide)}</g>`);
+    y += 15 * (linesOf(header, 12, wide).length - 1);
     parts.push(wrapped(GAP, y + 24, pictures[state.image].name), photo(GAP, view.src), mark(GAP));
     view.caption.split("\n").forEach((words, i) => parts.push(text(GAP, y + h + 44 + LINE * (i + 1), words, 12)));
     for (const [i, map] of Object.values(drawn[m]).filter(Boolean).entries()) {
@@ -40,7 +44,6 @@ async function asSvg() {
     }
     y += h + 124;
   }
-  const width = GAP + 3 * (SIDE + GAP);
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${y}" width="${width}" height="${y}" `
     + `font-family="system-ui, sans-serif" ${pictures[state.image].views[0].size[0] <= 64 ? 'image-rendering="pixelated"' : ""}>`
     + `<rect width="100%" height="100%" fill="#fff"/>${parts.join("")}</svg>`;

@@ -19,8 +19,10 @@ for (const model of models) {
 const TOKENS = [...new Map(models.flatMap(({ tokens }) => tokens.map((token) => [token.key, token]))).values()];
 
 // One scale for models with other numbers of patches would leave the one with more of them black.
-const comparable = models.length > 1 && pictures.every(({ views }) => new Set(views.map(({ grid }) => String(grid))).size === 1);
-const SCALES = [["map", "this map"], ...(comparable ? [["models", "this map of all models"]] : []), ["heads", "all heads of this block"], ["blocks", "all blocks"]];
+const comparable = models.length > 1
+  && pictures.every(({ views }) => views.every(({ grid }) => String(grid) === String(views[0].grid)));
+const SCALES = [["map", "this map"], ...(comparable ? [["models", "this map of all models"]] : []),
+  ["heads", "all heads of this block"], ["blocks", "all blocks"]];
 const TOPS = [[99, "99th percentile"], [100, "largest"]];
 const CURVES = [["linear", "linear"], ["log", "logarithmic"]];
 const DECADES = 3;  // of a logarithmic scale
@@ -124,7 +126,8 @@ async function unpack(id) {
 
 // State ------------------------------------------------------------------------------------------------------------
 
-const DEFAULTS = { map: "attention", head: "mean", scale: comparable ? "models" : "map", top: 99, curve: "linear", opacity: 0.6 };
+const DEFAULTS = { map: "attention", head: "mean", scale: comparable ? "models" : "map", top: 99, curve: "linear",
+  opacity: 0.6 };
 const state = { image: 0, block: 0, token: null, ...DEFAULTS };
 let lastToken = null;  // to return to when a patch is released
 let pointed = null;  // key of the patch under the pointer, in the finest grid: shown while it is there

@@ -13,7 +13,8 @@ async function draw() {
   for (const direction of ["out", "in"]) setRanges(drawn.map((maps) => maps[direction]).filter((map) => map?.values));
   parts.forEach((part, m) => drawModel(find(`#model${m}`), part, drawn[m]));
   document.title = `${file.title} · ${picture.name} · ${where(tokenOf())}`;
-  find("#said").textContent = drawn.map((maps, m) => `${models.length > 1 ? `${models[m].name}: ` : ""}${said(maps.out, picture.views[m])}`).join(". ");
+  const whose = (m) => models.length > 1 ? `${models[m].name}: ` : "";
+  find("#said").textContent = drawn.map(({ out }, m) => whose(m) + said(out, picture.views[m])).join(". ");
   const token = state.token === null && pointed === null && !isClass(state.map);
   document.body.dataset.status = token ? "nothing" : drawn.some(({ out }) => out.values) ? "drawn" : "absent";
 }
@@ -24,7 +25,8 @@ async function load(view, m) {  // what is drawn of a model; `here` is undefined
   const kind = isClass(state.map) ? "attention" : state.map, there = Object.keys(view[kind]).map(Number);
   const all = await Promise.all(there.filter((b) => state.scale === "blocks" || b === state.block)
     .map(async (b) => [b, await attentionOf(kind, m, state.image, b)]));
-  return { here: all.find(([b]) => b === state.block)?.[1], all: all.map(([, at]) => at), grey: await greyOf(view.src) };
+  const here = all.find(([b]) => b === state.block)?.[1];
+  return { here, all: all.map(([, at]) => at), grey: await greyOf(view.src) };
 }
 
 function partOf(view, model, { here, all, grey }) {
@@ -94,8 +96,8 @@ function drawMap(figure, map, { view }) {
 function said({ title, values, absent }, { grid: [, gw] }) {
   if (values === undefined) return absent;
   const at = values.indexOf(largest(values));
-  const total = values.reduce((a, b) => a + b, 0);
-  return `${title}: largest ${percent(values[at])} at ${at % gw},${Math.floor(at / gw)}, ${percent(total)} on all patches`;
+  const place = `${at % gw},${Math.floor(at / gw)}`, total = values.reduce((a, b) => a + b, 0);
+  return `${title}: largest ${percent(values[at])} at ${place}, ${percent(total)} on all patches`;
 }
 
 // What is shown: "block 8 · Register 1 · mean over heads".
@@ -107,7 +109,8 @@ function where(token) {
 
 function absence(model, token) {
   const own = model.tokens.find(({ key }) => key === token);
-  return own ? `${own.name}: absent at block ${state.block} (${comesOrGoes(own)})` : `${nameOf(token)}: not in this model`;
+  if (!own) return `${nameOf(token)}: not in this model`;
+  return `${own.name}: absent at block ${state.block} (${comesOrGoes(own)})`;
 }
 
 function comesOrGoes({ enters, leaves }) {
@@ -143,7 +146,7 @@ function drawChoices(picture) {
   press(find("#tokens"), pinned ? TOKENS.length : TOKENS.findIndex(({ key }) => key === state.token));
   TOKENS.forEach(({ key }, i) => {
     const made = find("#tokens").childNodes[i];
-    const there = picture.views.some(({ attention }) => attention[state.block]?.places[key] !== undefined);
+    const there = isThere(picture, key, state.block);
     const own = models.flatMap(({ tokens }) => tokens).find((token) => token.key === key);
     made.disabled = !there;
     made.querySelector("small").textContent = there ? "" : comesOrGoes(own);
@@ -153,6 +156,10 @@ function drawChoices(picture) {
   patch.firstChild.textContent = pinned ? `${nameOf(state.token)}  ✕` : "Patch: point at the image";
 }
 
+// Whether any model has the token there.
+const isThere = (picture, key, block) =>
+  picture.views.some(({ attention }) => attention[block]?.places[key] !== undefined);
+
 function makeButtons(picture) {
   const there = allBlocks(picture), title = (b) => there.includes(b) ? "" : "not in this file";
   find("#blocks").replaceChildren(...count(Math.max(...models.map(({ depth }) => depth))).map((b) =>
@@ -161,8 +168,10 @@ function makeButtons(picture) {
   find("#tokens").replaceChildren(
     ...TOKENS.map(({ key, name }) => button([name], " ", {}, () => { pointed = null; show({ token: key }); })),
     button([""], "", { className: "patch" }, release));
-  picture.views.forEach(({ heads }, m) => find(`#model${m} .heads`).replaceChildren(...["mean", ...count(heads)].map((head) =>
-    button([document.createElement("canvas")], head === "mean" ? "mean" : `head ${head}`, {}, () => show({ head })))));
+  const ofHead = (head) =>
+    button([document.createElement("canvas")], head === "mean" ? "mean" : `head ${head}`, {}, () => show({ head }));
+  picture.views.forEach(({ heads }, m) =>
+    find(`#model${m} .heads`).replaceChildren(...["mean", ...count(heads)].map(ofHead)));
 }
 
 function drawPicture(section, { view, model, token, grey }) {
@@ -174,12 +183,13 @@ function drawPicture(section, { view, model, token, grey }) {
     if (img.src !== src) img.src = src;
   });
   section.querySelector(".picture img").alt = picture.name;
-  section.querySelector(".picture .frame").ariaLabel = `Patches of ${picture.name}: arrow keys select one, Escape releases it`;
+  section.querySelector(".picture .frame").ariaLabel =
+    `Patches of ${picture.name}: arrow keys select one, Escape releases it`;
   section.querySelector(".picture figcaption").textContent = picture.name;
   section.querySelector(".caption").textContent = view.caption;
   section.querySelector(".about").textContent = aboutOf(model, view);
-  const ours = (key) => key === null ? null : patchOf(view, moved(key, finest(picture), view));
-  for (const [selector, p] of [[".mark", patchOf(view, token)], [".cursor", ours(cursor)]])
+  const read = patchOf(view, moved(cursor, finest(picture), view));
+  for (const [selector, p] of [[".mark", patchOf(view, token)], [".cursor", read]])
     section.querySelectorAll(selector).forEach((box) => {
       box.hidden = p === null;
       const [x, y] = [p % gw, Math.floor(p / gw)];
@@ -216,7 +226,10 @@ function drawSums(section, { model, here, token, place, head }) {
   const others = model.tokens.filter(({ key }) => here.places[key] !== undefined);
   const into = here.map(head, place, "in"), on = here.onPatches(head, place);
   const rows = [line("patches, all", percent(on), `${percent(into.reduce((a, b) => a + b, 0) / into.length)} each`)];
-  if (isPatch(token)) rows.push(line("– of it, itself", percent(here.share(head, place, place), here.roundingError(head, place)), ""));
+  if (isPatch(token)) {
+    const own = percent(here.share(head, place, place), here.roundingError(head, place));
+    rows.push(line("– of it, itself", own, ""));
+  }
   let total = on;
   for (const { key, name } of others) {
     const its = here.places[key], share = here.share(head, place, its);
@@ -224,12 +237,13 @@ function drawSums(section, { model, here, token, place, head }) {
     rows.push(line(its === place ? "itself" : name, percent(share), percent(here.share(head, its, place))));
   }
   rows.push(line("total", percent(total), ""));
-  section.querySelector("h2").textContent = `Attention of ${nameOf(token, true)}, ${head === "mean" ? "mean over heads" : `head ${head}`}`;
+  const words = head === "mean" ? "mean over heads" : `head ${head}`;
+  section.querySelector("h2").textContent = `Attention of ${nameOf(token, true)}, ${words}`;
   section.querySelector("tbody").replaceChildren(...rows);
 }
 
 function drawReadings(section, maps, { view, here, place, head }) {
-  const key = cursor ?? pointed, patch = key === null ? null : patchOf(view, moved(key, finest(pictures[state.image]), view));
+  const patch = patchOf(view, moved(cursor ?? pointed, finest(pictures[state.image]), view));
   for (const direction of ["out", "in"]) {
     const reading = section.querySelector(`.${direction} .reading`), map = maps[direction];
     reading.textContent = "";
@@ -246,7 +260,8 @@ function drawReadings(section, maps, { view, here, place, head }) {
 // Events -----------------------------------------------------------------------------------------------------------
 
 function patchAt(event, frame, m) {  // its key in the finest grid
-  const picture = pictures[state.image], view = picture.views[m], box = frame.getBoundingClientRect(), [gh, gw] = view.grid;
+  const picture = pictures[state.image], view = picture.views[m], [gh, gw] = view.grid;
+  const box = frame.getBoundingClientRect();
   const cell = (along, n) => Math.max(0, Math.min(n - 1, Math.floor(along * n)));
   const x = cell((event.clientX - box.left) / box.width, gw), y = cell((event.clientY - box.top) / box.height, gh);
   return moved(`patch${x}-${y}`, view, finest(picture));
@@ -277,7 +292,8 @@ function listenToPicture(frame, m) {
     if (!step || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
     const view = finest(pictures[state.image]), [gh, gw] = view.grid, patch = patchOf(view, state.token);
     const within = (i, n) => Math.max(0, Math.min(n - 1, i));
-    const [x, y] = patch === null ? [gw >> 1, gh >> 1] : [within(patch % gw + step[0], gw), within(Math.floor(patch / gw) + step[1], gh)];
+    const beside = () => [within(patch % gw + step[0], gw), within(Math.floor(patch / gw) + step[1], gh)];
+    const [x, y] = patch === null ? [gw >> 1, gh >> 1] : beside();
     event.preventDefault();
     event.stopPropagation();
     pointed = null;
@@ -321,8 +337,10 @@ const start = {};  // the first view
 async function begin() {
   find("h1").textContent = file.title;
   find("#images").hidden = pictures.length < 2;
-  find("#images").append(...pictures.map(({ name, views }, image) => button(
-    [Object.assign(document.createElement("img"), { src: views[0].src, alt: "" })], name, { title: name }, () => show({ image }))));
+  find("#images").append(...pictures.map(({ name, views }, image) => {
+    const small = Object.assign(document.createElement("img"), { src: views[0].src, alt: "" });
+    return button([small], name, { title: name }, () => show({ image }));
+  }));
   find("#kinds-row").hidden = KINDS.length < 2;
   for (const [id, name, choices] of [["#kinds", "map", KINDS], ["#scales", "scale", SCALES], ["#tops", "top", TOPS],
     ["#curves", "curve", CURVES]])
@@ -335,7 +353,7 @@ async function begin() {
   find("#models").append(...models.map((_, m) => makeModel(m)));
   document.onkeydown = listenToKeys;
   const picture = pictures[0], block = allBlocks(picture).at(-1), view = finest(picture), [gh, gw] = view.grid;
-  const first = TOKENS.find(({ key }) => picture.views.some(({ attention }) => attention[block]?.places[key] !== undefined));
+  const first = TOKENS.find(({ key }) => isThere(picture, key, block));
   const token = first ? first.key : patchKey(view, Math.floor(gh / 2) * gw + Math.floor(gw / 2));
   Object.assign(start, DEFAULTS, { image: 0, block, token });
   window.onhashchange = () => showLinked({ ...start, ...linked() });

@@ -17,11 +17,17 @@ async function asSvg() {
   const ending = (map) => `0 to ${percent(map.range.top)}: ${map.range.words}`;
   let y = GAP;
   for (const [m, view] of views.entries()) {
-    const [height, width] = view.size, [gh, gw] = view.grid, h = SIDE * Math.min(1, height / width), w = h * width / height;
+    const [height, width] = view.size, [gh, gw] = view.grid;
+    const h = SIDE * Math.min(1, height / width), w = h * width / height;
     const patch = patchOf(view, moved(tokenOf(), finest(pictures[state.image]), view));
-    const photo = (x, src) => `<image x="${x}" y="${y + 44}" width="${w}" height="${h}" preserveAspectRatio="none" href="${src}"/>`;
-    const mark = (x) => patch === null ? "" : `<rect x="${x + w * (patch % gw) / gw}" y="${y + 44 + h * Math.floor(patch / gw) / gh}" `
-      + `width="${w / gw}" height="${h / gh}" fill="none" stroke="#ff2d2d" stroke-width="2"/>`;
+    const area = (at, up, wide, high) =>
+      `x="${+at.toFixed(2)}" y="${+up.toFixed(2)}" width="${+wide.toFixed(2)}" height="${+high.toFixed(2)}"`;
+    const ofPatch = (x, p) => area(x + w * (p % gw) / gw, y + 44 + h * Math.floor(p / gw) / gh, w / gw, h / gh);
+    const photo = (x, src) => `<image ${area(x, y + 44, w, h)} preserveAspectRatio="none" href="${src}"/>`;
+    const mark = (x) => patch === null ? ""
+      : `<rect ${ofPatch(x, patch)} fill="none" stroke="#ff2d2d" stroke-width="2"/>`;
+    const box = (where, [r, g, b, alpha]) =>
+      `<rect ${where} fill="rgb(${r},${g},${b})" fill-opacity="${+alpha.toFixed(3)}"/>`;
     const header = `${aboutOf(models[m], view)} · ${where(tokenOf())}`, wide = width - 2 * GAP;
     parts.push(`<g fill="#555">${wrapped(GAP, y + 4, header, 12, wide)}</g>`);
     y += 15 * (linesOf(header, 12, wide).length - 1);
@@ -32,20 +38,19 @@ async function asSvg() {
       parts.push(wrapped(x, y + 24, map.title));
       if (!map.values) { parts.push(wrapped(x, y + 64, map.absent)); continue; }
       parts.push(photo(x, await greyOf(view.src)), '<g shape-rendering="crispEdges">');
-      const box = (at, up, wide, high, [r, g, b, alpha]) => `<rect x="${at}" y="${up}" width="${wide}" height="${high}" `
-        + `fill="rgb(${r},${g},${b})" fill-opacity="${+alpha.toFixed(3)}"/>`;
-      map.values.forEach((value, p) => parts.push(box(+(x + w * (p % gw) / gw).toFixed(2),
-        +(y + 44 + h * Math.floor(p / gw) / gh).toFixed(2), +(w / gw).toFixed(2), +(h / gh).toFixed(2),
-        shade(value, map.range, state.opacity))));
-      parts.push(`<rect x="${x}" y="${y + h + 50}" width="${w}" height="8" fill="#808080"/>`);
-      for (const s of count(64)) parts.push(box(x + w * s / 64, y + h + 50, w / 64, 8, shade(s, { low: 0, top: 63 }, state.opacity)));
+      map.values.forEach((v, p) => parts.push(box(ofPatch(x, p), shade(v, map.range, state.opacity))));
+      parts.push(`<rect ${area(x, y + h + 50, w, 8)} fill="#808080"/>`);
+      for (const s of count(64)) {
+        const colour = shade(s, { low: 0, top: 63 }, state.opacity);
+        parts.push(box(area(x + w * s / 64, y + h + 50, w / 64, 8), colour));
+      }
       const words = map.range.low ? ending(map).replace("0 to", `${percent(map.range.low)} to`) : ending(map);
       parts.push("</g>", mark(x), wrapped(x, y + h + 74, words, 12));
     }
     y += h + 124;
   }
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${y}" width="${width}" height="${y}" `
-    + `font-family="system-ui, sans-serif" ${pictures[state.image].views[0].size[0] <= 64 ? 'image-rendering="pixelated"' : ""}>`
+    + `font-family="system-ui, sans-serif" ${Math.max(...views[0].size) <= 64 ? 'image-rendering="pixelated"' : ""}>`
     + `<rect width="100%" height="100%" fill="#fff"/>${parts.join("")}</svg>`;
 }
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -448,7 +449,7 @@ BYTES = "return Array.from(new Uint8Array(await (await viewer.exported(a)).array
 
 
 @needs_browser
-def test_the_view_as_svg_and_png(browser, explored):
+def test_the_view_as_svg_and_png(browser, explored, tmp_path):
     file, _, _ = explored
     browser.open(file)
     browser.show(image=1, block=2, token="reg1", head=0, map="attention")
@@ -462,6 +463,14 @@ def test_the_view_as_svg_and_png(browser, explored):
     image = Image.open(io.BytesIO(bytes(browser.ask(BYTES, "png"))))
     assert image.size == pytest.approx((2 * width, 2 * height), abs=2)
     assert len(image.convert("RGB").getcolors(10**6)) > 100  # photo and maps are there
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
+    browser.driver.find_elements("css selector", "#save button")[1].click()
+    for _ in range(100):
+        if saved := list(tmp_path.glob("*.svg")):
+            break
+        time.sleep(0.05)
+    assert saved[0].name.endswith(".svg") and ElementTree.parse(saved[0]).getroot().tag.endswith("svg")
 
 
 @pytest.fixture(scope="session")

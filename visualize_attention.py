@@ -157,7 +157,10 @@ def write_html(args, loaded, found, failed):
 def _layouts(args, model) -> dict:
     """The layout of each block to show; in an attention pooling, tokens have no rows."""
     layouts = {i: model.token_layout(i) for i in inputs.chosen_blocks(model, args.layer_num)}
-    return {i: layout for i, layout in layouts.items() if layout.pool is None}
+    layouts = {i: layout for i, layout in layouts.items() if layout.pool is None}
+    if not layouts:
+        raise BadInput(f"--format html has no rows of attention pooling; give --layer_num 0..{model.depth - 1}, or all")
+    return layouts
 
 
 def _model_names(args) -> list[str]:

@@ -134,6 +134,9 @@ def test_the_html_file_of_class_attention_and_of_pooling(name, blocks, queries, 
     about = re.search('id="about">(.*)</script>', (tmp_path / "attention_photo.html").read_text())[1]
     (view,) = json.loads(about)["pictures"][0]["views"]
     assert [(block, of["queries"]) for block, of in view["attention"].items()] == [(b, queries) for b in blocks]
+    if name.startswith("vit"):
+        status, _, err = run(visualize_attention.main, [*argv, "--layer_num", 2], capsys)
+        assert status == 2 and "give --layer_num 0..1, or all" in err
     assert view["about"].startswith("photo.png, centre crop of 200 x 160") and view["grid"] == [14, 14]
 
 

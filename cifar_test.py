@@ -15,8 +15,8 @@ from checkpoints.models import load_model
 from datasets import MAX_PIXELS
 from inspection.pages import write_pdf
 from loading.decode import add_max_pixels
-from training.predictions import write_predictions
 from training.errors import confusion_figure, error_pages
+from training.predictions import write_predictions
 from training.scoring import score
 from utils import say
 

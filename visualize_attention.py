@@ -8,6 +8,7 @@ or as one HTML file to explore by hand.
     python visualize_attention.py --compare early.pth late.pth --layer_num 8 --img_num 3
     python visualize_attention.py --compare small.pth base.pth --num_heads 6 12 --image_path photo.jpg
     python visualize_attention.py --image_path my_photos --layer_num all --format html
+    python visualize_attention.py --compare early/best_model.pth late/best_model.pth --format html --pages rollout class
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
 One PDF per image. The maps are the attention that the model used: softmaxed over all tokens; rows of the tokens,
@@ -29,10 +30,13 @@ from utils import BadInput, number
 def check(args):
     """Raise BadInput for flags that contradict each other."""
     if args.format == "html":
-        flags = ("pages", "tokens", "patch", "scale", "compare", "overlay", "log", "percentile", "heads")
+        flags = ("tokens", "patch", "scale", "overlay", "log", "percentile", "heads")
         given = [f"--{f}" for f in flags if getattr(args, f)]
         if given:
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
+        given = sorted({"heads", "blocks", "tokens"} & set(args.pages or ()))
+        if given:
+            raise BadInput(f"--format html has all heads, blocks and tokens; of --pages leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
         raise BadInput("--compare needs at least two checkpoints: --compare A.pth B.pth")
     if args.compare and args.test_time_registers:
@@ -41,7 +45,7 @@ def check(args):
         raise BadInput("--target is the class of --pages class; add that, or leave out --target")
     if args.fit == "native" and (args.format == "html" or args.patch):
         raise BadInput("with --fit native each image has a grid of its own; leave out --format html and --patch")
-    if args.compare and args.pages:
+    if args.compare and args.pages and args.format != "html":
         raise BadInput("--compare has pages of its own; leave out --pages")
 
 
@@ -54,11 +58,11 @@ def load_all(args):
     for model, _, _ in found:
         model.to(device)
         gh, gw = model.grid_size
-        all_rows = args.patch or args.format == "html" or {"rollout", "class"} & set(args.pages)
+        all_rows = args.patch or {"rollout", "class"} & set(args.pages)
         if getattr(model, "cls_only", False) and all_rows:
             raise BadInput(
-                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, --pages rollout "
-                f"and class, and --format html"
+                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, and --pages "
+                f"rollout and class"
             )
         if "class" in args.pages and not model.num_classes:
             raise BadInput("--pages class: this model has no head, so no classes; leave out class")
@@ -76,7 +80,7 @@ def page_maker(args, loaded, blocks):
     patches, rollout = args.patch or [], "rollout" in args.pages
     models = [model for model, _, _ in loaded]
     if args.compare:
-        names = inputs.names_of(args.compare)
+        names = _model_names(args)
         present = {kind for model in models for kind in maps.KINDS if maps.blocks_of(model, kind)}
         if not (set(args.tokens or maps.KINDS) & present or patches):
             raise BadInput(f"none of these models has {' or '.join(maps.WORDS[k] for k in args.tokens or maps.KINDS)}")
@@ -98,7 +102,7 @@ def page_maker(args, loaded, blocks):
 
     def pages(image):
         seen = maps.image_maps(*fitted(args.fit, model, data, image), blocks, patches, rollout, targets)
-        return maps.pages_of(args.pages, seen, tokens, blocks, args.heads, *inputs.names_of([args.model_path]))
+        return maps.pages_of(args.pages, seen, tokens, blocks, args.heads, *_model_names(args))
 
     return pages
 
@@ -132,26 +136,66 @@ def draw(args, found, blocks, pages, failed):
             utils.say(utils.printable(f"wrote {file}" + (f": {drawn}" if args.format == "pdf" else "")))
 
 
-def write_html(args, model, data, found, blocks, failed):
+def write_html(args, loaded, found, failed):
     """All attention of all images that can be read, in one file; see `inputs.readable`."""
-    blocks = [i for i in blocks if model.token_layout(i).pool is None]
-    layouts, encoded, heads = {i: model.token_layout(i) for i in blocks}, [], model.model_args["num_heads"]
-    check_size(len(found) * packed_size(layouts, heads))
-    folder = utils.writable_folder(args.output_dir)
+    rollout = "rollout" in args.pages
+    sizes = [packed_size(_layouts(args, m), m.model_args["num_heads"] + rollout) for m, _, _ in loaded]
+    check_size(len(found) * sum(sizes))
+    folder, seen = utils.writable_folder(args.output_dir), {}
     for image in inputs.readable(found, failed):
-        attention = {}
-        seen = maps.image_maps(model, data, image, blocks, [], False, keep=attention.__setitem__)
-        encoded.append(encode_image(image.name, seen.caption, seen.shown, layouts, attention, model.grid_size))
-    about = {
-        "depth": model.depth, "heads": heads, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
-        "registers": [[there[0], there[-1] + 1] for r in range(model.num_register_tokens)
-                      if (there := maps.blocks_of(model, f"reg{r}"))],
-    }  # fmt: skip
-    name = found[0].name if len(found) == 1 else f"{len(encoded)}_images"
-    file = folder / f"attention_{name}.html"
-    size = write_viewer(file, f"Attention of {Path(args.model_path).name}", about, encoded)
-    words = f"({size / 1e6:.1f} MB): {utils.counted(len(encoded), 'image')}, blocks {', '.join(map(str, blocks))}"
+        seen[image.name] = [_encoded(args, model, data, image) for model, data, _ in loaded]
+    names, files = [image.name for image in found], [image.file for image in found]
+    titles = dict(zip(names, inputs.names_of(files, 1) if all(files) and len(set(files)) == len(files) else names))
+    names, blocks = _model_names(args), sorted({i for m, _, _ in loaded for i in _layouts(args, m)})
+    stem = found[0].name if len(found) == 1 else f"{len(seen)}_images"
+    file = folder / f"{'compared' if args.compare else 'attention'}_{stem}.html"
+    pictures = [(utils.printable(titles[name]), views) for name, views in seen.items()]
+    about = [_about(name, model) for name, (model, _, _) in zip(names, loaded)]
+    title = f"{' and '.join(names)}: {pictures[0][0] if len(pictures) == 1 else f'{len(pictures)} images'}"
+    size = write_viewer(file, utils.printable(f"Attention of {title}"), about, pictures)
+    words = f"({size / 1e6:.1f} MB): {utils.counted(len(seen), 'image')}, blocks {', '.join(map(str, blocks))}"
     utils.say(utils.printable(f"wrote {file} {words}"))
+
+
+def _layouts(args, model) -> dict:
+    """The layout of each block to show; in an attention pooling, tokens have no rows."""
+    layouts = {i: model.token_layout(i) for i in inputs.chosen_blocks(model, args.layer_num)}
+    layouts = {i: layout for i, layout in layouts.items() if layout.pool is None}
+    if not layouts:
+        raise BadInput(f"--format html has no rows of attention pooling; give --layer_num 0..{model.depth - 1}, or all")
+    return layouts
+
+
+def _model_names(args) -> list[str]:
+    paths = args.compare or [args.model_path]
+    weights = [inputs.flags_for_file(args, i, len(paths)).weights for i in range(len(paths))]
+    return [f"{name} ({Path(file).name})" if file else name for name, file in zip(inputs.names_of(paths), weights)]
+
+
+def _encoded(args, model, data, image) -> dict:
+    """`encode_image` of one image under one model."""
+    layouts, attention, rolled = _layouts(args, model), {}, {}
+
+    def keep(i, attn, shares):
+        attention[i] = attn
+        if shares is not None:
+            rolled[i] = shares
+
+    targets = [class_number(text, data["classes"], model.num_classes) for text in args.target or ()]
+    targets = (targets or [None]) if "class" in args.pages else []
+    model, data, image = fitted(args.fit, model, data, image)
+    seen = maps.image_maps(model, data, image, list(layouts), [], "rollout" in args.pages, targets, keep)
+    classes = {f"{method}, {k}": m for k, methods in seen.classes.items() for method, m in methods.items()}
+    return encode_image(seen.about, seen.caption, seen.shown, layouts, attention, model.grid_size, rolled, classes)
+
+
+def _about(name, model) -> dict:
+    """What the page says of a model."""
+    there = [maps.blocks_of(model, f"reg{r}") for r in range(model.num_register_tokens)]
+    return {
+        "name": name, "depth": model.depth, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
+        "registers": [[blocks[0], blocks[-1] + 1] for blocks in there if blocks],
+    }  # fmt: skip
 
 
 @utils.full_precision()
@@ -165,7 +209,7 @@ def visualize(args):
     loaded[0] = model, data, checkpoint
     pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     if args.format == "html":
-        write_html(args, model, data, found, blocks, failed)
+        write_html(args, loaded, found, failed)
     else:
         draw(args, found, blocks, pages, failed)
     inputs.report_failed(failed, len(found))
@@ -210,7 +254,7 @@ def parse(argv=None):
     parser.add_argument(
         "--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout", "class"), help="heads: a page for each "
         "token and block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention "
-        "rollout; class: which patches speak for a class (default: heads)",
+        "rollout; class: which patches speak for a class (default: heads; --format html takes rollout and class)",
     )  # fmt: skip
     parser.add_argument(
         "--target", nargs="+", metavar="CLASS", help="names or numbers of the classes of --pages class (default: the "

@@ -350,7 +350,19 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
 def rollout_of(model: nn.Module, patches):
     """A function to be called with (block, attention (B, H, M, N)) of one block after the other, from the first one on:
     the AttentionMaps of the rollout up to that block; see `attention_rollout`."""
-    shares, before = None, None  # (B, N, P); the layout of the block before
+    roll = rolled_shares(model)
+    return lambda i, attn: rollout_maps(model, patches, i, roll(i, attn))
+
+
+def rollout_maps(model: nn.Module, patches, block: int, shares: Tensor) -> AttentionMaps:
+    """The maps in what `rolled_shares` returns."""
+    rows = partial(_take, shares[:, None])
+    return _cut_maps(model.token_layout(block), model.grid_size, patches, rows)
+
+
+def rolled_shares(model: nn.Module):
+    """As `rollout_of`, but (B, N, P), the patches' shares in every token (behind a pooling: in its queries)."""
+    shares, before = None, None  # those of the block before, and its layout
 
     def roll(i, attn):
         nonlocal shares, before
@@ -360,9 +372,7 @@ def rollout_of(model: nn.Module, patches):
         else:
             shares = enter(shares, before, layout, attn)
             shares, before = updated(shares, attn.mean(dim=1) / 2, keep=0.5), layout
-        return _cut_maps(
-            layout, model.grid_size, patches, lambda rows: torch.cat([shares[:, None, r] for r in rows], dim=2)
-        )
+        return shares
 
     return roll
 

@@ -1,12 +1,13 @@
-"""One HTML file to explore a model's attention in a browser: no server, no network.
+"""One HTML file to explore the attention of one model, or of several side by side, in a browser: no server, no network.
 
-`viewer.html` is the page; here the attention is packed and put into it.
+`viewer.html` is the page and `viewer*.js` its script; here the attention is packed and put into them.
 
-    images = [encode_image("dog", "predicted: dog", shown, layouts, attention, model.grid_size)]
-    write_viewer("attention.html", "Attention of best_model.pth", about_the_model, images)
+    image = encode_image("dog.jpg, whole image", "predicted: dog", shown, layouts, attention, model.grid_size)
+    write_viewer("attention.html", "Attention of late/best_model.pth", [about_the_model], [("dog.jpg", [image])])
 """
 
 import base64
+import html
 import io
 import json
 import zlib
@@ -23,6 +24,7 @@ from utils import BadInput
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 LIMIT = 2**30  # bytes of attention, unpacked: what a browser can still hold
+SCRIPTS = [Path(__file__).with_name(f"{name}.js") for name in ("viewer", "viewer_save", "viewer_page")]
 SMALL = 64  # pixels: images up to this size are stored losslessly
 
 
@@ -45,27 +47,38 @@ def check_size(size: int):
 
 
 def encode_image(
-    name: str, caption: str, shown: Tensor, layouts: dict[int, TokenLayout], attention: dict[int, Tensor],
-    grid: tuple[int, int],
+    about: str, caption: str, shown: Tensor, layouts: dict[int, TokenLayout], attention: dict[int, Tensor],
+    grid: tuple[int, int], rollout: dict[int, Tensor] | None = None, classes: dict[str, Tensor] | None = None,
 ) -> dict:  # fmt: skip
-    """An image and its attention as plain values for `write_viewer`.
+    """An image under one model, and its attention, as plain values for `write_viewer`.
 
     Args:
+        about: of the header line: the file, and what of it the model sees.
         shown: (3, h, w) uint8, for display, the part that the model saw.
         layouts: of at least the blocks in `attention`.
         attention: block -> (H, N, N), softmaxed, rows attend to columns.
         grid: (gh, gw).
+        rollout: block -> (N, P): the patches' shares in each token behind that block.
+        classes: name -> (gh, gw): maps of classes.
 
     Raises BadInput if it is not finite.
     """
     heads = next(iter(attention.values())).shape[0]
-    size = packed_size({block: layouts[block] for block in attention}, heads)
+    rolled = {block: _among_tokens(layouts[block], shares) for block, shares in (rollout or {}).items()}
+    size = packed_size({block: layouts[block] for block in attention}, heads + bool(rolled))
     _, height, width = shown.shape
     return {
-        "name": name, "caption": caption, "src": data_uri(shown), "size": [height, width], "grid": list(grid),
+        "about": about, "caption": caption, "src": data_uri(shown), "size": [height, width], "grid": list(grid),
         "heads": heads, "bytes": size,
-        "blocks": {block: _encode_block(block, layouts[block], attention[block]) for block in sorted(attention)},
+        "attention": {block: _encode_block(block, layouts[block], attention[block]) for block in sorted(attention)},
+        "rollout": {block: _encode_block(block, layouts[block], rolled[block]) for block in sorted(rolled)},
+        "classes": {name: [float(f"{v:.5g}") for v in m.flatten().tolist()] for name, m in (classes or {}).items()},
     }  # fmt: skip
+
+
+def _among_tokens(layout: TokenLayout, shares: Tensor) -> Tensor:
+    """(N, P) -> (1, N, N), packed as the attention of one head is: tokens that are no patches bring nothing."""
+    return F.pad(shares, (layout.patches.start, layout.length - layout.patches.stop))[None]
 
 
 def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
@@ -106,25 +119,30 @@ def data_uri(shown: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def write_viewer(path, title: str, model: dict, images: list[dict]) -> int:
+def write_viewer(path, title: str, models: list[dict], pictures: list[tuple[str, list[dict]]]) -> int:
     """Write the page, atomically, and return its size in bytes.
 
     Args:
-        model: "depth", "heads", "cls_pos", "dist_pos" (None if absent), and "registers": entry block and end of each.
-        images: of `encode_image`.
+        models: "name", "depth", "cls_pos", "dist_pos" (None if absent), and "registers": entry block and end of each.
+        pictures: a name that tells it apart, and the `encode_image` of each of `models`.
 
     Raises BadInput if all images together are too large for a browser.
     """
     from matplotlib import colormaps
 
-    check_size(sum(image["bytes"] for image in images))
+    check_size(sum(view["bytes"] for _, views in pictures for view in views))
     colours = colormaps[COLOURS](range(256), bytes=True)[:, :3].tobytes().hex()
-    without_data = [
-        image | {"blocks": {i: {k: v for k, v in b.items() if k != "data"} for i, b in image["blocks"].items()}}
-        for image in images
-    ]
-    about = {"title": title, "model": model, "colours": colours, "pictures": without_data}
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("<!-- data -->\n")
+    data, without = {}, []  # by the id of the element; the pictures
+    for i, (name, views) in enumerate(pictures):
+        without.append({"name": name, "views": [view.copy() for view in views]})
+        for m, view in enumerate(without[-1]["views"]):
+            for kind in ("attention", "rollout"):
+                data |= {f"{kind}-{m}-{i}-{b}": block["data"] for b, block in view[kind].items()}
+                view[kind] = {b: block | {"data": None} for b, block in view[kind].items()}
+    about = {"title": title, "models": models, "colours": colours, "pictures": without}
+    page = TEMPLATE.read_text(encoding="utf-8").replace("<!-- title -->", html.escape(title))
+    script = "\n".join(file.read_text(encoding="utf-8") for file in SCRIPTS)
+    before, after = page.replace("<!-- script -->", script).split("<!-- data -->\n")
     size = 0
 
     def write(file):
@@ -134,10 +152,8 @@ def write_viewer(path, title: str, model: dict, images: list[dict]) -> int:
         text = json.dumps(about).replace("<", "\\u003c")
         file.write(f'<script type="application/json" id="about">{text}</script>\n'.encode())
         # Each block in an element of its own: a browser's longest string is 512 MiB, and most blocks are never shown.
-        for i, image in enumerate(images):
-            for block, content in image["blocks"].items():
-                element = f'<script type="text/plain" id="attention-{i}-{block}">{content["data"]}</script>\n'
-                file.write(element.encode())
+        for key, packed in data.items():
+            file.write(f'<script type="text/plain" id="{key}">{packed}</script>\n'.encode())
         file.write(after.encode())
         size = file.tell()
 

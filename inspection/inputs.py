@@ -53,16 +53,11 @@ def model_file(path: str) -> str:
     return path
 
 
-def names_of(paths) -> list[str]:
-    """Of checkpoints, with as many of their folders as tell them apart, and what is telling if there is only one.
-
-    Many a model is called best_model.pth.
-    """
-    if any(str(path).startswith(SOURCES) for path in paths):
-        return [str(path) for path in paths]
-    parts = [Path(path).absolute().parts for path in paths]
-    for n in range(2, max(map(len, parts)) + 1):
-        names = [str(Path(*own[-n:])) for own in parts]
+def names_of(paths, least=2) -> list[str]:
+    """Of files, with as many of their folders as tell them apart; `least` parts, as many a model is best_model.pth."""
+    parts = [[path] if str(path).startswith(SOURCES) else Path(path).absolute().parts for path in paths]
+    for n in range(least, max(least, *map(len, parts)) + 1):
+        names = [utils.printable(str(Path(*own[-n:]))) for own in parts]
         if len(set(names)) == len(set(paths)):
             break
     return names

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.attention import maps_of, rollout_of, watched_pass
+from inspection.attention import maps_of, rolled_shares, rollout_maps, watched_pass
 from inspection.class_maps import grad_cam, relevance
 from inspection.fitting import how_fitted
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, token_name
@@ -119,19 +119,19 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
 
     Args:
         targets: classes for pages of classes, None for the predicted one; each takes two passes with gradients.
-        keep: called with (block, attention (H, N, N)) of each of `blocks`.
+        keep: called with (block, attention (H, M, N), rolled shares (N, P) or None) of each of `blocks`.
     """
     pixels, device = image.read(), next(model.parameters()).device
     images = inputs.model_input([pixels], [image], data, device)
-    found, rolled, roll = {}, {}, rollout_of(model, patches)
+    found, rolled, roll = {}, {}, rolled_shares(model)
 
     def see(i, call):
-        rolled_out = roll(i, call.weights()) if rollout else None
+        shares = roll(i, call.weights()) if rollout else None
         if i in blocks:
             found[i] = by_token(maps_of(model, patches, i, call), patches)
-            rolled[i] = by_token(rolled_out, patches) if rollout else {}
+            rolled[i] = by_token(rollout_maps(model, patches, i, shares), patches) if rollout else {}
             if keep is not None:
-                keep(i, call.weights()[0].cpu())
+                keep(i, call.weights()[0].cpu(), shares[0].cpu() if rollout else None)
 
     with torch.no_grad():  # without a head nobody asks for what comes behind the last block
         logits = watched_pass(model, images, see, -1 if model.num_classes else max(blocks))
@@ -153,7 +153,7 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
         {i: {key: heads[0].cpu() for key, heads in tokens.items()} for i, tokens in of_blocks.items()}
         for of_blocks in (found, rolled)
     )
-    about = f"image: {utils.printable(image.title)}, {how_fitted(image, pixels, data)}"
+    about = f"{utils.printable(image.title)}, {how_fitted(image, pixels, data)}"
     return ImageMaps(shown, "\n".join(lines), about, found, rolled, classes)
 
 
@@ -164,7 +164,7 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, heads=None, name="
         heads: numbers of heads to draw; None: the mean over heads, and each; []: only the mean.
         name: of the model, for the head of each page.
     """
-    about = f"model: {utils.printable(name)}; {seen.about}"
+    about = f"model: {name}; image: {seen.about}"
 
     def row(token, block, label):
         return Row(label, seen.shown, _cells(token, seen.maps[block], block, heads))
@@ -249,4 +249,4 @@ def compared_pages(names, models, images, asked, blocks, patches, one_scale, hea
                 predicted = seen.caption.split("\n")[-1]
                 rows.append(Row(f"{label}\n{predicted}", seen.shown, _cells(token, seen.maps[block], block, heads)))
             title = f"{name.split(' (of')[0]} at block {block} under {len(models)} models"
-            yield Page(f"block{block}_{key}", title, rows, about=images[0].about, colour=colour)
+            yield Page(f"block{block}_{key}", title, rows, about=f"image: {images[0].about}", colour=colour)

@@ -93,7 +93,7 @@ def headed_figure(size, title, about, reading, **kwargs):
     figure, left = Figure(figsize=size, **kwargs), 0.33 / width
     figure.text(left, 1 - 0.2 / height, title, fontsize=14, weight="bold", va="top")
     figure.text(left, 1 - 0.52 / height, about, fontsize=8.5, color="0.35", va="top")
-    figure.text(left, 0.15 / height, fill(reading, int(15.5 * width)), fontsize=8.5, color="0.2", va="bottom")
+    figure.text(left, 0.15 / height, fill(reading, int(15 * (width - 0.66))), fontsize=8.5, color="0.2", va="bottom")
     return figure
 
 

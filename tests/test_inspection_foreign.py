@@ -1,14 +1,16 @@
 """Models of timm's under the looking scripts: their own attention, and what they are refused for."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 
-from conftest import shell, tiny
+import visualize_attention
+from conftest import run, shell, tiny
 from images import picture
-from inspection import foreign
+from inspection import foreign, inputs
 from inspection.attention import (
     attention_maps,
     attention_rollout,
@@ -158,6 +160,25 @@ def test_pooling_is_a_block_of_its_own():
     shares = attention_rollout(model, images, [1], patches=[(x, y) for y in range(14) for x in range(14)])[1].patches
     expected = own.mean(dim=1) @ shares[:, :, 0].flatten(2)  # (B, 1, P)
     assert torch.allclose(rolled[2].pool, expected.unflatten(-1, (14, 14)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "queries"), [("cait_xxs24_224", "01", 1), ("vit_base_patch16_siglip_224", "01", 196)]
+)
+def test_the_html_file_of_class_attention_and_of_pooling(name, blocks, queries, tmp_path, capsys, monkeypatch):
+    """Only CLS has rows in CaiT's blocks; a pooling is left out, since tokens have no rows there."""
+    monkeypatch.setattr(inputs, "create", lambda *_: make(name)[0])
+    picture(size=(200, 160)).save(tmp_path / "photo.png")
+    argv = ["--model_path", f"timm:{name}", "--image_path", tmp_path / "photo.png", "--format", "html"]
+    status, _, err = run(visualize_attention.main, [*argv, "--output_dir", tmp_path], capsys)
+    assert status == 0, err
+    about = re.search('id="about">(.*)</script>', (tmp_path / "attention_photo.html").read_text())[1]
+    (view,) = json.loads(about)["pictures"][0]["views"]
+    assert [(block, of["queries"]) for block, of in view["attention"].items()] == [(b, queries) for b in blocks]
+    if name.startswith("vit"):
+        status, _, err = run(visualize_attention.main, [*argv, "--layer_num", 2], capsys)
+        assert status == 2 and "give --layer_num 0..1, or all" in err
+    assert view["about"].startswith("photo.png, centre crop of 200 x 160") and view["grid"] == [14, 14]
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"])

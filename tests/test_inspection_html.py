@@ -1,13 +1,19 @@
 """The file of `visualize_attention.py --format html`, opened from disk in a headless Chromium."""
 
+import io
 import json
 import re
 import shutil
+import subprocess
+import tarfile
+import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -17,6 +23,8 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
 from inspection import html
+from inspection.attention import rolled_shares, trace
+from inspection.class_maps import relevance
 from inspection.html import encode_image, write_viewer
 from inspection.pages import COLOURS
 from loading.memory import MemoryLoader, load_data
@@ -91,21 +99,21 @@ def browser(tmp_path_factory):
     made.driver.quit()
 
 
-def model_words(model):
+def model_words(model, name="late/best_model.pth"):
     return {
-        "depth": model.depth, "heads": model.model_args["num_heads"], "cls_pos": model.cls_pos,
-        "dist_pos": model.dist_pos, "registers": [
+        "name": name, "depth": model.depth, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos, "registers": [
             [(there := blocks_with(model, f"reg{r}"))[0], there[-1] + 1] for r in range(model.num_register_tokens)
         ],
     }  # fmt: skip
 
 
-def encoded(model, image, name, blocks=None):
+def encoded(model, image, name, blocks=None, **more):
     blocks = range(model.depth) if blocks is None else blocks
     attention = {i: model.attention(image[None], block=i)[0] for i in blocks}
     shown = (image * 40 + 128).clamp(0, 255).to(torch.uint8)
     layouts = {i: model.token_layout(i) for i in blocks}
-    return encode_image(name, f"predicted: {name}", shown, layouts, attention, model.grid_size), attention
+    return encode_image(f"{name}.jpg, whole image", f"predicted: {name}", shown, layouts, attention, model.grid_size,
+                        **more), attention  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +122,7 @@ def explored(tmp_path_factory):
     model = tiny(cls_pos=2, reg_pos=(1, 0), reg_end=(4, 3), num_register_tokens=2)
     (one, first), (two, second) = (encoded(model, i, n) for i, n in zip(noise(model), ("lynx", HOSTILE), strict=True))
     file = tmp_path_factory.mktemp("viewer") / "attention.html"
-    write_viewer(file, f"Attention of {HOSTILE}", model_words(model), [one, two])
+    write_viewer(file, f"Attention of {HOSTILE}", [model_words(model)], [("lynx", [one]), (HOSTILE, [two])])
     return file, model, [first, second]
 
 
@@ -144,28 +152,29 @@ def test_every_map_is_the_attention(browser, explored):
                     why = {"cls": "enters at block 2", "reg0": "enters at block 1", "reg1": "left at block 3"}.get(key)
                     if block in {"cls": (0, 1), "reg0": (0,), "reg1": (3,)}.get(key, ()):
                         assert out is None and into is None
-                        assert browser.text("#out .absent").endswith(f"absent at block {block} ({why})")
-                        assert not browser.driver.find_element("css selector", "#out .frame canvas").is_displayed()
+                        assert browser.text("#model0 .out .absent").endswith(f"absent at block {block} ({why})")
+                        canvas = browser.driver.find_element("css selector", "#model0 .out .frame canvas")
+                        assert not canvas.is_displayed()
                         continue
                     row, column, row_step, column_step = expected(attention[image][block], layout, key, (4, 6), head)
                     assert np.all(np.abs(out - row) <= row_step + 1e-7), (block, head, key)
                     exact = not key.startswith("patch")  # what goes to a token that is no patch is kept as it is
                     assert np.all(np.abs(into - column) <= (0 if exact else column_step) + 1e-6), (block, head, key)
-                    assert not browser.driver.find_element("css selector", "#out .absent").is_displayed()
+                    assert not browser.driver.find_element("css selector", "#model0 .out .absent").is_displayed()
 
 
 @needs_browser
 def test_in_class_attention_only_cls_attends(browser, tmp_path):
     model = tiny(cls_pos=2, class_attention=1, num_register_tokens=1)
     image, attention = encoded(model, noise(model)[0], "lynx")
-    write_viewer(tmp_path / "viewer.html", "Attention", model_words(model), [image])
+    write_viewer(tmp_path / "viewer.html", "Attention", [model_words(model)], [("lynx", [image])])
     browser.open(tmp_path / "viewer.html")
     out, _ = browser.show(image=0, block=3, head=0, token="cls")
     assert np.allclose(out, attention[3][0, 0, model.token_layout(3).patches], atol=1e-3)
     for token in ("reg0", "patch1-1"):
         out, into = browser.show(image=0, block=3, head=0, token=token)
         assert out is None and not np.any(into)  # patches do not attend to it either
-        assert "does not attend at block 3" in browser.text("#out .absent")
+        assert "does not attend at block 3" in browser.text("#model0 .out .absent")
 
 
 PIXELS = """const canvas = document.querySelector(a), d = canvas.getContext("2d");
@@ -181,7 +190,7 @@ def pixels(browser, selector):
 def test_keys_change_block_and_head(browser, explored):
     file, model, attention = explored
     browser.open(file)
-    browser.show(block=2, head=1, token="cls")
+    browser.show(block=2, head=1, token="cls", top=100, opacity=1)
     pictures = []
     for keys, block, head in ((None, 2, 1), (Keys.ARROW_RIGHT, 3, 1), (Keys.ARROW_RIGHT, 3, 1), (Keys.ARROW_DOWN, 3, 2),
                               (Keys.ARROW_LEFT, 2, 2)):  # fmt: skip
@@ -193,9 +202,9 @@ def test_keys_change_block_and_head(browser, explored):
         row, _, step, _ = expected(attention[0][block], model.token_layout(block), "cls", (4, 6), head)
         assert np.all(np.abs(values - row) <= step + 1e-7)
         colours = colormaps[COLOURS](values.reshape(4, 6) / values.max(), bytes=True)
-        pictures.append(pixels(browser, "#out .frame canvas"))
+        pictures.append(pixels(browser, "#model0 .out .frame canvas"))
         assert np.array_equal(pictures[-1], colours)
-        assert browser.text("#out output") == f"{float(f'{100 * values.max():.3g}'):.3g} %"
+        assert browser.text("#model0 .out output") == f"{float(f'{100 * values.max():.3g}'):.3g} %"
     assert not np.array_equal(pictures[0], pictures[1])
 
 
@@ -209,22 +218,22 @@ def test_a_hand_points_keeps_and_lets_go(browser, explored):
     def shows(key, title):
         row, column, step, steps = expected(attention[0][3], layout, key, (4, 6), "mean")
         browser.settled()
-        assert browser.text("#out figcaption") == f"{title} attends to"
-        assert browser.text("#in figcaption") == f"Patches attend to {title[0].lower() + title[1:]}"
+        assert browser.text("#model0 .out figcaption") == f"{title} attends to"
+        assert browser.text("#model0 .in figcaption") == f"Patches attend to {title[0].lower() + title[1:]}"
         assert np.all(np.abs(browser.values("out") - row) <= step + 1e-7)
         assert np.all(np.abs(browser.values("in") - column) <= steps + 1e-6)
 
-    browser.point("#picture .frame", 4, 1, (4, 6)).perform()
+    browser.point("#model0 .picture .frame", 4, 1, (4, 6)).perform()
     shows("patch4-1", "Patch 4,1")
-    browser.point("#picture .frame", 0, 3, (4, 6)).perform()
+    browser.point("#model0 .picture .frame", 0, 3, (4, 6)).perform()
     shows("patch0-3", "Patch 0,3")
     ActionChains(browser.driver, duration=0).move_by_offset(0, 200).perform()  # off the picture
     shows("cls", "Class token")
     assert np.array_equal(browser.values("out"), cls)
-    browser.point("#picture .frame", 2, 2, (4, 6)).click().perform()
-    browser.point("#out .frame", 5, 0, (4, 6)).perform()
+    browser.point("#model0 .picture .frame", 2, 2, (4, 6)).click().perform()
+    browser.point("#model0 .out .frame", 5, 0, (4, 6)).perform()
     shows("patch2-2", "Patch 2,2")  # it is kept, and a map under the mouse tells its values
-    reading = browser.text("#out .reading")
+    reading = browser.text("#model0 .out .reading")
     assert reading.startswith("at 5,0: ")
     value = browser.values("out")[5]
     assert float(reading.split()[2]) == pytest.approx(100 * value, rel=6e-3)
@@ -233,16 +242,14 @@ def test_a_hand_points_keeps_and_lets_go(browser, explored):
 
 
 @needs_browser
-def test_opacity_scale_and_sums(browser, explored):
+def test_scale_and_sums(browser, explored):
     file, model, attention = explored
     browser.open(file)
     browser.show(block=2, head=0, token="reg1")
-    browser.show(opacity=0.25)
-    assert browser.ask("return getComputedStyle(document.querySelector('#out .frame canvas')).opacity") == "0.25"
     at = model.token_layout(2).registers.start + 1
     row = attention[0][2][0, at].double()
     layout = model.token_layout(2)
-    table = [line.text for line in browser.driver.find_elements("css selector", "#sums tbody tr")]
+    table = [line.text for line in browser.driver.find_elements("css selector", "#model0 .sums tbody tr")]
     shares = {"patches, all": row[layout.patches].sum(), "Class token": row[layout.cls.start],
               "Register 0": row[at - 1], "itself": row[at], "total": 1}  # fmt: skip
     for name, share in shares.items():
@@ -252,8 +259,8 @@ def test_opacity_scale_and_sums(browser, explored):
     rows = {b: attention[0][b][:, place, model.token_layout(b).patches] for b, place in places.items()}
     largest = [max(float(rows[b].max()) for b in blocks) for blocks in ((2,), (0, 1, 2))]
     for scale, top in zip(("heads", "blocks"), largest, strict=True):
-        browser.show(scale=scale)
-        assert float(browser.text("#out output").split()[0]) == pytest.approx(100 * top, rel=6e-3)
+        browser.show(scale=scale, top=100)
+        assert float(browser.text("#model0 .out output").split()[0]) == pytest.approx(100 * top, rel=6e-3)
 
 
 @needs_browser
@@ -264,12 +271,14 @@ def test_nothing_leaves_the_page_and_no_name_breaks_it(browser, explored):
     browser.open(file)
     browser.show(image=1, block=3, token="patch0-0", scale="blocks")
     assert browser.ask("return window.hacked ?? null") is None
-    assert browser.text("h1") == f"Attention of {HOSTILE}" == browser.driver.title
-    assert browser.text("#picture figcaption") == HOSTILE
+    assert browser.text("h1") == f"Attention of {HOSTILE}"
+    assert browser.driver.title == f"Attention of {HOSTILE} · {HOSTILE} · block 3 · Patch 0,0 · mean over heads"
+    assert browser.text("#model0 .about") == f"late/best_model.pth · {HOSTILE}.jpg, whole image · 6 x 4 patches"
+    assert browser.text("#model0 .picture figcaption") == HOSTILE
     events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert f"file://{file}" in asked
-    assert all(url == f"file://{file}" or url.startswith("data:") for url in asked)
+    assert all(url.partition("#")[0] == f"file://{file}" or url.startswith("data:") for url in asked)
     assert browser.driver.get_log("browser") == []
 
 
@@ -283,8 +292,8 @@ def test_on_a_phone(browser, explored):
         browser.open(file)
         browser.show(block=3, token="cls")
         assert browser.ask("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-        box = browser.ask("""document.querySelector("#picture").scrollIntoView();
-            const b = document.querySelector("#picture .frame").getBoundingClientRect();
+        box = browser.ask("""document.querySelector("#model0 .picture").scrollIntoView();
+            const b = document.querySelector("#model0 .picture .frame").getBoundingClientRect();
             return [b.x, b.y, b.width, b.height]""")
         point = {"x": box[0] + box[2] * 3.5 / 6, "y": box[1] + box[3] * 2.5 / 4}
         for kind, points in (("touchStart", [point]), ("touchEnd", [])):
@@ -327,6 +336,232 @@ def test_the_file_of_the_script(browser, trained, tmp_path, capsys):
     assert browser.driver.get_log("browser") == []
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A model of grid 4 x 6 with a register, and one of grid 2 x 3 and depth 2 without; maps of all kinds."""
+    models = [tiny(cls_pos=1, num_register_tokens=1), tiny(patch_size=8, depth=2, num_heads=2, num_register_tokens=0)]
+    views, attentions, rolled = [], [], []
+    for model in models:
+        image, shares, roll = noise(model)[0], {}, rolled_shares(model)
+        trace(model, image[None], attention=lambda i, attn, at=shares, roll=roll: at.update({i: roll(i, attn)[0]}))
+        classes = {"gradient x attention, dog": relevance(model, image[None])[0]}
+        view, attention = encoded(model, image, "lynx", rollout=shares, classes=classes)
+        views, attentions, rolled = [*views, view], [*attentions, attention], [*rolled, (shares, classes)]
+    file = tmp_path_factory.mktemp("compared") / "compared.html"
+    words = [model_words(model, name) for model, name in zip(models, ("fine.pth", "coarse.pth"))]
+    write_viewer(file, "Attention of fine.pth and coarse.pth", words, [("lynx", views)])
+    return file, models, attentions, rolled
+
+
+@needs_browser
+def test_two_models_side_by_side(browser, compared):
+    file, models, attentions, _ = compared
+    browser.open(file)
+    browser.show(block=1, head=1, token="patch5-2")
+    for m, (key, grid) in enumerate((("patch5-2", (4, 6)), ("patch2-1", (2, 3)))):  # the same place
+        row, column, step, steps = expected(attentions[m][1], models[m].token_layout(1), key, grid, 1)
+        assert np.all(np.abs(np.array(browser.ask("return viewer.values('out', a)", m)) - row) <= step + 1e-7)
+        assert np.all(np.abs(np.array(browser.ask("return viewer.values('in', a)", m)) - column) <= steps + 1e-6)
+        assert browser.text(f"#model{m} .out figcaption") == f"Patch {key[5]},{key[7]} attends to"
+    browser.point("#model1 .picture .frame", 0, 1, (2, 3)).click().perform()
+    browser.settled()
+    assert browser.ask("return viewer.state.token") == "patch1-3"
+    assert [browser.text(f"#model{m} .out figcaption")[:9] for m in range(2)] == ["Patch 1,3", "Patch 0,1"]
+    away = browser.driver.find_element("css selector", "h1")
+    browser.point("#model1 .picture .frame", 0, 1, (2, 3)).click().move_to_element(away).perform()  # releases it
+    for change, words in (
+        ({"token": "reg0"}, "Register 0: not in this model"),
+        ({"token": "cls", "head": 2}, "coarse.pth has no head 2"),
+        ({"token": "cls", "block": 3, "head": 0}, "coarse.pth has no block 3 in this file"),
+    ):
+        browser.show(**change)
+        assert browser.text("#model1 .out .absent") == words
+        assert browser.values("out") is not None
+    assert browser.text("#model1 .about").startswith("coarse.pth · lynx.jpg, whole image · 3 x 2 patches")
+
+
+@needs_browser
+def test_rollout_and_class_maps(browser, compared):
+    file, models, _, rolled = compared
+    browser.open(file)
+    for m, model in enumerate(models):
+        shares, classes = rolled[m]
+        for key in ("cls", "patch1-1"):
+            browser.show(map="rollout", block=1, token=key)
+            grid, layout = model.grid_size, model.token_layout(1)
+            ours = key if m == 0 or key == "cls" else "patch0-0"  # the same place in a grid half as fine
+            at = layout.cls.start if key == "cls" else layout.patches.start + int(ours[7]) * grid[1] + int(ours[5])
+            want = shares[1][at].numpy()
+            out = browser.ask("return viewer.values('out', a)", m)
+            assert np.abs(np.array(out) - want).max() <= want.max() / 510 + 1e-7
+        browser.show(map="class0")
+        out = browser.ask("return viewer.values('out', a)", m)
+        assert out == pytest.approx(classes["gradient x attention, dog"].flatten().tolist(), rel=1e-4, abs=1e-9)
+        assert browser.text(f"#model{m} .out figcaption") == "gradient x attention, dog"
+    assert not browser.driver.find_element("css selector", "#blocks").is_displayed()
+
+
+@needs_browser
+def test_a_link_restores_the_view_and_the_address_follows(browser, explored):
+    file, model, _ = explored
+    browser.driver.get("about:blank")
+    browser.open(f"{file}#image=1&block=2&token=reg1&head=1&curve=log")
+    assert browser.ask("const s = viewer.state; return [s.image, s.block, s.token, s.head, s.curve]") == [
+        1, 2, "reg1", 1, "log"]  # fmt: skip
+    browser.show(block=3, token="patch4-1", head="mean", curve="linear")
+    assert browser.driver.current_url.endswith("#image=1&block=3&token=patch4-1")
+    browser.ask("location.hash = '#image=0&block=1&token=reg0'; await new Promise((r) => setTimeout(r, 50))")
+    browser.settled()
+    assert browser.ask("return [viewer.state.image, viewer.state.block, viewer.state.token]") == [0, 1, "reg0"]
+    browser.driver.get("about:blank")
+    browser.open(f"{file}#image=9&block=1")
+    assert browser.text("#problem").startswith("The link cannot be followed: there is no image 9.")
+    assert browser.ask("return [viewer.state.image, viewer.state.block]") == [0, 3]
+    browser.show(block=2)
+    assert not browser.driver.find_element("css selector", "#problem").is_displayed()
+
+
+@needs_browser
+def test_colours_grow_with_attention_to_a_printed_percentile(browser, explored):
+    """Half way up a scale of 0.6, alpha is 0.5 ** (1 / 0.6 - 1); a logarithmic scale has three decades."""
+    file, _, _ = explored
+    browser.driver.get("about:blank")
+    browser.open(file)
+    out, _ = browser.show(block=3, head=0, token="cls")
+    top = np.percentile(out, 99)
+    assert browser.text("#model0 .out output") == f"{float(f'{100 * top:.3g}'):.3g} %"
+    words = f"99th percentile of this map, largest {float(f'{100 * out.max():.3g}'):.3g} %"
+    assert browser.text("#model0 .out .top") == words
+    for curve, level in (("linear", out / top), ("log", 1 + np.log10(out / top) / 3)):
+        browser.show(curve=curve)
+        level = np.clip(level, 0, 1).reshape(4, 6)
+        alpha = pixels(browser, "#model0 .out .frame canvas")[..., 3]
+        assert np.abs(alpha - 255 * level ** (1 / 0.6 - 1)).max() <= 1
+    assert browser.text("#model0 .out .low") == f"{float(f'{top / 10:.3g}'):.3g} %"
+    grey = browser.ask("""const photo = document.querySelector("#model0 .out img");
+        const c = document.createElement("canvas"); await photo.decode(); c.getContext("2d").drawImage(photo, 0, 0);
+        return [...c.getContext("2d").getImageData(0, 0, 24, 16).data]""")
+    grey = np.array(grey).reshape(16, 24, 4)
+    assert np.array_equal(grey[..., 0], grey[..., 1]) and np.array_equal(grey[..., 0], grey[..., 2])
+
+
+BYTES = "return Array.from(new Uint8Array(await (await viewer.exported(a)).arrayBuffer()))"
+
+
+@needs_browser
+def test_the_view_as_svg_and_png(browser, explored, tmp_path):
+    file, _, _ = explored
+    browser.open(file)
+    browser.show(image=1, block=2, token="reg1", head=0, map="attention")
+    svg = ElementTree.fromstring(bytes(browser.ask(BYTES, "svg")))
+    words = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    header = f"late/best_model.pth · {HOSTILE}.jpg, whole image · 6 x 4 patches · block 2 · Register 1 · head 0"
+    assert words[0] == header and "Register 1 attends to" in words
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}image"))) == 3
+    assert len([r for r in svg.iter("{http://www.w3.org/2000/svg}rect") if r.get("fill-opacity")]) == 2 * (24 + 64)
+    width, height = float(svg.get("width")), float(svg.get("height"))
+    image = Image.open(io.BytesIO(bytes(browser.ask(BYTES, "png"))))
+    assert image.size == pytest.approx((2 * width, 2 * height), abs=2)
+    assert len(image.convert("RGB").getcolors(10**6)) > 100  # photo and maps are there
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
+    browser.driver.find_elements("css selector", "#save button")[1].click()
+    for _ in range(100):
+        if saved := list(tmp_path.glob("*.svg")):
+            break
+        time.sleep(0.05)
+    assert saved[0].name.endswith(".svg") and ElementTree.parse(saved[0]).getroot().tag.endswith("svg")
+
+
+@pytest.fixture(scope="session")
+def axe(pytestconfig):
+    """The source of axe-core, which npm keeps between runs."""
+    folder = pytestconfig.cache.mkdir("axe-core")
+    if not (kept := list(folder.glob("axe-core-*.tgz"))):
+        if not shutil.which("npm"):
+            pytest.skip("needs axe-core: apt-get install npm")
+        call = ["npm", "pack", "axe-core@4", "--fetch-retries=0", "--fetch-timeout=10000"]
+        subprocess.run(call, cwd=folder, capture_output=True, timeout=60, check=False)
+        if not (kept := list(folder.glob("axe-core-*.tgz"))):
+            pytest.skip("needs axe-core: npm cannot fetch it, without network or package index")
+    with tarfile.open(kept[0]) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+def test_axe_finds_nothing_serious(browser, explored, compared, axe, width, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        for file, change in (
+            (explored[0], {"token": "reg0"}),
+            (compared[0], {"token": "patch1-1", "block": 1}),
+            (compared[0], {"map": "class0"}),
+        ):
+            browser.open(file)
+            browser.show(**change)
+            browser.driver.execute_script(axe)
+            found = browser.ask("return (await axe.run()).violations")
+            found = [(f["id"], f["impact"], [n["html"] for n in f["nodes"]][:2]) for f in found]
+            assert [f for f in found if f[1] in ("serious", "critical")] == []
+            assert browser.ask("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@needs_browser
+def test_without_a_mouse(browser, explored):
+    """Arrow keys on the picture select patches, what is shown is announced, and the focus can be seen."""
+    file, _, _ = explored
+    browser.open(file)
+    browser.show(image=0, block=3, token="cls", head="mean")
+    frame = browser.driver.find_element("css selector", "#model0 .picture .frame")
+    for key, token in ((Keys.ARROW_RIGHT, "patch3-2"), (Keys.ARROW_RIGHT, "patch4-2"), (Keys.ARROW_UP, "patch4-1")):
+        frame.send_keys(key)
+        browser.settled()
+        assert browser.ask("return [viewer.state.block, viewer.state.token]") == [3, token]
+    values = browser.values("out")
+    at = int(values.argmax())
+    said = browser.ask("return document.querySelector('#said').textContent")
+    assert said.startswith("Patch 4,1 attends to: largest ") and f" at {at % 6},{at // 6}, " in said
+    assert browser.ask("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    frame.send_keys(Keys.ESCAPE)
+    browser.settled()
+    assert browser.ask("return viewer.state.token") == "cls"
+
+
+def about_of(file):
+    return json.loads(re.search('id="about">(.*)</script>', file.read_text())[1])
+
+
+def test_models_and_images_of_the_same_name_are_told_apart(trained, photos, tmp_path, capsys):
+    for name in ("early", "late"):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / "model.pth", tmp_path / name / "best_model.pth")
+        Image.new("RGB", (60, 40), "red").save(tmp_path / name / "dog.png")
+    files = [tmp_path / name / "best_model.pth" for name in ("early", "late")]
+    images = [tmp_path / name / "dog.png" for name in ("early", "late")]
+    argv = ["--format", "html", "--pages", "rollout", "class", "--target", "3", "--output_dir", tmp_path / "new"]
+    status, _, err = run(visualize_attention.main, ["--compare", *files, "--image_path", *images, *argv], capsys)
+    assert status == 0, err
+    (file,) = (tmp_path / "new").iterdir()
+    about, title = about_of(file), "Attention of early/best_model.pth and late/best_model.pth: 2 images"
+    assert file.name == "compared_2_images.html" and about["title"] == title
+    assert f"<title>{title}</title>" in file.read_text()
+    assert [model["name"] for model in about["models"]] == ["early/best_model.pth", "late/best_model.pth"]
+    assert [picture["name"] for picture in about["pictures"]] == ["early/dog.png", "late/dog.png"]
+    view = about["pictures"][1]["views"][0]
+    assert view["about"] == "dog.png, centre crop of 60 x 40 pixels"
+    assert list(view["classes"]) == ["gradient x attention, 3", "Grad-CAM, input of block 2, 3"]
+    assert list(view["rollout"]) == ["0", "1", "2"]
+    status, _, err = run(visualize_attention.main, html_argv(trained, tmp_path, "--pages", "heads"), capsys)
+    assert status == 2 and "of --pages leave out heads" in err
+
+
 def test_size_of_a_vit_small(tmp_path):
     """12 blocks, 6 heads, 196 patches, CLS and 4 registers; random rows are the hardest to compress."""
     model = DynamicViT(img_size=224, patch_size=16, embed_dim=6, depth=12, num_heads=6, num_classes=2,
@@ -335,7 +570,7 @@ def test_size_of_a_vit_small(tmp_path):
     layouts = {i: model.token_layout(i) for i in range(12)}
     shown = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
     picture = encode_image("noise", "", shown, layouts, attention, (14, 14))
-    size = write_viewer(tmp_path / "a.html", "Attention", model_words(model), [picture])
+    size = write_viewer(tmp_path / "a.html", "Attention", [model_words(model)], [("noise", [picture])])
     assert size == (tmp_path / "a.html").stat().st_size
     assert 1e6 < size < 5e6
 
@@ -352,7 +587,7 @@ def test_a_size_that_is_too_large_is_refused_before_anything_is_computed(trained
     assert run(visualize_attention.main, argv, capsys)[0] == 0
     shutil.rmtree(tmp_path / "new")
     monkeypatch.setattr(html, "LIMIT", 2 * size - 1)
-    monkeypatch.setattr("inspection.maps.watch_calls", lambda *_, **__: pytest.fail("attention was computed"))
+    monkeypatch.setattr("inspection.maps.watched_pass", lambda *_, **__: pytest.fail("attention was computed"))
     monkeypatch.setattr(DynamicViT, "forward", lambda *_: pytest.fail("an image was classified"))
     status, _, err = run(visualize_attention.main, argv, capsys)
     assert status == 2
@@ -370,8 +605,7 @@ def test_unreadable_images_are_left_out_and_listed(trained, photos, tmp_path, ca
     assert "2 images, blocks 2" in out
     (file,) = (tmp_path / "new").iterdir()
     assert file.name == "attention_2_images.html"
-    about = re.search('id="about">(.*)</script>', file.read_text())[1]
-    assert [picture["name"] for picture in json.loads(about)["pictures"]] == ["0", "2"]
+    assert [picture["name"] for picture in about_of(file)["pictures"]] == ["0.png", "2.png"]
 
 
 def test_what_cannot_be_shown(tmp_path, monkeypatch):
@@ -382,7 +616,7 @@ def test_what_cannot_be_shown(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="block 1 is not finite"):
         encode_image("a", "", torch.zeros(3, 16, 24, dtype=torch.uint8), layouts, attention, model.grid_size)
     monkeypatch.setattr(html, "LIMIT", 1.5 * picture["bytes"])
-    write_viewer(tmp_path / "one.html", "one", model_words(model), [picture])
+    write_viewer(tmp_path / "one.html", "one", [model_words(model)], [("noise", [picture])])
     with pytest.raises(BadInput, match="choose fewer blocks"):
-        write_viewer(tmp_path / "two.html", "two", model_words(model), [picture, picture])
+        write_viewer(tmp_path / "two.html", "two", [model_words(model)], [("noise", [picture])] * 2)
     assert not (tmp_path / "two.html").exists()

@@ -7,12 +7,15 @@ BIN := .venv/bin
 .PHONY: demo sweep test faults gpu lint clean
 
 demo: .venv/run
+	-@$(BIN)/python visualize_attention.py --model_path timm:deit_tiny_patch16_224.fb_in1k --image_path docs/cat.jpg \
+		--layer_num 11 --overlay --output_dir demo || echo "(without a network there is no picture of the photo)"
 	$(BIN)/python cifar_main.py --data_set DIGITS --model_path demo/best_model.pth --overwrite \
 		--cls_pos 3 --reg_pos 2 --embed_dim 96 --depth 6 --num_heads 3 \
 		--epochs 20 --batch_size 64 --lr 2e-3 --mixup 0 --cutmix 0 --reprob 0
 	$(BIN)/python visualize_attention.py --model_path demo/best_model.pth --layer_num 5 --output_dir demo
 	@echo
 	@echo "The demo is done. Look at:"
+	@echo "  demo/attention_cat_block11.pdf             what CLS of a pretrained DeiT attends to in a photo"
 	@echo "  demo/best_model.pth                        the trained model"
 	@echo "  demo/training_curves.png (and .pdf)        loss, accuracy, learning rate; numbers in demo/log.txt"
 	@echo "  demo/attention_DIGITS_test0_block5.pdf     what CLS and each register attend to in block 5"

@@ -15,6 +15,7 @@ from checkpoints.models import load_model
 from cifar_test import test_model
 from cifar_train import train_from_flags
 from training import film, flags, run_folder
+from training.run_log import print_what_was_written
 from training.setup import build_model, check_same_model, describe, start
 from utils import BadInput, say
 
@@ -79,6 +80,7 @@ def main(argv=None):
     test_model(args.model_path, data_path, device, args.batch_size, max_pixels=args.max_pixels)
     if trains:
         film.write_film(args)
+        print_what_was_written(Path(args.output_dir), args.model_path)
 
 
 if __name__ == "__main__":

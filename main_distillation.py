@@ -28,6 +28,7 @@ from loading.labels import class_map
 from models_dynamic import SIZES, plain_attention_on_cpu
 from training import film, flags, run_folder
 from training.loop import Run, run_epochs, wrap
+from training.run_log import print_what_was_written
 from training.scoring import score
 from training.setup import (
     build_model,
@@ -377,6 +378,7 @@ def main(argv=None):
         train(args, device)
         test(Path(args.output_dir) / BEST, args, device)
         film.write_film(args)
+        print_what_was_written(Path(args.output_dir), Path(args.output_dir) / BEST)
 
 
 if __name__ == "__main__":

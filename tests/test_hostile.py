@@ -28,9 +28,11 @@ import visualize_attention
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import TINY, run
+from inspection.pages import write_pdf
 from loading.decode import read_image
 from loading.memory import read_split
 from sweep.cells import read_record
+from training.errors import confusion_figure
 from utils import BadInput
 
 
@@ -271,8 +273,9 @@ def test_class_names_that_are_markup(good, trained, tmp_path, capsys):
         for form in ("html", "png"):
             assert run(visualize_attention.main, [*argv, "--format", form], capsys)[0] == 0
         assert "<script>alert" not in (tmp_path / "attention_i.html").read_text()
-        printed = cifar_test._print_confusion
-        printed(torch.tensor([0]), torch.tensor([0]), good["data"]["classes"], True, True)
+        counts = np.eye(10, dtype=int)
+        cifar_test._print_confusion(counts, good["data"]["classes"], True, True)
+        write_pdf([confusion_figure(counts, good["data"]["classes"], name)], tmp_path / "confusion.pdf")
         capsys.readouterr().out.encode()
 
 

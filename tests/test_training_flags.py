@@ -107,6 +107,7 @@ OF_PICTURES = {
     ("no_aug", ""): lambda seen: seen["mixup"] is None and "partial" in pictures(seen),
     ("hflip", 0.3): lambda seen: "p=0.3" in pictures(seen),
     ("interpolation", "bilinear"): REFUSED,
+    ("class_map", "classes.txt"): REFUSED,  # in another order
     ("eval_crop_ratio", 0.5): REFUSED,
     ("reprob", 0.3): lambda seen: seen["batches"].batches.random_erasing.erasing.probability == 0.3,
     ("repeated_aug", ""): lambda seen: type(seen["batches"].draws.numbers).__name__ == "RepeatAugSampler",
@@ -138,6 +139,7 @@ def after_one_epoch(tmp_path_factory):
     small = [*TINY, *common, "--data_set", "DIGITS", "--repeats", "0.5", "--model_path", folders["small"] / "model.pth"]
     pictures = [*STUDENT, *common, "--no-repeated-aug", "--aa", "none", "--output_dir", folders["pictures"]]
     runs = {"small": (cifar_main.main, small), "pictures": (main_distillation.main, pictures)}
+    (folders["pictures"] / "classes.txt").write_text("".join(f"{9 - n}\n" for n in range(10)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_log, "plot_curves", lambda *_: None)
         for main, argv in runs.values():
@@ -160,7 +162,10 @@ def test_a_flag_of_a_resumed_run_takes_effect_or_is_refused(kind, flag, value, a
     main, argv, folder = after_one_epoch[kind]
     before = {file: file.read_bytes() for file in folder.iterdir() if file.suffix == ".pth"}
     check = (OF_BOTH | (OF_SMALL_IMAGES if kind == "small" else OF_PICTURES))[flag, value]
-    more = [f"--{flag}", *([folder / value] if flag in ("finetune", "teacher_path") else [value] * (value != ""))]
+    more = [
+        f"--{flag}",
+        *([folder / value] if flag in ("finetune", "teacher_path", "class_map") else [value] * (value != "")),
+    ]
     if flag in ("distillation_alpha", "distillation_tau", "teacher_model", "distillation_type", "teacher_path"):
         for name, default in (("teacher_path", folder / "checkpoint.pth"), ("distillation_type", "soft")):
             more += [] if flag == name else [f"--{name}", default]

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shlex
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +42,13 @@ class RunLogger:
         if epochs and len(epochs) != self.epochs:
             plot_curves(epochs, self.log.parent)
             self.drawn, self.epochs = perf_counter(), len(epochs)
+
+
+def print_what_was_written(folder: Path, model_path):
+    """The end of a run: where its files are, and the command that draws."""
+    utils.say(f"model: {model_path}; curves: {folder / 'training_curves.png'}; log: {folder / 'log.txt'}")
+    drawing = f"python visualize_attention.py --model_path {shlex.quote(str(model_path))} --pages blocks"
+    utils.say(f"draw what its tokens attend to: {drawing}")
 
 
 def plain_args(args) -> dict:

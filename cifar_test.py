@@ -13,6 +13,7 @@ from pathlib import Path
 import utils
 from checkpoints.models import load_model
 from datasets import MAX_PIXELS
+from inspection.inputs import names_of
 from inspection.pages import write_pdf
 from loading.decode import add_max_pixels
 from training.errors import confusion_figure, error_pages
@@ -48,7 +49,7 @@ def test_model(
     if per_class or confusion:
         counts = _counts(split.labels, result["predictions"], data["classes"])
         _print_confusion(counts, data["classes"], per_class, confusion)
-    about = f"{'/'.join(Path(model_path).parts[-2:])}: {accuracy} on {data['name']}"
+    about = f"{names_of([model_path])[0]}: {accuracy} on {data['name']}"
     if confusion:
         write_pdf(iter([confusion_figure(counts, data["classes"], about)]), folder / "confusion.pdf")
         say(f"wrote {folder / 'confusion.pdf'}")

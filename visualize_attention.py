@@ -23,7 +23,7 @@ from inspection.class_maps import class_number
 from inspection.fitting import FITS, fitted
 from inspection.html import check_size, encode_image, packed_size, write_viewer
 from inspection.map_pages import Look, draw_page, parts_of
-from inspection.pages import write_pages
+from inspection.pages import PERCENTILE, write_pages
 from utils import BadInput, number
 
 
@@ -31,7 +31,7 @@ def check(args):
     """Raise BadInput for flags that contradict each other."""
     if args.format == "html":
         flags = ("tokens", "patch", "scale", "overlay", "log", "percentile", "heads")
-        given = [f"--{f}" for f in flags if getattr(args, f)]
+        given = [f"--{f}" for f in flags if getattr(args, f) not in (None, False)]
         if given:
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
         given = sorted({"heads", "blocks", "tokens"} & set(args.pages or ()))
@@ -66,12 +66,12 @@ def load_all(args):
             )
         if "class" in args.pages and not model.num_classes:
             raise BadInput("--pages class: this model has no head, so no classes; leave out class")
-        wrong = [i for i in args.heads or () if i >= model.model_args["num_heads"]]
-        if wrong and not args.compare:
-            raise BadInput(f"--heads {wrong[0]}: this model has the heads 0..{model.model_args['num_heads'] - 1}")
         for x, y in args.patch or ():
             if not (x < gw and y < gh):
                 raise BadInput(f"--patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
+    most = max(model.model_args["num_heads"] for model, _, _ in found)
+    if args.heads and max(args.heads) >= most:
+        raise BadInput(f"--heads {max(args.heads)}: there are the heads 0..{most - 1}")
     return found
 
 
@@ -294,7 +294,7 @@ def parse(argv=None):
     whole = args.format == "html" or not set(args.pages) & {"heads", "tokens"}
     args.layer_num = args.layer_num or (["all"] if whole else [2])
     args.scale = args.scale or ("page" if args.compare else "map")
-    args.percentile = args.percentile or 99
+    args.percentile = args.percentile or PERCENTILE
     return args
 
 

@@ -17,7 +17,7 @@ SHEETS = ((8.27, 11.69), (11.69, 8.27))  # A4 in inches, upright and across
 MARGIN, FOOT, BAR, GAP, LARGEST, SMALLEST = 0.35, 0.45, 0.55, 0.1, 2.1, 0.6  # inches; of a map's longer side the last
 LABEL, HEAD_IMAGE, SCALE = 1.15, 1.2, 2.2  # at most, of a row's label and the image in the head; of the scale there
 LETTER = 0.058  # width of an average character of 7 points
-OVERLAY, OPAQUE = "inferno", 0.8  # colours over a photo, and their opacity at the top of the scale
+OPAQUE = 0.8  # opacity over an image at the top of the scale
 DECADES = 3  # of a logarithmic scale
 
 
@@ -33,10 +33,6 @@ class Look:
     overlay: bool = False
     log: bool = False
     percentile: float = 100
-
-    @property
-    def colours(self) -> str:
-        return OVERLAY if self.overlay else COLOURS
 
     def norm(self, top: float):
         """matplotlib's map of values to 0..1; larger ones than `top` are 1."""
@@ -109,7 +105,7 @@ def draw_page(page: Page, vmax=None, scope="this page", look=Look()):
             if cell is None:
                 _show_image(axes, row.shown)
                 _frame_patch(axes, row.cells[0], row.shown)
-                _title(axes, page.caption or row.label or "image", width, layout)
+                _title(axes, _image_title(page, row), width, layout)
                 continue
             drawn = _draw_map(axes, page, cell, row.shown, vmax, look, width, layout)
             if one_row and not scaled and drawn is not None:
@@ -117,6 +113,11 @@ def draw_page(page: Page, vmax=None, scope="this page", look=Look()):
                 _draw_scale(bar, drawn, page, look)
         top -= height
     return figure
+
+
+def _image_title(page, row) -> str:
+    """Above the image of a single row."""
+    return "\n".join(filter(None, (row.label, page.caption))) or "image"
 
 
 def _axes(figure, box):
@@ -131,7 +132,9 @@ def _layout(page: Page, scaled) -> _Layout:
     shapes = [row.shown.shape[1:] for row in page.rows]
     aspect = max(h / max(h, w) for h, w in shapes), max(w / max(h, w) for h, w in shapes)
     counts = [len(row.cells) + one_row for row in page.rows]
-    title, left = (0.13 * (page.caption.count("\n") + 2), 0) if one_row else (0.26, _label_width(page))
+    title, left = 0.26, (0 if one_row else _label_width(page))
+    if one_row:
+        title = 0.13 * (2 + _image_title(page, page.rows[0]).count("\n"))
     best = None
     for sheet in SHEETS:
         for columns in range(1, max(counts) + 1):
@@ -267,7 +270,7 @@ def _draw_map(axes, page, cell, shown, vmax, look, letters, layout):
         grey = shown.float().mean(dim=0, keepdim=True).mul(0.55).add(70).byte().expand(3, -1, -1)
         _show_image(axes, grey)
     axes.imshow(
-        values.numpy(), interpolation="nearest", extent=(0, width, height, 0), cmap=look.colours, norm=norm,
+        values.numpy(), interpolation="nearest", extent=(0, width, height, 0), cmap=COLOURS, norm=norm,
         alpha=OPAQUE * norm(values.numpy()).filled() if look.overlay else None,
     )  # fmt: skip
     _frame_patch(axes, cell, shown)
@@ -297,7 +300,7 @@ def _draw_scale(axes, top, page, look, across=False):
     if look.overlay:
         axes.set_facecolor("0.5")
     axes.imshow(
-        levels, cmap=look.colours, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1,
+        levels, cmap=COLOURS, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1,
         alpha=OPAQUE * levels if look.overlay else None,
     )  # fmt: skip
     axis, other = (axes.xaxis, axes.yaxis) if across else (axes.yaxis, axes.xaxis)

@@ -227,8 +227,9 @@ def _cells(token, maps, block, chosen=None) -> list[MapCell]:
     if heads is None:
         return [MapCell("", None, _absent(token, block))]
     named = [] if chosen else [("mean over heads", heads.mean(dim=0))]
-    named += [(f"head {i}", heads[i]) for i in (range(len(heads)) if chosen is None else chosen) if i < len(heads)]
-    return [MapCell(name, attention, mark=token.mark) for name, attention in named]
+    for i in range(len(heads)) if chosen is None else chosen:
+        named.append((f"head {i}", heads[i] if i < len(heads) else None))
+    return [MapCell(name, attention, "not in this model", token.mark) for name, attention in named]
 
 
 def compared_pages(names, models, images, asked, blocks, patches, one_scale, heads=None):

@@ -13,6 +13,7 @@ from inspection.fonts import use_fonts
 from models_dynamic import AttentionMaps
 
 COLOURS = "viridis"
+PERCENTILE = 99  # of the values, at the top of a scale: a single patch would leave the others dark
 ATTENTION = "share of the token's attention on each patch, in %, after softmax over all tokens"
 TIMES_PATCHES = (
     "the token's attention on each patch, after softmax over all tokens, times the number of patches, which differ; "
@@ -36,9 +37,10 @@ def by_token(maps: AttentionMaps, patches=()) -> dict[str, Tensor]:
     return {key: heads for key, heads in found.items() if heads is not None}
 
 
-def percentile_of(values: Tensor, percentile) -> float:
-    """A percentile; the largest value where that is 0."""
-    return float(np.percentile(values.numpy(), percentile)) or float(values.max())
+def percentile_of(values, percentile=PERCENTILE) -> float:
+    """Of an array that may have NaN for what is absent; the largest value where it is 0."""
+    values = np.asarray(values)
+    return float(np.nanpercentile(values, percentile)) or float(np.nanmax(values))
 
 
 @dataclass

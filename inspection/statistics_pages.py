@@ -1,10 +1,10 @@
 """The pages of analysis.pdf, drawn from analysis.json alone; each explains at its bottom how to read it."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 
+from inspection.inputs import names_of
 from inspection.pages import headed_figure
 
 LETTERS = 140  # of the line below a title
@@ -28,12 +28,11 @@ def statistics_pages(results):
 
 def data_name(results) -> str:
     data = results["data"]
-    paths = ["/".join(Path(path).parts[-2:]) for path in data["image_path"] or ()]
-    return ", ".join(paths) or data["name"]
+    return ", ".join(names_of(data["image_path"])) if data["image_path"] else data["name"]
 
 
 def about(results) -> str:
-    name = "/".join(Path(results["model"]["path"]).parts[-2:])  # all files are called best_model.pth
+    (name,) = names_of([results["model"]["path"]])
     words = f"{name}: {results['model']['is']}; {results['images']} images of {data_name(results)}"
     return words if len(words) <= LETTERS else words[: LETTERS - 1] + "…"
 

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
-from inspection.pages import COLOURS, headed_figure
+from inspection.pages import COLOURS, PERCENTILE, headed_figure, percentile_of
 
 SIDE, ACROSS, DOWN = 0.75, 7.6, 7.5  # inches: of a map at most, of all maps of a page
 LABEL, GAP, HEAD = 1.45, 0.06, 0.26  # of the text beside a row, between maps, of the line above an image
-PERCENTILE = 99.5  # of the brightest colour: a single patch would leave the others dark
 
 
 @dataclass
@@ -28,7 +26,7 @@ class Group:
 
 def top_of(maps) -> float:
     """The share of the brightest colour for an array of maps with NaN where a token is absent."""
-    return float(np.nanpercentile(maps, PERCENTILE)) or 1.0
+    return percentile_of(maps) or 1.0
 
 
 def draw_strips(title, about, columns: list[str], groups: list[Group]):

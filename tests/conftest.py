@@ -14,6 +14,7 @@ import torch
 import faults
 import forked
 import utils
+from checkpoints.files import save_checkpoint
 from cifar_main import main
 from models_dynamic import DynamicViT
 from training import loop, run_log
@@ -43,6 +44,13 @@ def tiny(**kwargs) -> DynamicViT:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.eval()
+
+
+def saved_model(path, model, **data) -> Path:
+    """The checkpoint of a model of image folders; `data`: more of the description of its images, with mean and std."""
+    about = {"name": "FOLDER", "classes": list("abcde"), "input_size": tuple(model.model_args["img_size"])} | data
+    save_checkpoint(path, {"model": model.state_dict(), "model_args": model.model_args, "data": about})
+    return path
 
 
 def noise(model, batch=2):

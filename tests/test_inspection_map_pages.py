@@ -5,13 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from pypdf import PdfReader
 
 import visualize_attention
-from checkpoints.files import load_checkpoint, save_checkpoint
+from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, model_from_checkpoint
-from conftest import run, tiny
+from conftest import run, saved_model, tiny
 from datasets import eval_transform
 from inspection import fonts, inputs
 from inspection.map_pages import Look, draw_page, parts_of
@@ -23,12 +24,9 @@ MEAN = {"mean": [0.5, 0.25, 0], "std": [0.25] * 3}
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    model = tiny(img_size=16, cls_pos=2, reg_pos=1, num_register_tokens=2)
-    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (16, 16), **MEAN}
     (tmp_path / "late").mkdir()
-    file = tmp_path / "late" / "best_model.pth"
-    save_checkpoint(file, {"model": model.state_dict(), "model_args": model.model_args, "data": data})
-    return file
+    model = tiny(img_size=16, cls_pos=2, reg_pos=1, num_register_tokens=2)
+    return saved_model(tmp_path / "late" / "best_model.pth", model, **MEAN)
 
 
 @pytest.fixture
@@ -93,7 +91,14 @@ def test_chosen_heads(checkpoint, wide, tmp_path, capsys, drawn):
     for given, names in (("2,0", ["head 2", "head 0"]), ("mean", ["mean over heads"])):
         assert run(main, flags(checkpoint, wide, tmp_path, "--heads", given), capsys)[0] == 0
         assert [cell.name for cell in drawn["block2_cls"][0].rows[0].cells] == names
-    for given, problem in (("3", "--heads 3: this model has the heads 0..2"), ("x", "'x' is not a whole number")):
+    other = tiny(img_size=16, num_heads=6, num_register_tokens=0)
+    saved_model(tmp_path / "other.pth", other, **MEAN)
+    both = ["--compare", checkpoint, tmp_path / "other.pth", *flags(checkpoint, wide, tmp_path)[2:]]
+    status, _, err = run(main, [*both, "--heads", "4,1"], capsys)  # of 3 and of 6 heads
+    assert status == 0, err
+    rows = drawn["block2_cls"][0].rows
+    assert [[cell.map is None for cell in row.cells] for row in rows] == [[True, False], [False, False]]
+    for given, problem in (("3", "--heads 3: there are the heads 0..2"), ("x", "'x' is not a whole number")):
         status, _, err = run(main, flags(checkpoint, wide, tmp_path / "new", "--heads", given), capsys)
         assert status == 2 and problem in err
 
@@ -136,6 +141,10 @@ def test_many_rows_are_several_pages():
         assert sorted((width, height)) < [8.28, 11.7] and max(width, height) <= 11.7
         sides = [axes.get_position().width * width for axes in figure.axes[1:]]
         assert min(sides) >= 0.55
+        labels = {text.get_text() for text in figure.findobj(Text)}
+        assert all(any(text.startswith(row.label) for text in labels) for row in part.rows)
+    (alone,) = parts_of(Page("x", "", page.rows[:1], "true: cat"))
+    assert "block 0\ntrue: cat" in {text.get_text() for text in draw_page(alone).findobj(Text)}
     assert parts_of(Page("x", "", page.rows[:2])) == [Page("x", "", page.rows[:2])]
 
 

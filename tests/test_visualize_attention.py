@@ -8,9 +8,9 @@ from PIL import Image
 from pypdf import PdfReader
 
 import visualize_attention
-from checkpoints.files import load_checkpoint, save_checkpoint
+from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import noise, run, tiny
+from conftest import noise, run, saved_model, tiny
 from datasets import eval_transform
 from inspection.attention import attention_rollout
 from inspection.class_maps import grad_cam, relevance
@@ -38,10 +38,7 @@ def photo(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """Not square, 16 x 24; registers enter at block 1, CLS at block 2."""
-    model = tiny(cls_pos=2, reg_pos=1, num_register_tokens=2)
-    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (16, 24), **MEAN}
-    save_checkpoint(tmp_path / "m.pth", {"model": model.state_dict(), "model_args": model.model_args, "data": data})
-    return tmp_path / "m.pth"
+    return saved_model(tmp_path / "m.pth", tiny(cls_pos=2, reg_pos=1, num_register_tokens=2), **MEAN)
 
 
 def test_pages_of_a_trained_model(trained, tmp_path, capsys):
@@ -230,9 +227,7 @@ def test_unreadable_images_are_left_out_and_listed(checkpoint, photo, tmp_path, 
 
 def test_names_that_are_too_long_and_images_of_a_pixel(tmp_path, capsys):
     model = tiny(img_size=(4, 56), num_register_tokens=0)
-    about = {"name": "FOLDER", "classes": list("abcde"), "input_size": (4, 56), "crop_pct": 0.875, **MEAN}
-    about["interpolation"] = "bicubic"
-    save_checkpoint(tmp_path / "m.pth", {"model": model.state_dict(), "model_args": model.model_args, "data": about})
+    saved_model(tmp_path / "m.pth", model, crop_pct=0.875, interpolation="bicubic", **MEAN)
     (tmp_path / "images").mkdir()
     for name in ("猫" * 80, "x" * 250, "x" * 249 + "y", b"a\xe9\x1b[31m".decode(errors="surrogateescape")):
         Image.new("RGB", (1, 90)).save(tmp_path / "images" / f"{name}.png")
@@ -421,9 +416,7 @@ def test_models_side_by_side(checkpoint, photo, tmp_path, capsys, drawn):
     other = tiny(num_heads=2, cls_pos=3, num_register_tokens=0)
     torch.save(other.state_dict(), tmp_path / "bare.pth")
     late = tiny(img_size=(24, 24), cls_pos=0, num_register_tokens=1)
-    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (24, 24), **MEAN}
-    saved = {"model": late.state_dict(), "model_args": late.model_args, "data": data}
-    save_checkpoint(tmp_path / "late.pth", saved)
+    saved_model(tmp_path / "late.pth", late, **MEAN)
     argv = ["--image_path", photo, "--layer_num", "2", "--output_dir", tmp_path / "new", "--device", "cpu"]
     status, _, err = run(main, ["--compare", checkpoint, tmp_path / "late.pth", *argv], capsys)
     assert status == 0, err
@@ -467,9 +460,7 @@ def test_bare_files_of_other_head_counts_side_by_side(photo, tmp_path, capsys, d
 def test_one_scale_for_models_of_other_numbers_of_patches(checkpoint, photo, tmp_path, capsys, drawn):
     """Of 4 x 6 and of 37 x 37 patches: in per cent all of the second row would be black."""
     fine = tiny(img_size=148, num_register_tokens=0)
-    data = {"name": "FOLDER", "classes": list("abcde"), "input_size": (148, 148), **MEAN}
-    saved = {"model": fine.state_dict(), "model_args": fine.model_args, "data": data}
-    save_checkpoint(tmp_path / "fine.pth", saved)
+    saved_model(tmp_path / "fine.pth", fine, **MEAN)
     argv = ["--image_path", photo, "--layer_num", 3, "--output_dir", tmp_path / "new", "--device", "cpu", "--compare"]
     both = [*argv, checkpoint, tmp_path / "fine.pth"]
     for scale in ("page", "shared"):
@@ -500,6 +491,7 @@ def test_one_scale_for_models_of_other_numbers_of_patches(checkpoint, photo, tmp
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("--format html --heads mean", "leave out --heads"),
         ("--patch 6,0", "outside the grid: x is 0..5, y is 0..3"),
         ("--patch 6", "give its column and row, as in 3,5"),
         ("--layer_num 1 9", "0..3"),

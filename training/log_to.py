@@ -35,7 +35,7 @@ def to_tensorboard(folder, name, config, epoch):
 
 @contextmanager
 def to_wandb(folder, name, config, epoch):
-    """A resumed run goes on under its id. WANDB_MODE=offline needs no network; `wandb sync` sends it later."""
+    """A resumed run continues under its id. WANDB_MODE=offline needs no network; `wandb sync` sends it later."""
     import wandb
 
     project, again = os.environ.get("WANDB_PROJECT", PROJECT), {} if epoch is None else {"resume": "allow"}

@@ -47,8 +47,8 @@ class RunLogger:
 def print_what_was_written(folder: Path, model_path):
     """The end of a run: where its files are, and the command that draws."""
     utils.say(f"model: {model_path}; curves: {folder / 'training_curves.png'}; log: {folder / 'log.txt'}")
-    drawing = f"python visualize_attention.py --model_path {shlex.quote(str(model_path))} --pages blocks"
-    utils.say(f"draw what its tokens attend to: {drawing}")
+    drawing = f"python visualize_attention.py --model_path {shlex.quote(str(model_path))} --format html"
+    utils.say(f"look at what its tokens attend to: {drawing}")
 
 
 def plain_args(args) -> dict:

@@ -109,6 +109,12 @@ def curves():
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    """A script may have set more; in a fork of a process with more, OpenMP waits for threads that are not there."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _no_curves(monkeypatch, request):
     """Those of other tests do not, since that takes longer than a tiny run. Those of `trained` are there."""
     if "curves" not in request.fixturenames:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
@@ -203,14 +204,13 @@ def graph_rows(args, device):
 def foreign_rows(args, device):
     """The attention of CLS and registers in all blocks of timm's models, against its unfused attention and hooks: time,
     and memory in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name in FOREIGN:
-            for side in (224, 518):
-                races = [functions(name, side, device) for functions in (recorded, hooked)]
-                title = f"attention of CLS, {name.removeprefix('vit_')}, {side} px, against hooks"
-                yield Race(title, *races, "<= 1")
-                took = pool.starmap(peak_of, [(make, name, side, device) for make in (recorded, hooked)], chunksize=1)
-                yield measured(f"memory of {title}", "MiB", *took, "<= 1")
+    for name in FOREIGN:
+        for side in (224, 518):
+            races = [functions(name, side, device) for functions in (recorded, hooked)]
+            title = f"attention of CLS, {name.removeprefix('vit_')}, {side} px, against hooks"
+            yield Race(title, *races, "<= 1")
+            took = [apart(peak_of, make, name, side, device) for make in (recorded, hooked)]
+            yield measured(f"memory of {title}", "MiB", *took, "<= 1")
 
 
 def foreign(name, side, device):
@@ -255,9 +255,14 @@ def peak_of(make, name, side, device) -> float:
 
 def memory_rows(args, device):
     """The largest memory of a training step: the median of three processes that take nothing but one."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        took = [median(pool.starmap(step_memory, [(make, device)] * 3, chunksize=1)) for make in (ours, timms)]
+    took = [median(apart(step_memory, make, device) for _ in range(3)) for make in (ours, timms)]
     yield measured(f"memory of a training step {LABEL[SMALL]}, fp32, against timm", "MiB", *took, "<= 1")
+
+
+def apart(function, *args):
+    """What it returns in a process of its own, which is over before anything else is measured."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def step_memory(make, device) -> float:

@@ -15,7 +15,7 @@ demo: .venv/run
 	$(BIN)/python visualize_attention.py --model_path demo/best_model.pth --layer_num 5 --output_dir demo
 	@echo
 	@echo "The demo is done. Look at:"
-	@echo "  demo/attention_cat_block11.pdf             what CLS of a pretrained DeiT attends to in a photo"
+	@echo "  demo/attention_cat_block11.pdf             what CLS of a pretrained DeiT attends to in a photo, if there was a network"
 	@echo "  demo/best_model.pth                        the trained model"
 	@echo "  demo/training_curves.png (and .pdf)        loss, accuracy, learning rate; numbers in demo/log.txt"
 	@echo "  demo/attention_DIGITS_test0_block5.pdf     what CLS and each register attend to in block 5"

@@ -79,7 +79,7 @@ class DynamicViT(nn.Module):
         qk_norm: LayerNorm of queries and keys (ViT-22B, arXiv 2302.05442).
         rope: rotary positions on the patches in DINOv3's form, in place of a position embedding.
         swiglu: SwiGLU in place of the MLP with GELU (arXiv 2002.05202; timm's layer).
-        stem: "conv": convolutions in place of the patch projection; see `ConvStem`.
+        stem: "conv": convolutions in place of the patch projection, "deep": three times as many; see `ConvStem`.
 
     Raises:
         ValueError: a position outside the blocks, or sizes or modes that do not go together.

@@ -7,6 +7,7 @@ import zipfile
 
 import torch
 
+from tokens.blocks import STEMS
 from tokens.layout import MODES
 
 
@@ -137,7 +138,7 @@ MODEL_ARGS = {  # the first checkpoints had no dist_pos
     "cls_pos": optional(whole()), "reg_pos": blocks, "dist_pos?": optional(whole()), "reg_end?": blocks,
     "drop_rate": SHARE, "attn_drop_rate": SHARE, "drop_path_rate": SHARE, "init_values": optional(real(-1e3, 1e3)),
     "global_pool?": one_of("token", "avg"), "fc_norm?": BOOL, "qk_norm?": BOOL, "rope?": BOOL, "swiglu?": BOOL,
-    "norm_eps?": POSITIVE, "stem?": one_of("patch", "conv"), "cls_mode?": one_of(*MODES), "reg_mode?": one_of(*MODES),
+    "norm_eps?": POSITIVE, "stem?": one_of(*STEMS), "cls_mode?": one_of(*MODES), "reg_mode?": one_of(*MODES),
     "class_attention?": whole(),
 }  # fmt: skip
 # Of one of timm's models: others of its arguments read files or the network.

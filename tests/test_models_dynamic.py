@@ -122,7 +122,8 @@ def test_a_seed_gives_the_same_weights_in_every_process():
     code = (
         "import torch; from models_dynamic import DynamicViT; torch.manual_seed(0);"
         "m = DynamicViT(img_size=32, embed_dim=24, depth=1, num_heads=2);"
-        "printed = [[*{n for n, _ in m.named_parameters()}], [float(p.detach().double().sum()) for p in m.parameters()]]"
+        "names, sums = zip(*((n, float(p.detach().double().sum())) for n, p in m.named_parameters()));"
+        "printed = [[*set(names)], [*sums]]"
     )
     there = subprocess.run(
         [sys.executable, "-c", f"{code}; print(printed)"], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "12345"},

@@ -29,7 +29,7 @@ def designs(draw):
         reg_pos=tuple(starts), reg_end=tuple(draw(st.integers(start + 1, depth)) for start in starts),
         cls_mode=draw(st.sampled_from(("token", "reader"))), reg_mode=draw(st.sampled_from(("token", "reader"))),
         class_attention=draw(st.integers(0, depth)), rope=draw(st.booleans()),
-        stem=draw(st.sampled_from(("patch", "conv"))),
+        stem=draw(st.sampled_from(("patch", "conv", "deep"))),
     )  # fmt: skip
     try:
         tiny(**args)
@@ -185,7 +185,7 @@ def test_layout_of_registers_that_come_and_go():
         ({"class_attention": 2, "global_pool": "avg"}, "need a class token that is classified"),
         ({"class_attention": 5}, "class_attention is 5, but the model has 4 blocks"),
         ({"class_attention": 2, "cls_pos": 3}, "begins at block 2, before the token of block 3 enters"),
-        ({"stem": "pool"}, "'pool' is none of patch, conv"),
+        ({"stem": "pool"}, "'pool' is none of patch, conv, deep"),
         ({"stem": "conv", "patch_size": 1}, "square patches of 2, 4, 8"),
         ({"stem": "conv", "patch_size": (4, 2)}, "square patches of 2, 4, 8"),
     ],

@@ -3,6 +3,7 @@
 Letters: B batch, H heads, N tokens, D width, d head width.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -49,15 +50,19 @@ class ConvStem(PatchEmbed):
     """Patches by 3 x 3 convolutions of stride 2, and a projection of 1 x 1 (Xiao et al., arXiv 2106.14881).
 
     The convolutions' widths double up to `embed_dim`. It takes the place of timm's `PatchEmbed`.
+
+    Args:
+        more: convolutions of stride 1 behind each one of stride 2, of the same width.
     """
 
-    def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int):
+    def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int, more: int = 0):
         super().__init__(img_size, patch_size, in_chans, embed_dim)
         halvings = self.patch_size[0].bit_length() - 1
         if set(self.patch_size) != {2**halvings} or not halvings:
             raise ValueError(f"a convolutional stem needs square patches of 2, 4, 8, ... pixels, not {patch_size}")
         widths = [in_chans, *(max(1, embed_dim >> i) for i in reversed(range(halvings)))]
-        layers = [ConvNormAct(a, b, kernel_size=3, stride=2, act_layer=nn.ReLU) for a, b in pairwise(widths)]
+        steps = [step for a, b in pairwise(widths) for step in [(a, b, 2), *[(b, b, 1)] * more]]
+        layers = [ConvNormAct(a, b, kernel_size=3, stride=s, act_layer=nn.ReLU) for a, b, s in steps]
         del self.proj  # to stand behind the convolutions, in the order of the forward pass
         self.stem = nn.Sequential(*layers)
         self.proj = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
@@ -115,4 +120,4 @@ class TokenBlock(Block):
         return torch.cat([y, x[:, self.queries :]], dim=1) if self.queries > 0 and rows is None else y
 
 
-STEMS = {"patch": PatchEmbed, "conv": ConvStem}
+STEMS = {"patch": PatchEmbed, "conv": ConvStem, "deep": partial(ConvStem, more=2)}

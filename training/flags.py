@@ -74,8 +74,9 @@ def add_model_flags(parser):
     group.add_argument("--rope", action="store_true", help="rotary positions on the patches, as in DINOv3", **missing)
     group.add_argument("--swiglu", action="store_true", help="SwiGLU in place of the MLP", **missing)
     group.add_argument(
-        "--stem", choices=tuple(STEMS), help="conv: convolutions in place of the patch projection", **missing
-    )
+        "--stem", choices=tuple(STEMS), help="conv: convolutions in place of the patch projection; deep: three times "
+        "as many", **missing,
+    )  # fmt: skip
     group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
     return group
 

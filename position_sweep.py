@@ -161,10 +161,22 @@ def list_cells(cells, args, data, device):
 
 
 def to_do(cells, args, data, device):
-    """The cells that are neither finished nor of a position that fell, and the seconds that they take one process."""
+    """`unfinished`, and the seconds that they take one process."""
+    left, share = unfinished(cells, args)
+    return left, seconds_left(left, args, data, device) * share
+
+
+def unfinished(cells, args):
+    """The cells that are neither finished nor of a position that fell; the share of their epochs that is still due."""
     now = halving.standing(cells, args) if args.halving else None
-    left = [cell for cell in (now.left if now else cells) if not finished(cell, args)]
-    return left, seconds_left(left, args, data, device) * (now.share if now else 1)
+    return [cell for cell in (now.left if now else cells) if not finished(cell, args)], now.share if now else 1
+
+
+def show_finished(bar, cells, args):
+    """The total leaves out the cells of positions that fell."""
+    bar.n = sum(finished(cell, args) for cell in cells)
+    bar.total = bar.n + len(unfinished(cells, args)[0])
+    bar.refresh()
 
 
 def write_results(args, data, cells, pictures=True):
@@ -186,7 +198,7 @@ def work(args, data, current, cells, device):
         def after(cell):
             if not finished(cell, args):  # a rung before the last one
                 return
-            bar.update()
+            show_finished(bar, mine, args)
             write_results(args, data, cells, pictures=False)
             left, seconds = to_do(mine, args, data, device)
             if left:
@@ -235,8 +247,7 @@ def with_workers(args, argv, data, cells):
             say(f"{len(names)} processes; what they print goes to {logs}")
             with tqdm(total=len(cells), unit="cell", disable=None) as bar:
                 while any(worker.poll() is None for worker, _ in workers):
-                    bar.n = sum(finished(cell, args) for cell in cells)
-                    bar.refresh()
+                    show_finished(bar, cells, args)
                     time.sleep(1)
     finally:
         for worker, _ in workers:

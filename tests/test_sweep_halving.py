@@ -78,6 +78,9 @@ def test_a_position_stands_or_falls_with_all_its_seeds(tmp_path):
     now = halving.standing(grid, args)  # epoch 3 counts for nothing
     assert where(now) == (2, 4, 4, [(1, 1), (None, 1)]) and {cell.cls_pos for cell in now.todo} == {0, 2}
     assert now.fell[0]["val_top1"]["mean"] == 30 and now.fell[0]["epochs"] == 2 and now.share == 1 / 2
+    bar = position_sweep.tqdm(total=8, disable=True)
+    position_sweep.show_finished(bar, grid, args)
+    assert (bar.n, bar.total) == (0, 4)
     log(grid[0], args, 1)  # as by a damaged checkpoint: that cell is trained again before anything is decided
     assert where(halving.standing(grid, args)) == (1, 2, 1, [])
 

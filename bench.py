@@ -32,8 +32,9 @@ from datasets import Split
 from engine import TrainingStep, train_one_epoch
 from inspection.attention import attention_rows, set_fused_attention
 from loading.memory import MemoryLoader, TrainTransform
-from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu
-from training.run_log import environment
+from models_dynamic import SIZES, DynamicViT
+from training.run_log import environment, peak_memory, reset_peak_memory
+from training.setup import amp_dtype, plain_attention_on_cpu
 
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 SMALL, CIFAR = "dynamic_vit_small_patch16_224", "dynamic_vit_cifar"
@@ -122,7 +123,7 @@ def inference(model, images, device, dtype=None, compiled=False):
     model = compiled_model(model, compiled)
 
     def run():
-        with torch.no_grad(), utils.autocast(device, dtype):
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             model(images)
 
     return run
@@ -145,7 +146,7 @@ def precision(dtype) -> str:
 
 def train_rows(args, device):
     """Training steps: against timm's; late tokens; the lower precision of this machine."""
-    low = utils.amp_dtype("auto", device)
+    low = amp_dtype("auto", device)
     for size, count in sizes_here(args, device).items():
         batch, name = [random_batch(size, count, device)], f"training {LABEL[size]}, fp32"
         mine = training(ours(size, device), batch, device)
@@ -162,7 +163,7 @@ def train_rows(args, device):
 
 def compile_rows(args, device):
     """Training steps with torch.compile, in the precision of training."""
-    low = utils.amp_dtype("auto", device)
+    low = amp_dtype("auto", device)
     for size, count in sizes_here(args, device).items():
         batch, name = [random_batch(size, count, device)], f"training {LABEL[size]}, {precision(low)}, compiled"
         compiled, its = (training(make(size, device), batch, device, low, compiled=True) for make in (ours, timms))
@@ -173,7 +174,7 @@ def compile_rows(args, device):
 
 def infer_rows(args, device):
     """Forward passes, and compiled: in fp32, on a GPU in its lower precision."""
-    low = utils.amp_dtype("auto", device) if device.type == "cuda" else None
+    low = amp_dtype("auto", device) if device.type == "cuda" else None
     for size, count in sizes_here(args, device).items():
         images, name = random_batch(size, count, device)[0], f"inference {LABEL[size]}, {precision(low)}"
         mine, its = (inference(make(size, device), images, device, low) for make in (ours, timms))
@@ -191,7 +192,7 @@ def maps_rows(args, device):
 
 def graph_rows(args, device):
     """Forward passes and training steps as CUDA graphs, against compiled without."""
-    low, graphs = utils.amp_dtype("auto", device), "reduce-overhead"
+    low, graphs = amp_dtype("auto", device), "reduce-overhead"
     for size, count in sizes_here(args, device).items() if device.type == "cuda" else ():
         batch = random_batch(size, count, device)
         name = f"{LABEL[size]}, {precision(low)}, CUDA graphs, against compiled without"
@@ -247,10 +248,10 @@ def hooked(name, side, device):
 def peak_of(make, name, side, device) -> float:
     """MiB that a call takes, on top of the model and the imports."""
     function = make(name, side, device)
-    utils.reset_peak_memory(device)
-    before = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else utils.peak_memory(device)
+    reset_peak_memory(device)
+    before = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory(device)
     function()
-    return utils.peak_memory(device) - before
+    return peak_memory(device) - before
 
 
 def memory_rows(args, device):
@@ -267,9 +268,9 @@ def apart(function, *args):
 
 def step_memory(make, device) -> float:
     """MiB, on top of the imports."""
-    before = utils.peak_memory(device)
+    before = peak_memory(device)
     training(make(SMALL, device), [random_batch(SMALL, 8, device)], device)()
-    return utils.peak_memory(device) - before
+    return peak_memory(device) - before
 
 
 def pil_transform():
@@ -295,7 +296,7 @@ def load_rows(args, device):
         target if device.type == "cpu" else ">= 100", len(images),
     )  # fmt: skip
     torch.set_num_threads(threads)
-    run = training(ours(CIFAR, device, drop_path_rate=0.1), loader, device, utils.amp_dtype("auto", device))
+    run = training(ours(CIFAR, device, drop_path_rate=0.1), loader, device, amp_dtype("auto", device))
     run()
     yield measured("waiting for data, share of the default CIFAR training", "", run()["data_wait"], 1.0, "<= 0.05")
 

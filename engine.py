@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import RunFailed, autocast, full_precision, is_main, say, sum_over_ranks, world_size
+from utils import RunFailed, full_precision, is_main, say, sum_over_ranks, world_size
 
 LAG = 4  # steps that a GPU may be behind with its answer whether a step was finite, before it is waited for
 
@@ -63,7 +63,7 @@ class TrainingStep:
         if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2's no_sync
             self.model.set_requires_gradient_sync(last)
         with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
-            with autocast(images.device, self.amp_dtype):
+            with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                 more = () if self.teacher is None else (self._teacher_logits(images),)
                 loss = self.criterion(self.model(images), labels, *more)
             (loss if self.scaler is None else self.scaler.scale(loss)).div(of).backward()

@@ -25,12 +25,13 @@ from datasets import DATA_SETS, DIGITS
 from engine import TrainingStep, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.labels import class_map
-from models_dynamic import SIZES, plain_attention_on_cpu
+from models_dynamic import SIZES
 from training import film, flags, run_folder
 from training.loop import Run, run_epochs, wrap
 from training.run_log import print_what_was_written
 from training.scoring import score
 from training.setup import (
+    amp_dtype,
     build_model,
     check_same_model,
     check_timm_model,
@@ -38,6 +39,7 @@ from training.setup import (
     load_finetune,
     make_optimizer,
     make_step,
+    plain_attention_on_cpu,
     report_run,
     start,
 )
@@ -335,27 +337,27 @@ def evaluate_only(args, device):
 
 def throughput(args, device, rounds=5, steps=5):
     """Print images/s of training steps and of inference, on random images that lie on the device: medians."""
-    size, amp_dtype = input_size(args), utils.amp_dtype(args.amp, device)
+    size, dtype = input_size(args), amp_dtype(args.amp, device)
     model = make_model(args, 1000).to(device)
-    plain_attention_on_cpu(model, device, amp_dtype)
+    plain_attention_on_cpu(model, device, dtype)
     images = torch.randn(args.batch_size, 3, *size, device=device)
     batches = [(images, torch.randint(1000, (args.batch_size,), device=device))] * steps
     slow = argparse.Namespace(**vars(args) | {"lr": 1e-5, "warmup_lr": 0.0, "min_lr": 0.0})
-    step = TrainingStep(model, sum_of_losses, *make_optimizer(model, slow, batches), amp_dtype=amp_dtype)
+    step = TrainingStep(model, sum_of_losses, *make_optimizer(model, slow, batches), amp_dtype=dtype)
     wrap(step, args, size)
     trained, inferred = [], []
     for _ in range(rounds + 1):  # the first one warms up
         done = train_one_epoch(step, batches)
         trained.append(done["images"] / done["seconds"])
         step.model.eval()
-        with torch.no_grad(), utils.autocast(device, amp_dtype):
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             start = time.perf_counter()
             for _ in range(steps):
                 logits = step.model(images)
             logits.sum().item()  # waits for the device
         inferred.append(args.batch_size * steps * utils.world_size() / (time.perf_counter() - start))
     say(describe(model))
-    precision = "float32" if amp_dtype is None else str(amp_dtype).removeprefix("torch.")
+    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     setting = f"batch {args.batch_size}, {size[0]} x {size[1]} pixels, {precision}, {device}"
     rates = f"training {median(trained[1:]):,.1f} images/s, inference {median(inferred[1:]):,.1f} images/s"
     say(f"Throughput: {rates} ({setting}, {utils.world_size()} processes)")

@@ -42,7 +42,6 @@ MODERN = dict(  # in `model_args` if it is used
     global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6, stem="patch",
     reg_end=None, cls_mode="token", reg_mode="token", class_attention=0,
 )  # fmt: skip
-MODES = ("token", "reader")
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
@@ -416,12 +415,6 @@ class DynamicViT(nn.Module):
 
 
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
-
-
-def plain_attention_on_cpu(model: nn.Module, device, amp_dtype):
-    """Plain products where torch's fused kernel is several times slower: in bfloat16 on CPUs."""
-    if device.type == "cpu" and amp_dtype is not None:
-        set_fused_attention(model, False)
 
 
 # Registered sizes: timm.create_model("dynamic_vit_small_patch16_224", cls_pos=6, reg_pos=3) ---------------------

@@ -1,12 +1,9 @@
 """Images of any size, read and augmented one at a time in worker processes, as timm does for ImageNet."""
 
-import atexit
 import multiprocessing
 import os
 import random
-import threading
-import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
@@ -16,14 +13,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.transforms import ResizeKeepRatio
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
 import utils
 from datasets import MAX_PIXELS, ImageData, Split, balanced_draws, channel_statistics, find_parts, held_out
 from loading.decode import failures, fit_image, joined, read_image, read_picture, without_errors
 from loading.folders import FOLDERS
-from utils import BadInput, signals_blocked
+from loading.workers import WorkerLoader
+from utils import BadInput
 
 
 def load_file_data(
@@ -136,41 +134,6 @@ class _ImageFiles(Dataset):
             return self.transform(image), label
         with _seeded(seed):
             return self.transform(image), label
-
-
-class WorkerLoader(DataLoader):
-    """A DataLoader whose worker processes ignore signals and end with the main process, however that ends."""
-
-    def __iter__(self):
-        if self.num_workers and self._iterator is None:
-            self.dataset.closing.value = False
-            with signals_blocked():  # the workers begin in here
-                batches = super().__iter__()
-            _with_workers.add(self)
-            atexit.unregister(_end_workers)
-            atexit.register(_end_workers)  # the last one is called first: before those of torch and multiprocessing
-        else:
-            batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, BadInput):
-                raise batch
-            yield batch
-
-
-_with_workers = weakref.WeakSet()
-
-
-def _end_workers():
-    """End all worker processes: after the image that each is at, or after 5 seconds."""
-    iterators = [loader._iterator for loader in _with_workers if loader._iterator is not None]
-    for loader in _with_workers:
-        loader.dataset.closing.value, loader._iterator = True, None
-    late = threading.Timer(5, lambda: [worker.kill() for iterator in iterators for worker in iterator._workers])
-    late.start()
-    for iterator in iterators:
-        with suppress(RuntimeError):  # torch's, about the workers that had to be killed
-            iterator._shutdown_workers()
-    late.cancel()
 
 
 def _collate(items, training):

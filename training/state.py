@@ -1,7 +1,10 @@
 """All that a run has to remember, in memory and in a checkpoint, so that a resumed run is one that never stopped."""
 
+import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -63,7 +66,7 @@ class TrainingState:
             "batch": self.batch, "skipped": self.skipped, "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": weights_of(self.ema.module) if self.ema else None,
-            "processes": utils.gather({"random": utils.random_states(), "sums": self.sums}),
+            "processes": utils.gather({"random": random_states(), "sums": self.sums}),
         }  # fmt: skip
 
     def end_epoch(self, metrics, skipped, last_is_best) -> bool:
@@ -132,7 +135,7 @@ class TrainingState:
         if len(saved["processes"]) == utils.world_size() and saved["args"].get("seed") == self.args.seed:
             mine = saved["processes"][utils.rank()]
             self.sums = mine["sums"]
-            utils.set_random_states(mine["random"])
+            set_random_states(mine["random"])
 
     def _restore_optimizer(self, path, saved):
         """Its state, with its groups as the flags are now; no state where that is of another optimizer."""
@@ -174,3 +177,24 @@ class TrainingState:
         """Names of the optimizer's parameters, in the order of its state dict."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def random_states() -> dict:
+    """The states of all global generators of this process, as values that a checkpoint may hold."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the process's own GPU
+    }
+
+
+def set_random_states(states):
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

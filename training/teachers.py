@@ -8,7 +8,8 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model, timm_model
 from checkpoints.weights import LoadReport, load_weights
 from datasets import check_classes
-from models_dynamic import SIZES, TOKENS, DynamicViT, plain_attention_on_cpu
+from models_dynamic import SIZES, TOKENS, DynamicViT
+from training.setup import amp_dtype, plain_attention_on_cpu
 from utils import BadInput
 
 WHOLE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how images are resized for a checkpoint without these keys
@@ -28,7 +29,7 @@ def make_teacher(args, data, device):
         wanted, here = (utils.flag_value(tuple(size)) for size in (about["input_size"], data.input_size))
         raise BadInput(f"the teacher sees images of {wanted} pixels, here they are {here}; give --input_size {wanted}")
     model = on_channels_last(model).to(device).eval().requires_grad_(False)
-    plain_attention_on_cpu(model, device, utils.amp_dtype(args.amp, device))
+    plain_attention_on_cpu(model, device, amp_dtype(args.amp, device))
     here, there = (
         torch.tensor([mean, std], device=device)[:, :, None, None]
         for mean, std in ((data.mean, data.std), (about["mean"], about["std"]))

@@ -29,7 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import utils
 from datasets import Split
-from engine import TrainingStep, train_one_epoch
+from engine import TrainingStep, autocast, train_one_epoch
 from inspection.attention import attention_rows, set_fused_attention
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import SIZES, DynamicViT
@@ -123,7 +123,7 @@ def inference(model, images, device, dtype=None, compiled=False):
     model = compiled_model(model, compiled)
 
     def run():
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.no_grad(), autocast(device, dtype):
             model(images)
 
     return run

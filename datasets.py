@@ -167,7 +167,7 @@ def check_number(i, count):
 
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
     if name == "DIGITS":
-        images, labels, classes = _read_digits(train)
+        images, labels, classes = read_digits(train)
     elif name == "DIGITS_SCENES":
         (images, labels, _), classes = scenes(train), CLASSES
     else:
@@ -202,7 +202,7 @@ def _read_cifar(name, path, train):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
-def _read_digits(train):
+def read_digits(train):
     """As 32 x 32 RGB."""
     digits, labels = scans(train)
     small = torch.from_numpy(digits).float()[:, None] * (255 / 16)
@@ -335,21 +335,21 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 @cache
-def _channels(values, device):
+def channels(values, device):
     """(3, 1, 1); made once, since the way to a GPU waits for it."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def normalise(images: Tensor, mean, std) -> Tensor:
     """uint8 or float images in 0..255 -> float, mean 0 and standard deviation 1 over the training set."""
-    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    mean, std = (channels(tuple(values), images.device) for values in (mean, std))
     scale = 1 / (255 * std)
     return images.float().mul_(scale).sub_(mean * 255 * scale)
 
 
 def denormalise(images: Tensor, mean, std) -> Tensor:
     """The inverse of `normalise`: uint8, as a person would see them."""
-    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    mean, std = (channels(tuple(values), images.device) for values in (mean, std))
     images = (images * std + mean) * 255
     return images.round().clamp(0, 255).to(torch.uint8)
 

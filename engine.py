@@ -34,6 +34,10 @@ def peak_rate(optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+
+
 @dataclass
 class TrainingStep:
     """What an optimizer step takes, and how it is taken.
@@ -63,7 +67,7 @@ class TrainingStep:
         if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2's no_sync
             self.model.set_requires_gradient_sync(last)
         with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
-            with torch.autocast(images.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            with autocast(images.device, self.amp_dtype):
                 more = () if self.teacher is None else (self._teacher_logits(images),)
                 loss = self.criterion(self.model(images), labels, *more)
             (loss if self.scaler is None else self.scaler.scale(loss)).div(of).backward()
@@ -138,7 +142,7 @@ def train_one_epoch(
     first_update = step - start.batch // accum if start.first_update is None else start.first_update
     parts.model.train()
     watch = Watch(title, parts.optimizer, skip_bad, start.sums["skipped"] if start.sums else 0)
-    progress = _Progress(title, len(batches), parts.optimizer, watch, start.batch, start.sums)
+    progress = Progress(title, len(batches), parts.optimizer, watch, start.batch, start.sums)
     for i, (images, labels) in enumerate(progress.timed(batches), start.batch):
         if last_step is not None and step >= last_step:
             break
@@ -221,7 +225,7 @@ class Watch:
         return NotFinite(f"{where}, norm of the gradient {float(norm):.3g}, learning rate {lr:.3g}", batch)
 
 
-class _Progress:
+class Progress:
     """Sums loss and gradient norms on the device; reads them, which waits for the device, only to show them: twice a
     second on a terminal, in a line each half minute elsewhere."""
 

@@ -22,7 +22,7 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
 from datasets import DATA_SETS, DIGITS
-from engine import TrainingStep, train_one_epoch
+from engine import TrainingStep, autocast, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.labels import class_map
 from models_dynamic import SIZES
@@ -350,7 +350,7 @@ def throughput(args, device, rounds=5, steps=5):
         done = train_one_epoch(step, batches)
         trained.append(done["images"] / done["seconds"])
         step.model.eval()
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.no_grad(), autocast(device, dtype):
             start = time.perf_counter()
             for _ in range(steps):
                 logits = step.model(images)

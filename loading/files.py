@@ -39,7 +39,7 @@ def load_file_data(
     """
     parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels, classes)
     if bad_images == "skip":
-        parts |= {part: _readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
+        parts |= {part: readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
     train, val = held_out(name, parts, classes, val_size)
     imagenets = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     mean, std = imagenets if name in FOLDERS else channel_statistics(train.images)
@@ -47,14 +47,19 @@ def load_file_data(
     return ImageData(name, classes, input_size, mean, std, train, val, parts["test"], crop, origin)
 
 
-def _readable(split, part, classes, at_once=10_000) -> Split:
-    """A split without the images that cannot be read. Each process reads its share, and all leave out the same."""
+def readable(split, part, classes, at_once=10_000) -> Split:
+    """A split without the images that cannot be read. Each process reads its share, and all leave out the same.
+
+    Args:
+        part: of the data, for messages.
+        at_once: images of each process between two exchanges, so that none waits for the others longer than a
+            collective of NCCL may take.
+    """
     errors, ranks = {}, utils.world_size()
 
     def decode(i):
         read_image(os.fsdecode(split.images[i]), split.max_pixels, draft=True)
 
-    # In pieces, so that no process waits for the others longer than a collective of NCCL may take.
     for start in range(0, len(split), at_once * ranks):
         numbers = range(start + utils.rank(), min(start + at_once * ranks, len(split)), ranks)
         for found in utils.gather(failures(decode, numbers, f"checking images from {start} on")):

@@ -366,7 +366,7 @@ def contained(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
     monkeypatch.setattr(setup, "make_deterministic", lambda: None)
-    monkeypatch.setattr(datasets, "_read_digits", cache(datasets._read_digits))
+    monkeypatch.setattr(datasets, "read_digits", cache(datasets.read_digits))
 
 
 @pytest.fixture

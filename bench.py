@@ -39,6 +39,7 @@ from training.setup import amp_dtype, plain_attention_on_cpu
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 SMALL, CIFAR = "dynamic_vit_small_patch16_224", "dynamic_vit_cifar"
 FOREIGN = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3")
+COMPILED = "default"  # torch.compile's mode
 RACE = 5.0  # seconds after which a race ends, if it has had three rounds
 LABEL = {SMALL: "224/16 width 384", CIFAR: "32/4 width 192", "dynamic_vit_tiny_patch16_224": "224/16 width 192",
          "dynamic_vit_base_patch16_224": "224/16 width 768"}  # fmt: skip
@@ -103,24 +104,19 @@ def random_batch(size, batch, device):
     return torch.randn(batch, 3, pixels, pixels, device=device), torch.randint(classes, (batch,), device=device)
 
 
-def compiled_model(model, compiled):
-    """`compiled`: False, True, or a mode of torch.compile, such as 'reduce-overhead' for CUDA graphs."""
-    return torch.compile(model, mode=None if compiled is True else compiled) if compiled else model
-
-
-def training(model, batches, device, dtype=None, compiled=False):
-    """A function that takes a training step with each batch: the engine's, with AdamW."""
+def training(model, batches, device, dtype=None, mode=None):
+    """A function that takes a training step with each batch: the engine's, with AdamW. `mode`: of torch.compile."""
     plain_attention_on_cpu(model, device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
-    model = compiled_model(model, compiled)
+    model = torch.compile(model, mode=mode) if mode else model
     schedule = CosineLRScheduler(optimizer, t_initial=2)  # counts epochs, and is not told of any
     step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, schedule, amp_dtype=dtype)
     return lambda: train_one_epoch(step, batches)
 
 
-def inference(model, images, device, dtype=None, compiled=False):
+def inference(model, images, device, dtype=None, mode=None):
     model.eval()
-    model = compiled_model(model, compiled)
+    model = torch.compile(model, mode=mode) if mode else model
 
     def run():
         with torch.no_grad(), autocast(device, dtype):
@@ -166,7 +162,7 @@ def compile_rows(args, device):
     low = amp_dtype("auto", device)
     for size, count in sizes_here(args, device).items():
         batch, name = [random_batch(size, count, device)], f"training {LABEL[size]}, {precision(low)}, compiled"
-        compiled, its = (training(make(size, device), batch, device, low, compiled=True) for make in (ours, timms))
+        compiled, its = (training(make(size, device), batch, device, low, mode=COMPILED) for make in (ours, timms))
         plain = training(ours(size, device), batch, device, low)
         yield Race(f"{name}, against not compiled", compiled, plain, "", count)
         yield Race(f"{name}, against timm compiled", compiled, its, "", count)
@@ -179,7 +175,7 @@ def infer_rows(args, device):
         images, name = random_batch(size, count, device)[0], f"inference {LABEL[size]}, {precision(low)}"
         mine, its = (inference(make(size, device), images, device, low) for make in (ours, timms))
         yield Race(f"{name}, against timm", mine, its, ">= 1.05", count)
-        mine, its = (inference(make(size, device), images, device, low, compiled=True) for make in (ours, timms))
+        mine, its = (inference(make(size, device), images, device, low, mode=COMPILED) for make in (ours, timms))
         yield Race(f"{name}, compiled, against timm compiled", mine, its, "", count)
 
 
@@ -196,9 +192,9 @@ def graph_rows(args, device):
     for size, count in sizes_here(args, device).items() if device.type == "cuda" else ():
         batch = random_batch(size, count, device)
         name = f"{LABEL[size]}, {precision(low)}, CUDA graphs, against compiled without"
-        mine, plain = (inference(ours(size, device), batch[0], device, low, mode) for mode in (graphs, True))
+        mine, plain = (inference(ours(size, device), batch[0], device, low, mode) for mode in (graphs, COMPILED))
         yield Race(f"inference {name}", mine, plain, "", count)
-        mine, plain = (training(ours(size, device), [batch], device, low, mode) for mode in (graphs, True))
+        mine, plain = (training(ours(size, device), [batch], device, low, mode) for mode in (graphs, COMPILED))
         yield Race(f"training {name}", mine, plain, "", count)
 
 

@@ -79,80 +79,75 @@ def get_parser():
         epilog="Defaults are those of --recipe: see also --recipe deit3 --help.",
     )
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
-    group.add_argument("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
-    group.add_argument("--overwrite", action="store_true", help="train anew though a run is there")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE"
-    )
-    group.add_argument(
-        "--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir"
-    )
-    group.add_argument("--throughput", action="store_true", help="only measure images/s, on random images")
-    group.add_argument("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
+    flag = parser.add_argument_group("what to do").add_argument
+    flag("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
+    flag("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
+    flag("--overwrite", action="store_true", help="train anew though a run is there")
+    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE")
+    flag("--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir")
+    flag("--throughput", action="store_true", help="only measure images/s, on random images")
+    flag("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
-    group.add_argument(
+    flag = group.add_argument
+    flag("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
+    flag(
         "--data_path", help="folder with train/ and val/, folders or tar files of a class each; or wds/FOLDER, "
         "hfds/NAME, torch/NAME, see docs/IMAGENET.md (default: ./data/imagenet, ./data/CIFAR10, ./data/CIFAR100)",
     )  # fmt: skip
-    group.add_argument(
+    flag(
         "--class_map", metavar="FILE", help="the classes, one a line in the order of the labels, perhaps fewer than "
         "the data have; or a .txt that timm has, as mini_imagenet_synsets.txt",
     )  # fmt: skip
     flags.add_data_flags(group)
-    group.add_argument("--aa", help="timm's augmentation policy, or none")
-    group.add_argument("--color_jitter", type=number(float, 0), help="strength; only without --aa")
-    group.add_argument("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
-    group.add_argument("--src", **switch, help="simple random crop in place of the random resized crop")
-    group.add_argument("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
-    group.add_argument(
+    flag("--aa", help="timm's augmentation policy, or none")
+    flag("--color_jitter", type=number(float, 0), help="strength; only without --aa")
+    flag("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
+    flag("--src", **switch, help="simple random crop in place of the random resized crop")
+    flag("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
+    flag(
         "--interpolation", "--train_interpolation", choices=("bicubic", "bilinear", "lanczos", "random"),
         help="of resizing (default: bicubic); in evaluation, random is bicubic",
     )  # fmt: skip
-    group.add_argument("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
-    group.add_argument("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
+    flag("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
+    flag("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
                        help="share of CutMix, where both are on")  # fmt: skip
-    group.add_argument(
+    flag(
         "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side that evaluation sees "
         "(default: the recipe's; 1 for CIFAR and DIGITS)",
     )  # fmt: skip
-    group.add_argument(
-        "--num_workers", type=number(int, 0, 1024), help="reading processes (default: CPU cores, at most 10)"
-    )
+    flag("--num_workers", type=number(int, 0, 1024), help="reading processes (default: CPU cores, at most 10)")
 
     group = flags.add_model_flags(parser)
-    group.add_argument("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
-    group.add_argument(
-        "--dist_pos", type=utils.position, default=argparse.SUPPRESS, help="block of DeiT's distillation token (none)"
-    )
+    flag = group.add_argument
+    flag("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
+    flag("--dist_pos", type=utils.position, help="block of DeiT's distillation token (none)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
-    group.add_argument("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
-    group.add_argument("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
-    group.add_argument("--min_lr", type=number(float, 0), help="where the cosine ends")
-    group.add_argument("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
-    group.add_argument("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
+    flag = group.add_argument
+    flag("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
+    flag("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
+    flag("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
+    flag("--min_lr", type=number(float, 0), help="where the cosine ends")
+    flag("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
+    flag("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
     flags.add_training_flags(group)
 
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher_model", metavar="NAME", help="one of timm's models")
-    group.add_argument(
+    flag = parser.add_argument_group("distillation").add_argument
+    flag("--teacher_model", metavar="NAME", help="one of timm's models")
+    flag(
         "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project (default: timm's download)"
     )
-    group.add_argument("--distillation_type", choices=("none", "soft", "hard"), default="none")
-    group.add_argument("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
-    group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
+    flag("--distillation_type", choices=("none", "soft", "hard"), default="none")
+    flag("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
+    flag("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
 
-    group = flags.add_machine_flags(parser)
-    group.add_argument(
+    flag = flags.add_machine_flags(parser).add_argument
+    flag(
         "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
         "and optimizer state, for models that outgrow one device (FSDP2)",
     )  # fmt: skip
-    group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more work")
+    flag("--grad_checkpointing", action="store_true", help="less memory, a third more work")
     return parser
 
 

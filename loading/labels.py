@@ -45,14 +45,13 @@ def labels_of(names, place) -> list[str] | list[int]:
     if len(rows[0]) == 1:
         if len(rows) != len(names):
             raise BadInput(f"{file} has {len(rows)} lines, {place} has {len(names)} images; give a line for each")
-        order = {name: row[0] for name, row in zip(names, rows)}
+        labels = [label for (label,) in rows]
     else:
         order = {Path(name).stem: label for name, label in rows}
         lacking = next((name for name in names if Path(name).stem not in order), None)
         if lacking:
             raise BadInput(f"{file} has no line for {lacking}")
-        order = {name: order[Path(name).stem] for name in names}
-    labels = [order[name] for name in names]
+        labels = [order[Path(name).stem] for name in names]
     return [int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels
 
 

@@ -240,7 +240,9 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     }  # fmt: skip
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
-    broadcast_buffers(run.model)
+    if dist.is_initialized():  # batch norm's statistics are otherwise each process's own
+        for buffer in run.model.buffers():
+            dist.broadcast(buffer, 0)
 
     def validated(model):
         with gathered(model):
@@ -253,13 +255,6 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
             scored = validated(ema.module)
         metrics |= {"val_loss": scored["loss"], "val_top1": scored["top1"], "val_top5": scored["top5"]}
     return metrics
-
-
-def broadcast_buffers(model):
-    """Give all processes the buffers of the first one: batch norm's statistics are otherwise each process's own."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def epoch_line(title, metrics) -> str:

@@ -59,11 +59,8 @@ def load(args):
     """(model in eval mode, description of its images with `crop_pct` and the names of its classes)."""
     if args.model_path.startswith(SOURCES):
         model = create(args.model_path, args.weights, args.input_size)
-        data, subset = (
-            data_of(model, args.input_size or model.pretrained_cfg["input_size"][1:]),
-            infer_imagenet_subset(model),
-        )
-        if subset:
+        data = data_of(model, args.input_size or model.pretrained_cfg["input_size"][1:])
+        if subset := infer_imagenet_subset(model):
             data["classes"] = ImageNetInfo(subset).label_names()
     elif args.weights or args.input_size:
         raise BadInput("--weights and --input_size are for a model of timm's, as timm:NAME; leave them out")

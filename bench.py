@@ -57,7 +57,6 @@ class Race:
 
 
 def measured(name, unit, ours, peer, target="") -> dict:
-    """A row of two numbers."""
     return {"name": name, "unit": unit, "ours": ours, "peer": peer, "ratio": ours / peer, "target": target}
 
 

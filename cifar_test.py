@@ -37,9 +37,10 @@ def test_model(
     folder = utils.writable_folder(output_dir) if confusion or errors else None
     model, checkpoint = load_model(model_path)
     data = checkpoint["data"]
+    device = device or utils.pick_device()
     result, split = score(
-        model, checkpoint, data_path, device or utils.pick_device(), batch_size, 0, True, max_pixels
-    )  # fmt: skip
+        model, checkpoint, data_path, device, batch_size, keep_predictions=True, max_pixels=max_pixels
+    )
     accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
     say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
     if utils.world_size() == 1:

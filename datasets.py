@@ -25,6 +25,7 @@ CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # an
 ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIFAR100"}
 TEST_SIZE = 0.1  # of class folders without train/
 MAX_PIXELS = 200_000_000  # of an image file that is read
+WHOLE_IMAGE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of a description of data without these keys
 BAD_IMAGES = ("error", "skip")
 
 
@@ -48,7 +49,6 @@ class Split:
             ) from None
 
     def part(self, numbers):
-        """The images with these numbers."""
         return replace(self, images=self.images[numbers], labels=self.labels[numbers])
 
 

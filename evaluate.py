@@ -16,10 +16,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 import utils
 from checkpoints.models import load_model
+from datasets import WHOLE_IMAGE
 from inspection.foreign import SOURCES, create, data_of
 from loading.decode import add_max_pixels
 from training.evaluation_sets import FILES, read_set, result_row, score_set, write_results
-from training.teachers import WHOLE, on_channels_last
+from training.setup import on_channels_last
 from utils import BadInput, number, say
 
 
@@ -66,7 +67,7 @@ def load(args):
         raise BadInput("--weights and --input_size are for a model of timm's, as timm:NAME; leave them out")
     else:
         model, checkpoint = load_model(args.model_path)
-        data = WHOLE | checkpoint["data"]
+        data = WHOLE_IMAGE | checkpoint["data"]
     if not data["classes"]:
         raise BadInput(f"the classes of {args.model_path} have no names; give a model of ImageNet's, or a checkpoint")
     return on_channels_last(model), data | ({"crop_pct": args.eval_crop_ratio} if args.eval_crop_ratio else {})

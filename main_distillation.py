@@ -17,11 +17,12 @@ from statistics import median
 
 import timm
 import torch
+from timm.utils import random_seed
 
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
-from datasets import DATA_SETS, DIGITS
+from datasets import DATA_SETS, DIGITS, WHOLE_IMAGE
 from engine import TrainingStep, autocast, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.labels import class_map
@@ -39,11 +40,12 @@ from training.setup import (
     load_finetune,
     make_optimizer,
     make_step,
+    on_channels_last,
     plain_attention_on_cpu,
     report_run,
     start,
 )
-from training.teachers import WHOLE, check_whole, images_of, make_teacher, on_channels_last
+from training.teachers import check_whole, images_of, make_teacher
 from utils import BadInput, number, say
 
 # DeiT (arXiv 2012.12877, table 9). AdamW at 5e-4 for each 512 images a step.
@@ -78,7 +80,6 @@ def get_parser():
         description="Train a Vision Transformer whose tokens enter at chosen blocks, or one of timm's models.",
         epilog="Defaults are those of --recipe: see also --recipe deit3 --help.",
     )
-    switch = dict(action=argparse.BooleanOptionalAction, default=False)
     flag = parser.add_argument_group("what to do").add_argument
     flag("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
     flag("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
@@ -87,7 +88,21 @@ def get_parser():
     flag("--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir")
     flag("--throughput", action="store_true", help="only measure images/s, on random images")
     flag("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
+    add_image_flags(parser)
+    add_model_and_training_flags(parser)
+    flag = flags.add_machine_flags(parser).add_argument
+    flag(
+        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
+        "and optimizer state, for models that outgrow one device (FSDP2)",
+    )  # fmt: skip
+    flag("--grad_checkpointing", action="store_true", help="less memory, a third more work")
+    return parser
 
+
+SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)
+
+
+def add_image_flags(parser):
     group = parser.add_argument_group("data")
     flag = group.add_argument
     flag("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
@@ -102,14 +117,14 @@ def get_parser():
     flags.add_data_flags(group)
     flag("--aa", help="timm's augmentation policy, or none")
     flag("--color_jitter", type=number(float, 0), help="strength; only without --aa")
-    flag("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
-    flag("--src", **switch, help="simple random crop in place of the random resized crop")
+    flag("--ThreeAugment", **SWITCH, help="DeiT III's grey, solarize or blur in place of --aa")
+    flag("--src", **SWITCH, help="simple random crop in place of the random resized crop")
     flag("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
     flag(
         "--interpolation", "--train_interpolation", choices=("bicubic", "bilinear", "lanczos", "random"),
         help="of resizing (default: bicubic); in evaluation, random is bicubic",
     )  # fmt: skip
-    flag("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
+    flag("--repeated_aug", **SWITCH, help="three draws of each image, of a third of the images")
     flag("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
                        help="share of CutMix, where both are on")  # fmt: skip
     flag(
@@ -118,6 +133,8 @@ def get_parser():
     )  # fmt: skip
     flag("--num_workers", type=number(int, 0, 1024), help="reading processes (default: CPU cores, at most 10)")
 
+
+def add_model_and_training_flags(parser):
     group = flags.add_model_flags(parser)
     flag = group.add_argument
     flag("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
@@ -126,10 +143,10 @@ def get_parser():
     group = parser.add_argument_group("training")
     flag = group.add_argument
     flag("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
-    flag("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
+    flag("--unscale_lr", **SWITCH, help="--lr as it is, whatever the number of images a step")
     flag("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
     flag("--min_lr", type=number(float, 0), help="where the cosine ends")
-    flag("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
+    flag("--bce_loss", **SWITCH, help="binary cross-entropy, each class by itself")
     flag("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
     flags.add_training_flags(group)
 
@@ -141,14 +158,6 @@ def get_parser():
     flag("--distillation_type", choices=("none", "soft", "hard"), default="none")
     flag("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
     flag("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
-
-    flag = flags.add_machine_flags(parser).add_argument
-    flag(
-        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
-        "and optimizer state, for models that outgrow one device (FSDP2)",
-    )  # fmt: skip
-    flag("--grad_checkpointing", action="store_true", help="less memory, a third more work")
-    return parser
 
 
 def parse(argv=None):
@@ -227,7 +236,7 @@ def read_data(args):
 
 def make_model(args, num_classes, resume=None):
     """The model of the flags, on the CPU, with the weights of --finetune unless it gets those of a resumed run."""
-    utils.seed_everything(args.seed)
+    random_seed(args.seed)
     model, new = build_model(args, num_classes), []
     if args.finetune and not args.throughput and (args.attn_only or not resume):  # --attn_only asks what is new
         new = load_finetune(model, args.finetune).new
@@ -252,7 +261,7 @@ def train(args, device):
         teacher = make_teacher(args, data, device)
         model = make_model(args, len(data.classes), resume)
         report_run(model, data)
-        utils.seed_everything(args.seed + utils.rank())
+        random_seed(args.seed, utils.rank())
         model.to(device)
         batches, val_batches = make_loaders(args, data, device)
         step = make_step(args, model, batches, len(data.classes), teacher)
@@ -261,7 +270,6 @@ def train(args, device):
 
 
 def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
-    """Batches to train on, and to validate on."""
     transform = picture_transform(
         data.input_size, args.aa, args.color_jitter, args.hflip, args.interpolation, args.ThreeAugment, args.src,
         args.no_aug,
@@ -283,7 +291,7 @@ def test(path, args, device):
     if args.eval:
         check_same_model(path, checkpoint, asked_model(args), "leave these flags out")
         if args.asked_crop:
-            checkpoint["data"] = WHOLE | checkpoint["data"] | args.asked_crop
+            checkpoint["data"] = WHOLE_IMAGE | checkpoint["data"] | args.asked_crop
     _print_score("Accuracy", model, checkpoint, args, device)
     if checkpoint.get("ema"):
         model.load_state_dict(checkpoint["ema"])

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import secrets
 import signal
 import sys
@@ -16,7 +15,6 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -264,7 +262,6 @@ def say(*words):
 
 
 def barrier():
-    """Wait for the other processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -313,13 +310,6 @@ def full_precision():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def seed_everything(seed):
-    """Seed Python, NumPy (Mixup draws from it) and torch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 # Files -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class LoadReport(NamedTuple):
 # What a model may lack or have in addition without being another model.
 _OPTIONAL = (*TOKENS, *HEADS)
 # Of pretraining, and what stands behind the blocks: no map needs it.
-_BESIDE = re.compile(
+_UNUSED = re.compile(
     r"(mask_token$|decoder|predictor|projector|pooler|attn_pool|fc_norm|last_layer|dino|ibot|lm_head|local_cls_norm)"
     r"|rope_embed\.periods$|head\.(?!(weight|bias)$)"
 )
@@ -70,7 +70,7 @@ def match_to_model(model: nn.Module, checkpoint: dict, weights_key=None) -> tupl
         state = find_weights(checkpoint, weights_key, PATCHES if PATCHES in own else next(iter(own)))
         state, resampled, heads = _timm_state(state, model)
         optional = heads
-    left_out = [n for n in state if n not in own and (n in optional or _BESIDE.match(n))]
+    left_out = [n for n in state if n not in own and (n in optional or _UNUSED.match(n))]
     left_out += [n for n in heads if n in state and n in own and state[n].shape != own[n].shape]
     state = {n: t for n, t in state.items() if n not in left_out}
     misfits = [f"{n} {shape_text(t)} is unknown here" for n, t in state.items() if n not in own]

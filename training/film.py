@@ -151,7 +151,6 @@ def token_maps(model: DynamicViT, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def _epochs(folder) -> list[Path]:
-    """The .npz files in order."""
     files = [file for file in folder.glob("epoch_*.npz") if EPOCH.fullmatch(file.name)]
     return sorted(files, key=lambda file: int(file.stem.removeprefix("epoch_")))
 

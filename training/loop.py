@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -240,9 +239,8 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     }  # fmt: skip
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
-    if dist.is_initialized():  # batch norm's statistics are otherwise each process's own
-        for buffer in run.model.buffers():
-            dist.broadcast(buffer, 0)
+    if utils.world_size() > 1:
+        distribute_bn(run.model, utils.world_size())  # from the first process: each has its own statistics
 
     def validated(model):
         with gathered(model):

@@ -21,18 +21,18 @@ from training import run_folder
 from training.run_log import plain_args, selection_key
 from utils import BadInput, say
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, of FSDP in the first process only
+WHOLE_TENSORS = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of FSDP, in the first process only
 
 
 def weights_of(model) -> dict:
     """The model's state dict; all processes of FSDP have a part in it, and the first one gets it."""
-    return get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else model.state_dict()
+    return get_model_state_dict(model, options=WHOLE_TENSORS) if isinstance(model, FSDPModule) else model.state_dict()
 
 
 def load_weights_of(model, weights: dict):
     """Put a state dict, which every process has, into a model or its shares."""
     if isinstance(model, FSDPModule):
-        set_model_state_dict(model, dict(weights), options=WHOLE)
+        set_model_state_dict(model, dict(weights), options=WHOLE_TENSORS)
     else:
         model.load_state_dict(weights)
 
@@ -158,7 +158,7 @@ class TrainingState:
         """The optimizer's state dict, whose parameters are numbers; torch's functions for FSDP have names there."""
         if not isinstance(self.model, FSDPModule):
             return self.optimizer.state_dict()
-        named = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE).get("state", {})
+        named = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_TENSORS).get("state", {})
         state = {i: named[name] for i, name in enumerate(self._parameters()) if name in named}
         return self.optimizer.state_dict() | {"state": state}
 
@@ -169,7 +169,7 @@ class TrainingState:
         state = {names[i]: of_parameter for i, of_parameter in saved["state"].items()}
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
         named = {"state": state, "param_groups": groups}
-        set_optimizer_state_dict(self.model, self.optimizer, named, options=WHOLE)
+        set_optimizer_state_dict(self.model, self.optimizer, named, options=WHOLE_TENSORS)
         for group, old in zip(self.optimizer.param_groups, saved["param_groups"]):  # torch has made lists of tuples
             group.update((key, value) for key, value in old.items() if key != "params")
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from PIL import Image
+from timm.utils import random_seed
 
 import cifar_main
 import utils
@@ -65,7 +66,7 @@ class Machine:
 
 def prepared(args, device, count, compiled=False):
     """(a training step, its batches): images of a colour for each class in noise, on the device."""
-    utils.seed_everything(0)
+    random_seed(0)
     model = build_model(args, 10).to(device)
     labels = torch.arange(count) % 10
     colours = torch.rand(10, 3, 1, 1) * 128

@@ -159,12 +159,6 @@ def select_classes(split, classes, wanted) -> Split:
     return replace(split.part(kept.tolist()), labels=labels[kept])
 
 
-def check_number(i, count):
-    """Raise BadInput unless there is an image `i`."""
-    if not 0 <= i < count:
-        raise BadInput(f"there is no image {i}: the images are 0..{count - 1}")
-
-
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
     if name == "DIGITS":
         images, labels, classes = read_digits(train)

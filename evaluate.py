@@ -8,7 +8,6 @@ A set is NAME=PATH: images in class folders, in tar files, or what else --data_p
 Writes results-NAME.csv, one for each set, with a row for each model.
 """
 
-import os
 import re
 from argparse import ArgumentTypeError
 
@@ -18,7 +17,7 @@ import utils
 from checkpoints.models import load_model
 from datasets import WHOLE_IMAGE
 from inspection.foreign import SOURCES, create, data_of
-from loading.decode import add_max_pixels
+from loading.decode import THREADS, add_max_pixels
 from training.evaluation_sets import FILES, read_set, result_row, score_set, write_results
 from training.setup import on_channels_last
 from utils import BadInput, number, say
@@ -50,7 +49,7 @@ def get_parser():
         "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side (default: the model's)"
     )
     parser.add_argument("--batch_size", type=number(int, 1), default=128, help="images at a time, in each process")
-    parser.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--num_workers", type=number(int, 0, 1024), default=THREADS)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add_max_pixels(parser)
     return parser

@@ -89,6 +89,10 @@ def printable(text) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def shortened(text, letters) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
 def _fail(message, status):
     kind = "error: " if status in (1, 2) else ""  # not for what a user has stopped
     line = printable(" ".join(str(message).split()))

@@ -16,8 +16,7 @@ LETTERS = 12  # of a class name
 
 
 def short(k, classes) -> str:
-    name = class_name(k, classes)
-    return name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
+    return utils.shortened(class_name(k, classes), LETTERS)
 
 
 def print_confusion(counts: np.ndarray, classes, per_class, confusion):

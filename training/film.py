@@ -101,7 +101,7 @@ class Film:
             maps = token_maps(self.model, self.images)
             logits = self.model.eval()(self.images).cpu()
         self.model.train(training)
-        classes = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in self.data["classes"]]
+        classes = [utils.shortened(name, LETTERS) for name in self.data["classes"]]
         captions = [
             f"true: {inputs.class_name(label, classes)}, {inputs.prediction(row, classes)}"
             for label, row in zip(self.labels, logits)

@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 import utils
 from datasets import MAX_PIXELS, WHOLE_IMAGE, Split, normalise
-from loading.decode import fit_image, note_unreadable, read_picture
+from loading.decode import THREADS, fit_image, note_unreadable, read_picture
 from loading.folders import image_files, note_left_out
 from utils import BadInput
 
 TOP = 5  # classes of each image that are written
-THREADS = min(8, os.cpu_count() or 1)
 
 
 def write_predictions(model, checkpoint, folder, path, device, batch_size, max_pixels=MAX_PIXELS) -> int:

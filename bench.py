@@ -29,15 +29,17 @@ from torchvision.transforms.functional import to_pil_image
 
 import utils
 from datasets import Split
-from engine import TrainingStep, train_one_epoch
+from engine import TrainingStep, autocast, train_one_epoch
 from inspection.attention import attention_rows, set_fused_attention
 from loading.memory import MemoryLoader, TrainTransform
-from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu
-from training.run_log import environment
+from models_dynamic import SIZES, DynamicViT
+from training.run_log import environment, peak_memory, reset_peak_memory
+from training.setup import amp_dtype, plain_attention_on_cpu
 
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 SMALL, CIFAR = "dynamic_vit_small_patch16_224", "dynamic_vit_cifar"
 FOREIGN = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3")
+COMPILED = "default"  # torch.compile's mode
 RACE = 5.0  # seconds after which a race ends, if it has had three rounds
 LABEL = {SMALL: "224/16 width 384", CIFAR: "32/4 width 192", "dynamic_vit_tiny_patch16_224": "224/16 width 192",
          "dynamic_vit_base_patch16_224": "224/16 width 768"}  # fmt: skip
@@ -55,7 +57,6 @@ class Race:
 
 
 def measured(name, unit, ours, peer, target="") -> dict:
-    """A row of two numbers."""
     return {"name": name, "unit": unit, "ours": ours, "peer": peer, "ratio": ours / peer, "target": target}
 
 
@@ -102,27 +103,22 @@ def random_batch(size, batch, device):
     return torch.randn(batch, 3, pixels, pixels, device=device), torch.randint(classes, (batch,), device=device)
 
 
-def compiled_model(model, compiled):
-    """`compiled`: False, True, or a mode of torch.compile, such as 'reduce-overhead' for CUDA graphs."""
-    return torch.compile(model, mode=None if compiled is True else compiled) if compiled else model
-
-
-def training(model, batches, device, dtype=None, compiled=False):
-    """A function that takes a training step with each batch: the engine's, with AdamW."""
+def training(model, batches, device, dtype=None, mode=None):
+    """A function that takes a training step with each batch: the engine's, with AdamW. `mode`: of torch.compile."""
     plain_attention_on_cpu(model, device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
-    model = compiled_model(model, compiled)
+    model = torch.compile(model, mode=mode) if mode else model
     schedule = CosineLRScheduler(optimizer, t_initial=2)  # counts epochs, and is not told of any
     step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, schedule, amp_dtype=dtype)
     return lambda: train_one_epoch(step, batches)
 
 
-def inference(model, images, device, dtype=None, compiled=False):
+def inference(model, images, device, dtype=None, mode=None):
     model.eval()
-    model = compiled_model(model, compiled)
+    model = torch.compile(model, mode=mode) if mode else model
 
     def run():
-        with torch.no_grad(), utils.autocast(device, dtype):
+        with torch.no_grad(), autocast(device, dtype):
             model(images)
 
     return run
@@ -145,7 +141,7 @@ def precision(dtype) -> str:
 
 def train_rows(args, device):
     """Training steps: against timm's; late tokens; the lower precision of this machine."""
-    low = utils.amp_dtype("auto", device)
+    low = amp_dtype("auto", device)
     for size, count in sizes_here(args, device).items():
         batch, name = [random_batch(size, count, device)], f"training {LABEL[size]}, fp32"
         mine = training(ours(size, device), batch, device)
@@ -162,10 +158,10 @@ def train_rows(args, device):
 
 def compile_rows(args, device):
     """Training steps with torch.compile, in the precision of training."""
-    low = utils.amp_dtype("auto", device)
+    low = amp_dtype("auto", device)
     for size, count in sizes_here(args, device).items():
         batch, name = [random_batch(size, count, device)], f"training {LABEL[size]}, {precision(low)}, compiled"
-        compiled, its = (training(make(size, device), batch, device, low, compiled=True) for make in (ours, timms))
+        compiled, its = (training(make(size, device), batch, device, low, mode=COMPILED) for make in (ours, timms))
         plain = training(ours(size, device), batch, device, low)
         yield Race(f"{name}, against not compiled", compiled, plain, "", count)
         yield Race(f"{name}, against timm compiled", compiled, its, "", count)
@@ -173,12 +169,12 @@ def compile_rows(args, device):
 
 def infer_rows(args, device):
     """Forward passes, and compiled: in fp32, on a GPU in its lower precision."""
-    low = utils.amp_dtype("auto", device) if device.type == "cuda" else None
+    low = amp_dtype("auto", device) if device.type == "cuda" else None
     for size, count in sizes_here(args, device).items():
         images, name = random_batch(size, count, device)[0], f"inference {LABEL[size]}, {precision(low)}"
         mine, its = (inference(make(size, device), images, device, low) for make in (ours, timms))
         yield Race(f"{name}, against timm", mine, its, ">= 1.05", count)
-        mine, its = (inference(make(size, device), images, device, low, compiled=True) for make in (ours, timms))
+        mine, its = (inference(make(size, device), images, device, low, mode=COMPILED) for make in (ours, timms))
         yield Race(f"{name}, compiled, against timm compiled", mine, its, "", count)
 
 
@@ -191,13 +187,13 @@ def maps_rows(args, device):
 
 def graph_rows(args, device):
     """Forward passes and training steps as CUDA graphs, against compiled without."""
-    low, graphs = utils.amp_dtype("auto", device), "reduce-overhead"
+    low, graphs = amp_dtype("auto", device), "reduce-overhead"
     for size, count in sizes_here(args, device).items() if device.type == "cuda" else ():
         batch = random_batch(size, count, device)
         name = f"{LABEL[size]}, {precision(low)}, CUDA graphs, against compiled without"
-        mine, plain = (inference(ours(size, device), batch[0], device, low, mode) for mode in (graphs, True))
+        mine, plain = (inference(ours(size, device), batch[0], device, low, mode) for mode in (graphs, COMPILED))
         yield Race(f"inference {name}", mine, plain, "", count)
-        mine, plain = (training(ours(size, device), [batch], device, low, mode) for mode in (graphs, True))
+        mine, plain = (training(ours(size, device), [batch], device, low, mode) for mode in (graphs, COMPILED))
         yield Race(f"training {name}", mine, plain, "", count)
 
 
@@ -247,10 +243,10 @@ def hooked(name, side, device):
 def peak_of(make, name, side, device) -> float:
     """MiB that a call takes, on top of the model and the imports."""
     function = make(name, side, device)
-    utils.reset_peak_memory(device)
-    before = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else utils.peak_memory(device)
+    reset_peak_memory(device)
+    before = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else peak_memory(device)
     function()
-    return utils.peak_memory(device) - before
+    return peak_memory(device) - before
 
 
 def memory_rows(args, device):
@@ -267,9 +263,9 @@ def apart(function, *args):
 
 def step_memory(make, device) -> float:
     """MiB, on top of the imports."""
-    before = utils.peak_memory(device)
+    before = peak_memory(device)
     training(make(SMALL, device), [random_batch(SMALL, 8, device)], device)()
-    return utils.peak_memory(device) - before
+    return peak_memory(device) - before
 
 
 def pil_transform():
@@ -295,7 +291,7 @@ def load_rows(args, device):
         target if device.type == "cpu" else ">= 100", len(images),
     )  # fmt: skip
     torch.set_num_threads(threads)
-    run = training(ours(CIFAR, device, drop_path_rate=0.1), loader, device, utils.amp_dtype("auto", device))
+    run = training(ours(CIFAR, device, drop_path_rate=0.1), loader, device, amp_dtype("auto", device))
     run()
     yield measured("waiting for data, share of the default CIFAR training", "", run()["data_wait"], 1.0, "<= 0.05")
 

@@ -25,14 +25,12 @@ def get_parser():
         description="Train a Vision Transformer whose tokens enter at chosen blocks, then test it.",
         epilog="The same command again tests the model that is there and changes nothing.",
     )
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--model_path", default="./models/best_model.pth", help="the best model is written here")
-    group.add_argument("--output_dir", help="folder for checkpoint.pth, log.txt and the curves (default: the model's)")
-    group.add_argument("--eval", action="store_true", help="only test the model at --model_path")
-    group.add_argument("--overwrite", action="store_true", help="train anew though a model is there")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE"
-    )
+    flag = parser.add_argument_group("what to do").add_argument
+    flag("--model_path", default="./models/best_model.pth", help="the best model is written here")
+    flag("--output_dir", help="folder for checkpoint.pth, log.txt and the curves (default: the model's)")
+    flag("--eval", action="store_true", help="only test the model at --model_path")
+    flag("--overwrite", action="store_true", help="train anew though a model is there")
+    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE")
 
     flags.add_small_image_flags(parser)
     return parser

@@ -16,7 +16,7 @@ from datasets import MAX_PIXELS
 from inspection.inputs import names_of
 from inspection.pages import write_pdf
 from loading.decode import add_max_pixels
-from training.errors import confusion_figure, error_pages
+from training.errors import confusion_figure, error_pages, print_confusion
 from training.predictions import write_predictions
 from training.scoring import score
 from utils import say
@@ -37,9 +37,10 @@ def test_model(
     folder = utils.writable_folder(output_dir) if confusion or errors else None
     model, checkpoint = load_model(model_path)
     data = checkpoint["data"]
+    device = device or utils.pick_device()
     result, split = score(
-        model, checkpoint, data_path, device or utils.pick_device(), batch_size, 0, True, max_pixels
-    )  # fmt: skip
+        model, checkpoint, data_path, device, batch_size, keep_predictions=True, max_pixels=max_pixels
+    )
     accuracy = f"{result['top1']:.2f}% (top-5 {result['top5']:.2f}%)"
     say(f"Test accuracy: {accuracy} on {result['images']} images of {data['name']}")
     if utils.world_size() == 1:
@@ -47,8 +48,10 @@ def test_model(
     else:
         per_class = confusion = errors = False  # each process has a part of the predictions
     if per_class or confusion:
-        counts = _counts(split.labels, result["predictions"], data["classes"])
-        _print_confusion(counts, data["classes"], per_class, confusion)
+        from sklearn.metrics import confusion_matrix
+
+        counts = confusion_matrix(split.labels, result["predictions"], labels=range(len(data["classes"])))
+        print_confusion(counts, data["classes"], per_class, confusion)
     about = f"{names_of([model_path])[0]}: {accuracy} on {data['name']}"
     if confusion:
         write_pdf(iter([confusion_figure(counts, data["classes"], about)]), folder / "confusion.pdf")
@@ -59,27 +62,6 @@ def test_model(
         write_pdf(error_pages(model, data, split, result["predictions"], errors, about), folder / "errors.pdf")
         say(f"wrote {folder / 'errors.pdf'}")
     return result
-
-
-def _counts(labels, predictions, classes):
-    """(K, K): images of each class, by what was predicted."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(labels, predictions, labels=range(len(classes)))
-
-
-def _print_confusion(counts, classes, per_class, confusion):
-    classes = [utils.printable(name) for name in classes]
-    width = max(map(len, classes))
-    if per_class:
-        print("\nAccuracy of each class")
-        for name, row, right in zip(classes, counts, counts.diagonal()):
-            print(f"  {name:{width}}  {100 * right / max(row.sum(), 1):6.2f}%  ({right} of {row.sum()})")
-    if confusion:
-        cell = max(4, len(str(counts.max())) + 1)
-        print("\nConfusion matrix: rows are true classes, columns the predicted ones in the same order")
-        for name, row in zip(classes, counts):
-            print(f"  {name:{width}} " + "".join(f"{n:{cell}}" for n in row))
 
 
 def predict(args, device):

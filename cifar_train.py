@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from timm.utils import random_seed
+
 import utils
 from datasets import ImageData
 from loading.memory import MemoryLoader, TrainTransform, load_data
@@ -19,12 +21,12 @@ def train_from_flags(args, device, data: ImageData | None = None, until=None) ->
         resume = run_folder.checkpoint_to_resume(args, args.model_path)
         if data is None:
             data = load_data(args.data_set, args.data_path, input_size, **flags.of_data(args))
-        utils.seed_everything(args.seed)
+        random_seed(args.seed)  # Mixup draws from NumPy, for one
         model = build_model(args, len(data.classes))
         if args.finetune and not resume:
             load_finetune(model, args.finetune)
         report_run(model, data)
-        utils.seed_everything(args.seed + utils.rank())
+        random_seed(args.seed, utils.rank())
         return train_model(model, data, args, device, resume, until)
 
 

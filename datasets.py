@@ -25,6 +25,7 @@ CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # an
 ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIFAR100"}
 TEST_SIZE = 0.1  # of class folders without train/
 MAX_PIXELS = 200_000_000  # of an image file that is read
+WHOLE_IMAGE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of a description of data without these keys
 BAD_IMAGES = ("error", "skip")
 
 
@@ -48,7 +49,6 @@ class Split:
             ) from None
 
     def part(self, numbers):
-        """The images with these numbers."""
         return replace(self, images=self.images[numbers], labels=self.labels[numbers])
 
 
@@ -111,19 +111,19 @@ def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Sp
     Args:
         about: a checkpoint's description of its data; its very test images are found again.
     """
-    split, classes = _find_split(name, path, train, about, max_pixels)
-    if about and about.get("class_map"):
+    about = about or {}
+    if name in FOLDERS:
+        split, classes = _split_in_folders(name, path, "train" if train else "test", about, max_pixels)
+    else:
+        split, classes = _small_images(name, path, train)
+    if about.get("class_map"):
         return select_classes(split, classes, about["classes"]), list(about["classes"])
     return split, classes
 
 
-def _find_split(name, path, train, about, max_pixels):
-    if name not in FOLDERS:
-        return _small_images(name, path, train)
-    part, left_out = "train" if train else "test", Counter()
-    folders = find_folders(name, path, about)
+def _split_in_folders(name, path, part, about, max_pixels) -> tuple[Split, list[str]]:
+    folders, left_out = find_folders(name, path, about or None), Counter()
     if "all" in folders:
-        about = about or {}
         parts, classes, origin = _split_classes(path, about.get("test_size"), left_out, max_pixels)
         if about.get("classes") and not about.get("class_map"):
             check_classes(classes, about["classes"], "the images", "the model")
@@ -135,7 +135,7 @@ def _find_split(name, path, train, about, max_pixels):
         split = parts[part]
     else:
         split, classes = _class_folders(folder_of(part, folders, name, path), left_out, max_pixels)
-        classes = classes or (about or {}).get("classes") or numbered([split])
+        classes = classes or about.get("classes") or numbered([split])
     note_left_out(path, left_out)
     return split, classes
 
@@ -159,15 +159,9 @@ def select_classes(split, classes, wanted) -> Split:
     return replace(split.part(kept.tolist()), labels=labels[kept])
 
 
-def check_number(i, count):
-    """Raise BadInput unless there is an image `i`."""
-    if not 0 <= i < count:
-        raise BadInput(f"there is no image {i}: the images are 0..{count - 1}")
-
-
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
     if name == "DIGITS":
-        images, labels, classes = _read_digits(train)
+        images, labels, classes = read_digits(train)
     elif name == "DIGITS_SCENES":
         (images, labels, _), classes = scenes(train), CLASSES
     else:
@@ -202,7 +196,7 @@ def _read_cifar(name, path, train):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
-def _read_digits(train):
+def read_digits(train):
     """As 32 x 32 RGB."""
     digits, labels = scans(train)
     small = torch.from_numpy(digits).float()[:, None] * (255 / 16)
@@ -219,22 +213,23 @@ def find_parts(name, path, val_size, test_size, max_pixels, wanted=None) -> tupl
     Args:
         wanted: classes in the order of their labels; images of others are left out. None: all.
     """
-    parts, classes, origin = _all_parts(name, path, val_size, test_size, max_pixels)
-    if wanted is None:
-        return parts, classes, origin
-    parts = {part: select_classes(split, classes, wanted) for part, split in parts.items()}
-    return parts, list(wanted), origin | {"class_map": True}
-
-
-def _all_parts(name, path, val_size, test_size, max_pixels):
     folders = find_folders(name, path) if name in FOLDERS else {}
     if test_size is not None and "all" not in folders:
         raise BadInput(f"--test_size is for class folders without train/, and {path or name} has its own test images")
     if val_size is not None and "val" in folders:
         raise BadInput(f"--val_size: {folders['val']} is what is held out; leave out that flag, or move that folder")
-    if name not in FOLDERS:
+    if name in FOLDERS:
+        parts, classes, origin = _parts_in_folders(name, path, folders, test_size, max_pixels)
+    else:
         (train, classes), (test, _) = (_small_images(name, path, part) for part in (True, False))
-        return {"train": train, "test": test}, classes, {}
+        parts, origin = {"train": train, "test": test}, {}
+    if wanted is not None:
+        parts = {part: select_classes(split, classes, wanted) for part, split in parts.items()}
+        classes, origin = list(wanted), origin | {"class_map": True}
+    return parts, classes, origin
+
+
+def _parts_in_folders(name, path, folders, test_size, max_pixels) -> tuple[dict[str, Split], list[str], dict]:
     left_out = Counter()
     if "all" in folders:
         parts, classes, origin = _split_classes(path, test_size, left_out, max_pixels)
@@ -335,21 +330,21 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
 
 @cache
-def _channels(values, device):
+def channels(values, device):
     """(3, 1, 1); made once, since the way to a GPU waits for it."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def normalise(images: Tensor, mean, std) -> Tensor:
     """uint8 or float images in 0..255 -> float, mean 0 and standard deviation 1 over the training set."""
-    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    mean, std = (channels(tuple(values), images.device) for values in (mean, std))
     scale = 1 / (255 * std)
     return images.float().mul_(scale).sub_(mean * 255 * scale)
 
 
 def denormalise(images: Tensor, mean, std) -> Tensor:
     """The inverse of `normalise`: uint8, as a person would see them."""
-    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    mean, std = (channels(tuple(values), images.device) for values in (mean, std))
     images = (images * std + mean) * 255
     return images.round().clamp(0, 255).to(torch.uint8)
 

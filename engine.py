@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import RunFailed, autocast, full_precision, is_main, say, sum_over_ranks, world_size
+from utils import RunFailed, full_precision, is_main, say, sum_over_ranks, world_size
 
 LAG = 4  # steps that a GPU may be behind with its answer whether a step was finite, before it is waited for
 
@@ -32,6 +32,10 @@ class NotFinite(RunFailed):
 def peak_rate(optimizer) -> float:
     """The learning rate now; with layer-wise decay that of the last layer, the largest."""
     return max(group["lr"] for group in optimizer.param_groups)
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
 
 
 @dataclass
@@ -138,7 +142,7 @@ def train_one_epoch(
     first_update = step - start.batch // accum if start.first_update is None else start.first_update
     parts.model.train()
     watch = Watch(title, parts.optimizer, skip_bad, start.sums["skipped"] if start.sums else 0)
-    progress = _Progress(title, len(batches), parts.optimizer, watch, start.batch, start.sums)
+    progress = Progress(title, len(batches), parts.optimizer, watch, start.batch, start.sums)
     for i, (images, labels) in enumerate(progress.timed(batches), start.batch):
         if last_step is not None and step >= last_step:
             break
@@ -221,7 +225,7 @@ class Watch:
         return NotFinite(f"{where}, norm of the gradient {float(norm):.3g}, learning rate {lr:.3g}", batch)
 
 
-class _Progress:
+class Progress:
     """Sums loss and gradient norms on the device; reads them, which waits for the device, only to show them: twice a
     second on a terminal, in a line each half minute elsewhere."""
 

@@ -8,7 +8,6 @@ A set is NAME=PATH: images in class folders, in tar files, or what else --data_p
 Writes results-NAME.csv, one for each set, with a row for each model.
 """
 
-import os
 import re
 from argparse import ArgumentTypeError
 
@@ -16,10 +15,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 import utils
 from checkpoints.models import load_model
+from datasets import WHOLE_IMAGE
 from inspection.foreign import SOURCES, create, data_of
-from loading.decode import add_max_pixels
+from loading.decode import THREADS, add_max_pixels
 from training.evaluation_sets import FILES, read_set, result_row, score_set, write_results
-from training.teachers import WHOLE, on_channels_last
+from training.setup import on_channels_last
 from utils import BadInput, number, say
 
 
@@ -49,7 +49,7 @@ def get_parser():
         "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side (default: the model's)"
     )
     parser.add_argument("--batch_size", type=number(int, 1), default=128, help="images at a time, in each process")
-    parser.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--num_workers", type=number(int, 0, 1024), default=THREADS)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add_max_pixels(parser)
     return parser
@@ -59,17 +59,14 @@ def load(args):
     """(model in eval mode, description of its images with `crop_pct` and the names of its classes)."""
     if args.model_path.startswith(SOURCES):
         model = create(args.model_path, args.weights, args.input_size)
-        data, subset = (
-            data_of(model, args.input_size or model.pretrained_cfg["input_size"][1:]),
-            infer_imagenet_subset(model),
-        )
-        if subset:
+        data = data_of(model, args.input_size or model.pretrained_cfg["input_size"][1:])
+        if subset := infer_imagenet_subset(model):
             data["classes"] = ImageNetInfo(subset).label_names()
     elif args.weights or args.input_size:
         raise BadInput("--weights and --input_size are for a model of timm's, as timm:NAME; leave them out")
     else:
         model, checkpoint = load_model(args.model_path)
-        data = WHOLE | checkpoint["data"]
+        data = WHOLE_IMAGE | checkpoint["data"]
     if not data["classes"]:
         raise BadInput(f"the classes of {args.model_path} have no names; give a model of ImageNet's, or a checkpoint")
     return on_channels_last(model), data | ({"crop_pct": args.eval_crop_ratio} if args.eval_crop_ratio else {})

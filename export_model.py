@@ -13,8 +13,8 @@ from timm.models import save_for_hf
 
 import utils
 from checkpoints.models import load_model
+from datasets import WHOLE_IMAGE
 from models_dynamic import SIZES, DynamicViT
-from training.teachers import WHOLE
 from utils import BadInput, RunFailed
 
 BATCHES = (2, 5)  # that an ONNX file is checked with
@@ -35,7 +35,7 @@ def from_factory(model):
 def write_folder(model, data, folder):
     """Weights and configuration, as timm writes them; `data`: the description of the training data."""
     about = {"input_size": (3, *data["input_size"]), "mean": tuple(data["mean"]), "std": tuple(data["std"])}
-    about |= WHOLE | {key: data[key] for key in WHOLE if key in data}
+    about |= WHOLE_IMAGE | {key: data[key] for key in WHOLE_IMAGE if key in data}
     classes = {"label_names": list(data["classes"])}
     try:
         save_for_hf(from_factory(model), folder, classes, safe_serialization=True, data_config=about)

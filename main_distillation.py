@@ -17,20 +17,22 @@ from statistics import median
 
 import timm
 import torch
+from timm.utils import random_seed
 
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
-from datasets import DATA_SETS, DIGITS
-from engine import TrainingStep, train_one_epoch
+from datasets import DATA_SETS, DIGITS, WHOLE_IMAGE
+from engine import TrainingStep, autocast, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.labels import class_map
-from models_dynamic import SIZES, plain_attention_on_cpu
+from models_dynamic import SIZES
 from training import film, flags, run_folder
 from training.loop import Run, run_epochs, wrap
 from training.run_log import print_what_was_written
 from training.scoring import score
 from training.setup import (
+    amp_dtype,
     build_model,
     check_same_model,
     check_timm_model,
@@ -38,10 +40,12 @@ from training.setup import (
     load_finetune,
     make_optimizer,
     make_step,
+    on_channels_last,
+    plain_attention_on_cpu,
     report_run,
     start,
 )
-from training.teachers import WHOLE, check_whole, images_of, make_teacher, on_channels_last
+from training.teachers import check_whole, images_of, make_teacher
 from utils import BadInput, number, say
 
 # DeiT (arXiv 2012.12877, table 9). AdamW at 5e-4 for each 512 images a step.
@@ -76,82 +80,84 @@ def get_parser():
         description="Train a Vision Transformer whose tokens enter at chosen blocks, or one of timm's models.",
         epilog="Defaults are those of --recipe: see also --recipe deit3 --help.",
     )
-    switch = dict(action=argparse.BooleanOptionalAction, default=False)
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
-    group.add_argument("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
-    group.add_argument("--overwrite", action="store_true", help="train anew though a run is there")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE"
-    )
-    group.add_argument(
-        "--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir"
-    )
-    group.add_argument("--throughput", action="store_true", help="only measure images/s, on random images")
-    group.add_argument("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
+    flag = parser.add_argument_group("what to do").add_argument
+    flag("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
+    flag("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
+    flag("--overwrite", action="store_true", help="train anew though a run is there")
+    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE")
+    flag("--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir")
+    flag("--throughput", action="store_true", help="only measure images/s, on random images")
+    flag("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
+    add_image_flags(parser)
+    add_model_and_training_flags(parser)
+    flag = flags.add_machine_flags(parser).add_argument
+    flag(
+        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
+        "and optimizer state, for models that outgrow one device (FSDP2)",
+    )  # fmt: skip
+    flag("--grad_checkpointing", action="store_true", help="less memory, a third more work")
+    return parser
 
+
+SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)
+
+
+def add_image_flags(parser):
     group = parser.add_argument_group("data")
-    group.add_argument("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
-    group.add_argument(
+    flag = group.add_argument
+    flag("--data_set", choices=("IMNET", *DATA_SETS), type=str.upper, help="default: IMNET")
+    flag(
         "--data_path", help="folder with train/ and val/, folders or tar files of a class each; or wds/FOLDER, "
         "hfds/NAME, torch/NAME, see docs/IMAGENET.md (default: ./data/imagenet, ./data/CIFAR10, ./data/CIFAR100)",
     )  # fmt: skip
-    group.add_argument(
+    flag(
         "--class_map", metavar="FILE", help="the classes, one a line in the order of the labels, perhaps fewer than "
         "the data have; or a .txt that timm has, as mini_imagenet_synsets.txt",
     )  # fmt: skip
     flags.add_data_flags(group)
-    group.add_argument("--aa", help="timm's augmentation policy, or none")
-    group.add_argument("--color_jitter", type=number(float, 0), help="strength; only without --aa")
-    group.add_argument("--ThreeAugment", **switch, help="DeiT III's grey, solarize or blur in place of --aa")
-    group.add_argument("--src", **switch, help="simple random crop in place of the random resized crop")
-    group.add_argument("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
-    group.add_argument(
+    flag("--aa", help="timm's augmentation policy, or none")
+    flag("--color_jitter", type=number(float, 0), help="strength; only without --aa")
+    flag("--ThreeAugment", **SWITCH, help="DeiT III's grey, solarize or blur in place of --aa")
+    flag("--src", **SWITCH, help="simple random crop in place of the random resized crop")
+    flag("--no_aug", action="store_true", help="whole images, unchanged; no erasing and mixing either")
+    flag(
         "--interpolation", "--train_interpolation", choices=("bicubic", "bilinear", "lanczos", "random"),
         help="of resizing (default: bicubic); in evaluation, random is bicubic",
     )  # fmt: skip
-    group.add_argument("--repeated_aug", **switch, help="three draws of each image, of a third of the images")
-    group.add_argument("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
+    flag("--repeated_aug", **SWITCH, help="three draws of each image, of a third of the images")
+    flag("--mix_switch_prob", "--mixup_switch_prob", type=number(float, 0, 1), default=0.5,
                        help="share of CutMix, where both are on")  # fmt: skip
-    group.add_argument(
+    flag(
         "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side that evaluation sees "
         "(default: the recipe's; 1 for CIFAR and DIGITS)",
     )  # fmt: skip
-    group.add_argument(
-        "--num_workers", type=number(int, 0, 1024), help="reading processes (default: CPU cores, at most 10)"
-    )
+    flag("--num_workers", type=number(int, 0, 1024), help="reading processes (default: CPU cores, at most 10)")
 
+
+def add_model_and_training_flags(parser):
     group = flags.add_model_flags(parser)
-    group.add_argument("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
-    group.add_argument(
-        "--dist_pos", type=utils.position, default=argparse.SUPPRESS, help="block of DeiT's distillation token (none)"
-    )
+    flag = group.add_argument
+    flag("--model", default="dynamic_vit_tiny_patch16_224", help=f"{', '.join(SIZES)}, or one of timm's")
+    flag("--dist_pos", type=utils.position, help="block of DeiT's distillation token (none)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
-    group.add_argument("--unscale_lr", **switch, help="--lr as it is, whatever the number of images a step")
-    group.add_argument("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
-    group.add_argument("--min_lr", type=number(float, 0), help="where the cosine ends")
-    group.add_argument("--bce_loss", **switch, help="binary cross-entropy, each class by itself")
-    group.add_argument("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
+    flag = group.add_argument
+    flag("--lr", type=number(float, above=0), help="peak learning rate for 512 images a step")
+    flag("--unscale_lr", **SWITCH, help="--lr as it is, whatever the number of images a step")
+    flag("--warmup_lr", type=number(float, 0), default=1e-6, help="where the warm-up begins")
+    flag("--min_lr", type=number(float, 0), help="where the cosine ends")
+    flag("--bce_loss", **SWITCH, help="binary cross-entropy, each class by itself")
+    flag("--attn_only", action="store_true", help="train attention, head and positions only (2203.09795)")
     flags.add_training_flags(group)
 
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher_model", metavar="NAME", help="one of timm's models")
-    group.add_argument(
+    flag = parser.add_argument_group("distillation").add_argument
+    flag("--teacher_model", metavar="NAME", help="one of timm's models")
+    flag(
         "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project (default: timm's download)"
     )
-    group.add_argument("--distillation_type", choices=("none", "soft", "hard"), default="none")
-    group.add_argument("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
-    group.add_argument("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
-
-    group = flags.add_machine_flags(parser)
-    group.add_argument(
-        "--fsdp", action="store_true", help="with torchrun: each process keeps only its share of weights, gradients "
-        "and optimizer state, for models that outgrow one device (FSDP2)",
-    )  # fmt: skip
-    group.add_argument("--grad_checkpointing", action="store_true", help="less memory, a third more work")
-    return parser
+    flag("--distillation_type", choices=("none", "soft", "hard"), default="none")
+    flag("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
+    flag("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
 
 
 def parse(argv=None):
@@ -230,7 +236,7 @@ def read_data(args):
 
 def make_model(args, num_classes, resume=None):
     """The model of the flags, on the CPU, with the weights of --finetune unless it gets those of a resumed run."""
-    utils.seed_everything(args.seed)
+    random_seed(args.seed)
     model, new = build_model(args, num_classes), []
     if args.finetune and not args.throughput and (args.attn_only or not resume):  # --attn_only asks what is new
         new = load_finetune(model, args.finetune).new
@@ -255,7 +261,7 @@ def train(args, device):
         teacher = make_teacher(args, data, device)
         model = make_model(args, len(data.classes), resume)
         report_run(model, data)
-        utils.seed_everything(args.seed + utils.rank())
+        random_seed(args.seed, utils.rank())
         model.to(device)
         batches, val_batches = make_loaders(args, data, device)
         step = make_step(args, model, batches, len(data.classes), teacher)
@@ -264,7 +270,6 @@ def train(args, device):
 
 
 def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
-    """Batches to train on, and to validate on."""
     transform = picture_transform(
         data.input_size, args.aa, args.color_jitter, args.hflip, args.interpolation, args.ThreeAugment, args.src,
         args.no_aug,
@@ -286,7 +291,7 @@ def test(path, args, device):
     if args.eval:
         check_same_model(path, checkpoint, asked_model(args), "leave these flags out")
         if args.asked_crop:
-            checkpoint["data"] = WHOLE | checkpoint["data"] | args.asked_crop
+            checkpoint["data"] = WHOLE_IMAGE | checkpoint["data"] | args.asked_crop
     _print_score("Accuracy", model, checkpoint, args, device)
     if checkpoint.get("ema"):
         model.load_state_dict(checkpoint["ema"])
@@ -335,27 +340,27 @@ def evaluate_only(args, device):
 
 def throughput(args, device, rounds=5, steps=5):
     """Print images/s of training steps and of inference, on random images that lie on the device: medians."""
-    size, amp_dtype = input_size(args), utils.amp_dtype(args.amp, device)
+    size, dtype = input_size(args), amp_dtype(args.amp, device)
     model = make_model(args, 1000).to(device)
-    plain_attention_on_cpu(model, device, amp_dtype)
+    plain_attention_on_cpu(model, device, dtype)
     images = torch.randn(args.batch_size, 3, *size, device=device)
     batches = [(images, torch.randint(1000, (args.batch_size,), device=device))] * steps
     slow = argparse.Namespace(**vars(args) | {"lr": 1e-5, "warmup_lr": 0.0, "min_lr": 0.0})
-    step = TrainingStep(model, sum_of_losses, *make_optimizer(model, slow, batches), amp_dtype=amp_dtype)
+    step = TrainingStep(model, sum_of_losses, *make_optimizer(model, slow, batches), amp_dtype=dtype)
     wrap(step, args, size)
     trained, inferred = [], []
     for _ in range(rounds + 1):  # the first one warms up
         done = train_one_epoch(step, batches)
         trained.append(done["images"] / done["seconds"])
         step.model.eval()
-        with torch.no_grad(), utils.autocast(device, amp_dtype):
+        with torch.no_grad(), autocast(device, dtype):
             start = time.perf_counter()
             for _ in range(steps):
                 logits = step.model(images)
             logits.sum().item()  # waits for the device
         inferred.append(args.batch_size * steps * utils.world_size() / (time.perf_counter() - start))
     say(describe(model))
-    precision = "float32" if amp_dtype is None else str(amp_dtype).removeprefix("torch.")
+    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     setting = f"batch {args.batch_size}, {size[0]} x {size[1]} pixels, {precision}, {device}"
     rates = f"training {median(trained[1:]):,.1f} images/s, inference {median(inferred[1:]):,.1f} images/s"
     say(f"Throughput: {rates} ({setting}, {utils.world_size()} processes)")

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from inspection.attention import AttentionMaps, attention_maps, attention_rows, set_fused_attention
 from tokens.blocks import STEMS, TokenAttention, TokenBlock
-from tokens.layout import TokenLayout, all_alike, check_block, check_modes, registers_at
+from tokens.layout import TokenLayout, all_alike, check_block, check_modes, check_sizes, registers_at
 
 # register_model appends the registered sizes (and would make a list of them alone).
 __all__ = ["SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz"]
@@ -42,7 +42,6 @@ MODERN = dict(  # in `model_args` if it is used
     global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6, stem="patch",
     reg_end=None, cls_mode="token", reg_mode="token", class_attention=0,
 )  # fmt: skip
-MODES = ("token", "reader")
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
@@ -122,27 +121,13 @@ class DynamicViT(nn.Module):
         args = {name: value for name, value in locals().items() if name not in ("self", "__class__", "norm_layer")}
         super().__init__()
         args |= {name: tuple(to_2tuple(args[name])) for name in ("img_size", "patch_size")}
-        self._check_sizes(args)
+        check_sizes(args)
+        self._own_norm = norm_layer is not None
+        norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
         self.depth, self.embed_dim = depth, embed_dim
         self.num_features = self.head_hidden_size = embed_dim  # timm's names
         self.num_register_tokens = num_register_tokens
-        self.cls_pos = None if cls_pos is None else check_block(cls_pos, depth, "cls_pos")
-        self.dist_pos = None if dist_pos is None else check_block(dist_pos, depth, "dist_pos")
-        entries = (self.cls_pos, self.dist_pos)
-        self._entries = tuple(depth if entry is None else entry for entry in entries)  # depth: never
-        starts, ends, self._registers = registers_at(reg_pos, reg_end, num_register_tokens, depth)
-        self.reg_pos, self.reg_end = all_alike(starts), all_alike(ends)  # None: no registers
-        self.num_prefix_tokens = (self.cls_pos is not None) + (self.dist_pos is not None)  # in front of the patches
-        self.global_pool = ("avg" if cls_pos is None else "token") if global_pool is None else global_pool
-        if self.global_pool not in ("token", "avg", "") or (self.global_pool == "token" and cls_pos is None):
-            raise ValueError(f"global_pool {global_pool!r} is none of 'token' (with a class token), 'avg' and ''")
-        check_modes(args, self._registers, self.global_pool)
-        reg_end = None if self.reg_end == depth else self.reg_end
-        self._args = args | dict(
-            cls_pos=self.cls_pos, dist_pos=self.dist_pos, reg_pos=self.reg_pos or 0, reg_end=reg_end
-        )
-        self._own_norm = norm_layer is not None
-        norm_layer = norm_layer or partial(nn.LayerNorm, eps=norm_eps)
+        self._place_tokens(args)
 
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is none of {', '.join(STEMS)}")
@@ -153,20 +138,7 @@ class DynamicViT(nn.Module):
                 setattr(self, name, nn.Parameter(torch.empty(1, count, embed_dim)))
         self.rope = RotaryEmbeddingDinoV3(embed_dim // num_heads, feat_shape=list(self.grid_size)) if rope else None
         self.pos_drop = nn.Dropout(drop_rate)
-        self.blocks = nn.ModuleList(
-            TokenBlock(
-                embed_dim, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_drop=drop_rate, attn_drop=attn_drop_rate,
-                init_values=init_values, drop_path=drop_path_rate * i / max(depth - 1, 1), norm_layer=norm_layer,
-                act_layer=nn.SiLU if swiglu else nn.GELU, mlp_layer=SwiGLU if swiglu else Mlp,
-                attn_layer=TokenAttention,
-            )
-            for i in range(depth)
-        )  # fmt: skip
-        for i, block in enumerate(self.blocks):
-            cls, dist, registers = self._present(i)
-            block.attn.front = (cls + dist) * (cls_mode == "reader")
-            block.attn.back = registers * (reg_mode == "reader")
-            block.queries = self.num_prefix_tokens * (i >= depth - class_attention)
+        self.blocks = nn.ModuleList(self._block(i, norm_layer) for i in range(depth))
         self.norm = nn.Identity() if fc_norm else norm_layer(embed_dim)
         self.fc_norm = norm_layer(embed_dim) if fc_norm else nn.Identity()
         self.reset_classifier(num_classes)
@@ -175,19 +147,39 @@ class DynamicViT(nn.Module):
         self.grad_checkpointing = False
         self._init_weights()
 
-    @staticmethod
-    def _check_sizes(args: dict):
-        (h, w), (ph, pw), heads = args["img_size"], args["patch_size"], args["num_heads"]
-        if args["embed_dim"] % heads:
-            raise ValueError(f"width {args['embed_dim']} is not divisible by {heads} heads")
-        if h % ph or w % pw or 0 in (h, w):
-            raise ValueError(f"an image of {h} x {w} pixels is not divisible into patches of {ph} x {pw}")
-        if int(args["embed_dim"] * args["mlp_ratio"]) < 1:
-            raise ValueError(f"an MLP ratio of {args['mlp_ratio']} leaves no hidden unit")
-        if args["num_register_tokens"] < 0:
-            raise ValueError(f"the number of registers must be at least 0, not {args['num_register_tokens']}")
-        if args["rope"] and args["embed_dim"] // heads % 4:
-            raise ValueError(f"rotary positions need heads of a multiple of 4, not {args['embed_dim'] // heads}")
+    def _place_tokens(self, args: dict):
+        """Which tokens are present at which block, and which is classified; `_args` describes that."""
+        depth, cls_pos, dist_pos = args["depth"], args["cls_pos"], args["dist_pos"]
+        self.cls_pos = None if cls_pos is None else check_block(cls_pos, depth, "cls_pos")
+        self.dist_pos = None if dist_pos is None else check_block(dist_pos, depth, "dist_pos")
+        entries = (self.cls_pos, self.dist_pos)
+        self._entries = tuple(depth if entry is None else entry for entry in entries)  # depth: never
+        places = registers_at(args["reg_pos"], args["reg_end"], self.num_register_tokens, depth)
+        starts, ends, self._registers = places
+        self.reg_pos, self.reg_end = all_alike(starts), all_alike(ends)  # None: no registers
+        self.num_prefix_tokens = (self.cls_pos is not None) + (self.dist_pos is not None)  # in front of the patches
+        self.global_pool = args["global_pool"]
+        if self.global_pool is None:
+            self.global_pool = "avg" if cls_pos is None else "token"
+        check_modes(args, self._registers, self.global_pool)
+        reg_end = None if self.reg_end == depth else self.reg_end
+        self._args = args | dict(
+            cls_pos=self.cls_pos, dist_pos=self.dist_pos, reg_pos=self.reg_pos or 0, reg_end=reg_end
+        )
+
+    def _block(self, i: int, norm_layer) -> TokenBlock:
+        args, (cls, dist, registers) = self._args, self._present(i)
+        block = TokenBlock(
+            args["embed_dim"], args["num_heads"], args["mlp_ratio"], args["qkv_bias"], args["qk_norm"],
+            proj_drop=args["drop_rate"], attn_drop=args["attn_drop_rate"], init_values=args["init_values"],
+            drop_path=args["drop_path_rate"] * i / max(self.depth - 1, 1), norm_layer=norm_layer,
+            act_layer=nn.SiLU if args["swiglu"] else nn.GELU, mlp_layer=SwiGLU if args["swiglu"] else Mlp,
+            attn_layer=TokenAttention,
+        )  # fmt: skip
+        block.attn.front = (cls + dist) * (args["cls_mode"] == "reader")
+        block.attn.back = registers * (args["reg_mode"] == "reader")
+        block.queries = self.num_prefix_tokens * (i >= self.depth - args["class_attention"])
+        return block
 
     def _init_weights(self):
         for module in self.modules():
@@ -248,7 +240,7 @@ class DynamicViT(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]):
         """For images of another size, as in timm: the patch positions are resampled (bicubic)."""
         img_size, old_grid = to_2tuple(img_size), self.grid_size
-        self._check_sizes(self._args | {"img_size": img_size})
+        check_sizes(self._args | {"img_size": img_size})
         self.patch_embed.set_input_size(img_size)
         self._args["img_size"] = tuple(img_size)
         if self.rope is not None:
@@ -416,12 +408,6 @@ class DynamicViT(nn.Module):
 
 
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
-
-
-def plain_attention_on_cpu(model: nn.Module, device, amp_dtype):
-    """Plain products where torch's fused kernel is several times slower: in bfloat16 on CPUs."""
-    if device.type == "cpu" and amp_dtype is not None:
-        set_fused_attention(model, False)
 
 
 # Registered sizes: timm.create_model("dynamic_vit_small_patch16_224", cls_pos=6, reg_pos=3) ---------------------

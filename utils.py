@@ -1,25 +1,20 @@
 """What every script needs and that knows nothing of models or data: errors for the user, the command line, processes
-and devices, precision, random states, files that are written whole.
+and devices, files that are written whole.
 """
 
 import argparse
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import random
-import re
 import secrets
 import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext, suppress
-from multiprocessing import resource_tracker
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -92,6 +87,10 @@ def counted(n, noun) -> str:
 def printable(text) -> str:
     """`text` without what a terminal obeys; it may come from a folder or a file."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def shortened(text, letters) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def _fail(message, status):
@@ -267,7 +266,6 @@ def say(*words):
 
 
 def barrier():
-    """Wait for the other processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -296,41 +294,10 @@ def gather(value) -> list:
     return values
 
 
-def broadcast_buffers(model):
-    """Give all processes the buffers of the first one: batch norm's statistics are otherwise each process's own."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def amp_dtype(choice, device) -> torch.dtype | None:
-    """The precision of matrix products in training: None is full precision.
-
-    'auto' is bfloat16 where the device multiplies faster in it: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
-    """
-    if choice == "fp16" and device.type != "cuda":
-        raise BadInput(f"--amp fp16 needs a CUDA device, this is {device.type}; use --amp auto")
-    if choice != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu":
-        try:
-            flags = Path("/proc/cpuinfo").read_text()
-        except OSError:
-            return None
-        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
-    return None
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
 @contextmanager
@@ -347,64 +314,6 @@ def full_precision():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def reset_peak_memory(device):
-    """`peak_memory` counts from now on, where the system can do that (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM
-
-
-def peak_memory(device) -> float:
-    """MiB: the largest amount that tensors took on a GPU since `reset_peak_memory`, elsewhere that of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with suppress(OSError):  # a process that was just started by a large one has the other's size below, not here
-        if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
-            return int(found[1]) / 2**10
-    import resource  # not there on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# Random states ---------------------------------------------------------------------------------------------------
-
-
-def seed_everything(seed):
-    """Seed Python, NumPy (Mixup draws from it) and torch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def make_deterministic():
-    """Only deterministic kernels, on every device, for the price of some speed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def random_states() -> dict:
-    """The states of all global generators of this process, as values that a checkpoint may hold."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the process's own GPU
-    }
-
-
-def set_random_states(states):
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 # Files -----------------------------------------------------------------------------------------------------------
@@ -476,21 +385,3 @@ SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)  # not all of them on Windows
 ]
-
-
-@contextmanager
-def signals_blocked():
-    """Signals wait until the end of this block. Processes that are started in it never get them.
-
-    So a signal to all processes of a run is for the main one, which ends the others. (Not on Windows.)
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    if multiprocessing.get_start_method() != "fork":  # Python starts it together with the first process, and unblocks
-        resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -16,6 +16,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.names import PATCHES, find_weights, listed, shape_text
 from checkpoints.schema import MODEL_ARGS, TIMM_ARGS, first_wrong
 from checkpoints.weights import convert_keys, load_weights, match_to_model
+from datasets import CIFAR
 from models_dynamic import SIZES, DynamicViT
 from utils import BadInput
 
@@ -40,10 +41,8 @@ def data_folder(checkpoint, given):
     path, name = checkpoint.get("args", {}).get("data_path"), checkpoint["data"]["name"]
     if given or path is None:
         return given
-    if name in ("CIFAR10", "CIFAR100"):
-        import torchvision
-
-        folder = os.path.join(path, getattr(torchvision.datasets, name).base_folder)
+    if name in CIFAR:
+        folder = os.path.join(path, CIFAR[name])
         if not os.path.isdir(folder):
             raise BadInput(f"there is no {folder}, where training had the images; give --data_path")
     return path
@@ -81,34 +80,29 @@ def timm_model(timm_name: str, num_classes: int, img_size=None, **kwargs) -> nn.
     return model
 
 
-_ABSENT = object()
-
-
-def model_from_checkpoint(
-    checkpoint: dict, num_heads=None, cls_pos=_ABSENT, reg_pos=None, dist_pos=None, img_size=None, weights_key=None
-) -> nn.Module:
+def model_from_checkpoint(checkpoint: dict, img_size=None, weights_key=None, **given) -> nn.Module:
     """The model that a checkpoint describes, with its weights, in eval mode.
 
     A checkpoint of this project says everything about its model (a DynamicViT, or one of timm's models). The
-    other arguments are for weights from elsewhere, of which the rest is read off the shapes: `num_heads`
-    must be given, tokens enter at block 0 unless their position is. If its positions have the number of patches of
-    `img_size` (h, w), that is the size of the model, else they must be those of a square image. `weights_key`: which
-    of several sets of weights, see `find_weights`. What is left out is printed.
+    other arguments are for weights from elsewhere. What is left out of these is printed.
+
+    Args:
+        img_size: (h, w), the size of the model if the weights have positions for its number of patches; else they
+            must be those of a square image.
+        weights_key: which of several sets of weights, see `find_weights`.
+        given: arguments of DynamicViT that no shape shows: `num_heads` must be given, tokens enter at block 0 unless
+            `cls_pos`, `reg_pos` or `dist_pos` is.
 
     Raises:
         ValueError: the weights do not fit, an argument is missing or contradicts the checkpoint, or the positions
             may be read in several ways.
     """
-    given = dict(num_heads=num_heads, reg_pos=reg_pos, dist_pos=dist_pos)
-    given = {name: value for name, value in given.items() if value is not None}
-    if cls_pos is not _ABSENT:
-        given["cls_pos"] = cls_pos
     if "model_args" in checkpoint:
         if given or weights_key is not None:
             names = ", ".join([*given, *["weights_key"] * (weights_key is not None)])
             raise ValueError(f"the checkpoint itself says how its model is built; leave out {names}")
         build = validated_builder(checkpoint["model_args"], checkpoint["model"])
-    elif num_heads is None:
+    elif "num_heads" not in given:
         raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
     else:
         checkpoint = find_weights(checkpoint, weights_key)

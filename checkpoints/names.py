@@ -122,14 +122,11 @@ def _sets(part: dict, anchor, path=()):
             heads = {n: new for n, new in heads.items() if _HF_HEAD.fullmatch(new)}
             weights = weights | {new: part[n] for n, new in heads.items()}
         beside = [n for n in names if n not in heads and not n.startswith(tuple(prefixes))]
-        yield ".".join((*path, prefix)).strip("."), weights, list(dict.fromkeys(map(_first_words, beside)))
+        first_words = dict.fromkeys(".".join(n.split(".")[:2]) for n in beside)
+        yield ".".join((*path, prefix)).strip("."), weights, list(first_words)
     for key, value in part.items():
         if isinstance(value, dict):
             yield from _sets(value, anchor, (*path, str(key)))
-
-
-def _first_words(name) -> str:
-    return ".".join(name.split(".")[:2])
 
 
 def _tensors(part: dict, path=()):

@@ -15,7 +15,7 @@ class Suspicious(Exception):
     """What is wrong with a file, in words that follow its name."""
 
 
-class Beside:
+class Dropped:
     """In place of an object that stands beside weights: takes what a pickle gives, keeps nothing, does nothing."""
 
     def __init__(self, *_):
@@ -32,11 +32,11 @@ def a_dictionary(*_):
 
 # Objects that people save beside weights, in files that are read all the same: none of these classes is called.
 DROPPED = [
-    *((Beside, f"builtins.{name}") for name in ("list", "dict", "int", "float")),  # what a defaultdict begins with
-    *((Beside, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local")
+    *((Dropped, f"builtins.{name}") for name in ("list", "dict", "int", "float")),  # what a defaultdict begins with
+    *((Dropped, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local")
       for kind in ("", "Posix", "Windows", "PurePosix", "PureWindows")),
-    *((Beside, f"numpy.{name}") for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
-    (Beside, "argparse.Namespace"), (a_dictionary, "collections.defaultdict"),
+    *((Dropped, f"numpy.{name}") for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
+    (Dropped, "argparse.Namespace"), (a_dictionary, "collections.defaultdict"),
 ]  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def plain(checkpoint, size_of_file):
             return {key: unpacked(item) for key, item in dict.items(value)}
         if isinstance(value, list | tuple):
             return (list if isinstance(value, list) else tuple)(map(unpacked, value))
-        return None if isinstance(value, Beside) else value
+        return None if isinstance(value, Dropped) else value
 
     return unpacked(checkpoint)
 

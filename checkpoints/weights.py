@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed as resample_positions
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class LoadReport(NamedTuple):
 # What a model may lack or have in addition without being another model.
 _OPTIONAL = (*TOKENS, *HEADS)
 # Of pretraining, and what stands behind the blocks: no map needs it.
-_BESIDE = re.compile(
+_UNUSED = re.compile(
     r"(mask_token$|decoder|predictor|projector|pooler|attn_pool|fc_norm|last_layer|dino|ibot|lm_head|local_cls_norm)"
     r"|rope_embed\.periods$|head\.(?!(weight|bias)$)"
 )
@@ -56,18 +56,21 @@ def match_to_model(model: nn.Module, checkpoint: dict, weights_key=None) -> tupl
     own = model.state_dict()
     if isinstance(model, DynamicViT):
         state, old_grid = convert_keys(checkpoint, model.grid_size, weights_key=weights_key)
-        state, resampled = resample_positions(state, old_grid, model.grid_size)
+        resampled = []
+        if "pos_embed" in state and old_grid != model.grid_size:
+            state["pos_embed"] = resample_positions(state["pos_embed"], model.grid_size, old_grid, num_prefix_tokens=0)
+            resampled.append("pos_embed")
         if "register_tokens" in state and "register_tokens" in own:
             theirs, mine = state["register_tokens"], own["register_tokens"]
             if theirs.shape[1] != mine.shape[1] and theirs.shape[2] == mine.shape[2]:
                 state["register_tokens"] = torch.cat([theirs, mine[:, theirs.shape[1] :]], dim=1)[:, : mine.shape[1]]
-                resampled = [*resampled, "register_tokens"]
+                resampled.append("register_tokens")
         heads, optional = HEADS, _OPTIONAL
     else:
         state = find_weights(checkpoint, weights_key, PATCHES if PATCHES in own else next(iter(own)))
         state, resampled, heads = _timm_state(state, model)
         optional = heads
-    left_out = [n for n in state if n not in own and (n in optional or _BESIDE.match(n))]
+    left_out = [n for n in state if n not in own and (n in optional or _UNUSED.match(n))]
     left_out += [n for n in heads if n in state and n in own and state[n].shape != own[n].shape]
     state = {n: t for n, t in state.items() if n not in left_out}
     misfits = [f"{n} {shape_text(t)} is unknown here" for n, t in state.items() if n not in own]
@@ -81,14 +84,6 @@ def match_to_model(model: nn.Module, checkpoint: dict, weights_key=None) -> tupl
     if misfits:
         raise ValueError(f"these weights do not fit the model: {listed(misfits, 20, '; ')}")
     return state, LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
-
-
-def resample_positions(state, old_grid, grid) -> tuple[dict, list[str]]:
-    """(state with the patch positions on `grid`, names that this changed)."""
-    if "pos_embed" not in state or old_grid == grid:
-        return state, []
-    positions = resample_abs_pos_embed(state["pos_embed"], grid, old_grid, num_prefix_tokens=0)
-    return state | {"pos_embed": positions}, ["pos_embed"]
 
 
 def _timm_state(state: dict, model: nn.Module) -> tuple[dict, list[str], list[str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, data_folder, model_from_checkpoint
-from datasets import DATA_SETS, check_classes, check_number, eval_transform, find_split
+from datasets import DATA_SETS, check_classes, eval_transform, find_split
 from inspection.foreign import SOURCES, ForeignViT, create, data_of
 from loading.decode import add_max_pixels, crop_box, fit_image, read_image, read_picture
 from loading.folders import image_files, note_left_out
@@ -225,7 +225,8 @@ def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputI
     data["classes"] = classes
     numbers = range(len(split)) if numbers is None else numbers
     for i in numbers:
-        check_number(i, len(split))
+        if not 0 <= i < len(split):
+            raise BadInput(f"there is no image {i}: the images are 0..{len(split) - 1}")
     in_memory = isinstance(split.images, Tensor)
     return [
         InputImage(

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+import utils
 from inspection.inputs import names_of
 from inspection.pages import headed_figure
 
@@ -34,7 +35,7 @@ def data_name(results) -> str:
 def about(results) -> str:
     (name,) = names_of([results["model"]["path"]])
     words = f"{name}: {results['model']['is']}; {results['images']} images of {data_name(results)}"
-    return words if len(words) <= LETTERS else words[: LETTERS - 1] + "…"
+    return utils.shortened(words, LETTERS)
 
 
 def _page(results, title, reading, size=(11, 7)):

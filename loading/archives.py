@@ -33,9 +33,8 @@ def kind_of(path) -> str | None:
 
 def open_image(name):
     """What Pillow opens, or a PIL image, of an image that has a name of this module; None for all others."""
-    member = MEMBER.match(name)
-    if member:
-        return io.BytesIO(_bytes(member[1], int(member[2]), int(member[3])))
+    if MEMBER.match(name):
+        return io.BytesIO(_member(name))
     if not kind_of(name) or name.count("!") < 2:
         return None
     root, part, number = name.rsplit("!", 2)
@@ -46,10 +45,12 @@ def open_image(name):
     return io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
 
 
-def _bytes(tar, offset, size) -> bytes:
+def _member(name) -> bytes:
+    """The content of a file in a tar, which has such a name."""
+    tar, offset, size = MEMBER.match(name).groups()
     with open(tar, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+        file.seek(int(offset))
+        return file.read(int(size))
 
 
 def tar_members(tars) -> list[tuple[str, str]]:
@@ -142,8 +143,7 @@ def _samples(shard) -> list[tuple[str, int]]:
         stem, _, ending = os.path.basename(inside).partition(".")
         key = (os.path.dirname(inside), stem)
         if ending == "cls":
-            member = MEMBER.match(name)
-            labels[key] = _bytes(member[1], int(member[2]), int(member[3])).decode(errors="replace").strip()
+            labels[key] = _member(name).decode(errors="replace").strip()
         elif ending.lower() in ("jpg", "jpeg", "png", "webp"):  # as in timm
             images[key] = name
     wrong = next((key for key in images if not labels.get(key, "").isdecimal()), None)
@@ -156,7 +156,7 @@ def _samples(shard) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def _their_datasets():
+def hugging_face_package():
     """Hugging Face's package `datasets`, whose name the project's own file has, too."""
     here = str(Path(__file__).parent.parent)
     with _importing:
@@ -178,7 +178,7 @@ def _their_datasets():
 @cache
 def _hugging_face(name):
     """A DatasetDict, from what `save_to_disk` wrote, a folder of parquet or images, or the hub."""
-    with _their_datasets() as package:
+    with hugging_face_package() as package:
         try:
             saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
             found = package.load_from_disk(name) if saved else package.load_dataset(name)
@@ -199,7 +199,7 @@ def _columns(part):
     label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label")
     if image is None or label not in kinds:
         raise BadInput(f"{root} has no images with labels: its columns are {', '.join(kinds)}")
-    with _their_datasets() as package:
+    with hugging_face_package() as package:
         return data.cast_column(image, package.Image(decode=False)), image, label
 
 

@@ -17,6 +17,7 @@ from loading.folders import HEIF_NEEDS, prepare_pillow
 from utils import BadInput, number
 
 SHOWN = 20  # images that one error names
+THREADS = min(8, os.cpu_count() or 1)  # that decode
 
 
 def failures(function, numbers, title) -> dict[int, BadInput]:
@@ -28,8 +29,7 @@ def failures(function, numbers, title) -> dict[int, BadInput]:
         except BadInput as error:
             return error
 
-    threads = min(8, os.cpu_count() or 1)
-    results = thread_map(attempt, numbers, max_workers=threads, desc=title, leave=False, disable=None)
+    results = thread_map(attempt, numbers, max_workers=THREADS, desc=title, leave=False, disable=None)
     return {number: error for number, error in zip(numbers, results) if error is not None}
 
 

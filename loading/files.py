@@ -1,12 +1,9 @@
 """Images of any size, read and augmented one at a time in worker processes, as timm does for ImageNet."""
 
-import atexit
 import multiprocessing
 import os
 import random
-import threading
-import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
@@ -16,14 +13,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.transforms import ResizeKeepRatio
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
 import utils
 from datasets import MAX_PIXELS, ImageData, Split, balanced_draws, channel_statistics, find_parts, held_out
 from loading.decode import failures, fit_image, joined, read_image, read_picture, without_errors
 from loading.folders import FOLDERS
-from utils import BadInput, signals_blocked
+from loading.workers import WorkerLoader
+from utils import BadInput
 
 
 def load_file_data(
@@ -41,7 +39,7 @@ def load_file_data(
     """
     parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels, classes)
     if bad_images == "skip":
-        parts |= {part: _readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
+        parts |= {part: readable(parts[part], part, classes) for part in parts if part != "test" and name in FOLDERS}
     train, val = held_out(name, parts, classes, val_size)
     imagenets = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     mean, std = imagenets if name in FOLDERS else channel_statistics(train.images)
@@ -49,14 +47,19 @@ def load_file_data(
     return ImageData(name, classes, input_size, mean, std, train, val, parts["test"], crop, origin)
 
 
-def _readable(split, part, classes, at_once=10_000) -> Split:
-    """A split without the images that cannot be read. Each process reads its share, and all leave out the same."""
+def readable(split, part, classes, at_once=10_000) -> Split:
+    """A split without the images that cannot be read. Each process reads its share, and all leave out the same.
+
+    Args:
+        part: of the data, for messages.
+        at_once: images of each process between two exchanges, so that none waits for the others longer than a
+            collective of NCCL may take.
+    """
     errors, ranks = {}, utils.world_size()
 
     def decode(i):
         read_image(os.fsdecode(split.images[i]), split.max_pixels, draft=True)
 
-    # In pieces, so that no process waits for the others longer than a collective of NCCL may take.
     for start in range(0, len(split), at_once * ranks):
         numbers = range(start + utils.rank(), min(start + at_once * ranks, len(split)), ranks)
         for found in utils.gather(failures(decode, numbers, f"checking images from {start} on")):
@@ -136,41 +139,6 @@ class _ImageFiles(Dataset):
             return self.transform(image), label
         with _seeded(seed):
             return self.transform(image), label
-
-
-class WorkerLoader(DataLoader):
-    """A DataLoader whose worker processes ignore signals and end with the main process, however that ends."""
-
-    def __iter__(self):
-        if self.num_workers and self._iterator is None:
-            self.dataset.closing.value = False
-            with signals_blocked():  # the workers begin in here
-                batches = super().__iter__()
-            _with_workers.add(self)
-            atexit.unregister(_end_workers)
-            atexit.register(_end_workers)  # the last one is called first: before those of torch and multiprocessing
-        else:
-            batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, BadInput):
-                raise batch
-            yield batch
-
-
-_with_workers = weakref.WeakSet()
-
-
-def _end_workers():
-    """End all worker processes: after the image that each is at, or after 5 seconds."""
-    iterators = [loader._iterator for loader in _with_workers if loader._iterator is not None]
-    for loader in _with_workers:
-        loader.dataset.closing.value, loader._iterator = True, None
-    late = threading.Timer(5, lambda: [worker.kill() for iterator in iterators for worker in iterator._workers])
-    late.start()
-    for iterator in iterators:
-        with suppress(RuntimeError):  # torch's, about the workers that had to be killed
-            iterator._shutdown_workers()
-    late.cancel()
 
 
 def _collate(items, training):

@@ -118,7 +118,8 @@ def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str] | None]
     classes = class_names(root) if root.is_dir() else []
     if not classes:
         tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
-        return _listed_images(tar_members(tars) if tars else _as_listed(root, left_out), root, left_out)
+        entries = tar_members(tars) if tars else [(file.name, str(file)) for file in image_files(root, left_out)]
+        return _listed_images(entries, root, left_out)
     files, labels = [], []
     for label, name in enumerate(classes):
         found = image_files(root / name, left_out)
@@ -129,10 +130,6 @@ def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str] | None]
         labels += [label] * len(found)
     # One array of bytes: worker processes share it, while a list of a million strings is copied into each of them.
     return np.array(files), torch.tensor(labels), classes
-
-
-def _as_listed(root, left_out):
-    return [(file.name, str(file)) for file in image_files(root, left_out)]
 
 
 def _listed_images(entries, root, left_out):

@@ -36,7 +36,7 @@ def labels_of(names, place) -> list[str] | list[int]:
     if file is not None:
         rows = [re.split(r"[,\s]+", line.strip())[:2] for line in file.read_text().splitlines() if line.strip()]
     else:
-        file, rows = next((found for folder in around for found in _devkit(folder)), (None, None))
+        file, rows = _devkit(around[0]) or _devkit(around[1]) or (None, None)
     if file is None:
         raise BadInput(
             f"{place} has no class folders, and no file says which class its images have; put "
@@ -45,19 +45,18 @@ def labels_of(names, place) -> list[str] | list[int]:
     if len(rows[0]) == 1:
         if len(rows) != len(names):
             raise BadInput(f"{file} has {len(rows)} lines, {place} has {len(names)} images; give a line for each")
-        order = {name: row[0] for name, row in zip(names, rows)}
+        labels = [label for (label,) in rows]
     else:
         order = {Path(name).stem: label for name, label in rows}
         lacking = next((name for name in names if Path(name).stem not in order), None)
         if lacking:
             raise BadInput(f"{file} has no line for {lacking}")
-        order = {name: order[Path(name).stem] for name in names}
-    labels = [order[name] for name in names]
+        labels = [order[Path(name).stem] for name in names]
     return [int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels
 
 
 def _devkit(folder):
-    """(file, [[WordNet ID], ...]) from a devkit, packed or not."""
+    """(file, [[WordNet ID], ...]) from a devkit, packed or not; None without one."""
     from scipy.io import loadmat
 
     for root in (folder, folder / "data", folder / DEVKIT / "data"):
@@ -67,13 +66,13 @@ def _devkit(folder):
     else:
         file = folder / f"{DEVKIT}.tar.gz"
         if not file.is_file():
-            return
+            return None
         with tarfile.open(file) as archive:
             inside = {os.path.basename(name): name for name in archive.getnames()}
             truth, meta = (archive.extractfile(inside[name]).read() for name in (TRUTH, "meta.mat"))
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     names = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()))
-    yield file, [[names[int(number)]] for number in truth.split()]
+    return file, [[names[int(number)]] for number in truth.split()]
 
 
 def class_map(file) -> list[str]:

@@ -185,13 +185,11 @@ class MemoryLoader:
         if not self.transform:
             return torch.arange(self.rank, len(self.split), self.world_size), None
         seed = (self.seed * 1_000_003 + self.epoch) * 1_009
-        shuffle = torch.Generator().manual_seed(seed)  # the same in every process
-        order = torch.cat([self._pass(shuffle) for _ in range(math.ceil(self.passes))])
-        order = order[: self.drawn]
+        shuffle, passes = torch.Generator().manual_seed(seed), math.ceil(self.passes)  # the same in every process
+        if self.balanced:
+            orders = [balanced_draws(self.split.labels, shuffle) for _ in range(passes)]
+        else:
+            orders = [torch.randperm(len(self.split), generator=shuffle) for _ in range(passes)]
+        order = torch.cat(orders)[: self.drawn]
         order = order[self.rank :: self.world_size][: len(self) * self.batch_size]
         return order, torch.Generator().manual_seed(seed + 1 + self.rank)
-
-    def _pass(self, generator) -> Tensor:
-        if self.balanced:
-            return balanced_draws(self.split.labels, generator)
-        return torch.randperm(len(self.split), generator=generator)

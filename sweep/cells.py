@@ -24,12 +24,11 @@ from cifar_test import test_model
 from cifar_train import train_from_flags
 from datasets import ImageData
 from engine import TrainingStep, train_one_epoch
-from models_dynamic import plain_attention_on_cpu
 from sweep.measures import measured
 from training import run_folder
 from training.film import write_film
 from training.run_log import git_revision, plain_args, read_json_lines
-from training.setup import build_model, make_optimizer
+from training.setup import amp_dtype, build_model, make_optimizer, plain_attention_on_cpu
 from utils import BadInput, RunFailed, say
 
 # What a cell has beside positions and registers, and its value in a cell of an earlier revision.
@@ -366,11 +365,11 @@ def _seconds_per_flop(cell, args, data, device, steps=4) -> float:
     """Seconds of a whole training per FLOP and pass, measured on random images; the first epoch of two warms up."""
     mine = cell_args(cell, args)
     mine.lr = mine.warmup_lr = mine.min_lr = 0.0
-    model, amp_dtype = build_model(mine, len(data.classes)).to(device), utils.amp_dtype(args.amp, device)
-    plain_attention_on_cpu(model, device, amp_dtype)
+    model, dtype = build_model(mine, len(data.classes)).to(device), amp_dtype(args.amp, device)
+    plain_attention_on_cpu(model, device, dtype)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
     batches = [(torch.randn(args.batch_size, 3, *data.input_size, device=device), labels)] * steps
     optimizer, scheduler = make_optimizer(model, mine, batches)
-    step = TrainingStep(model, torch.nn.CrossEntropyLoss(), optimizer, scheduler, amp_dtype=amp_dtype)
+    step = TrainingStep(model, torch.nn.CrossEntropyLoss(), optimizer, scheduler, amp_dtype=dtype)
     measured = [train_one_epoch(step, batches) for _ in range(2)][1]
     return measured["seconds"] / measured["images"] * len(data.train) * args.epochs / model.forward_flops()

@@ -295,7 +295,7 @@ def test_a_download_goes_where_nothing_else_is(tmp_path, monkeypatch):
 def test_the_default_holds_out_one_image_of_each_class(tmp_path):
     labels = torch.tensor([0] * 190 + [1] * 7 + [2] * 3)
     data = Split(torch.arange(200), labels)
-    kept, held = datasets._hold_out(data, ["ant", "bee", "cow"], 0.01, "--val_size", of_each_class=True)
+    kept, held = datasets.held_out("IMNET", {"train": data}, ["ant", "bee", "cow"], None)
     assert set(held.labels.tolist()) == {0, 1, 2}
     assert len(held) <= 5 and sorted([*kept.images.tolist(), *held.images.tolist()]) == list(range(200))
     assert torch.equal(labels[held.images], held.labels)

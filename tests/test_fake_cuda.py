@@ -32,9 +32,9 @@ class Done(Exception):
 @pytest.fixture(autouse=True)
 def no_constants():
     """Means and deviations are kept for each device; those on a device that is not there must not stay."""
-    datasets._channels.cache_clear()
+    datasets.channels.cache_clear()
     yield
-    datasets._channels.cache_clear()
+    datasets.channels.cache_clear()
 
 
 def split_on(device, count=16):
@@ -54,7 +54,7 @@ def train(monkeypatch):
 
     monkeypatch.setitem(memory.CHUNK, "meta", 4_000_000)
     monkeypatch.setattr(engine.Watch, "look", lambda watch, lag: None)  # which reads answers that have come
-    monkeypatch.setattr(engine._Progress, "close", end)
+    monkeypatch.setattr(engine.Progress, "close", end)
 
     def run(words="", change=lambda step: None):
         argv = [*TINY, *"--data_set DIGITS --batch_size 4 --epochs 2 --repeats 1 --amp off".split(), *words.split()]

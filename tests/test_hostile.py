@@ -32,7 +32,7 @@ from inspection.pages import write_pdf
 from loading.decode import read_image
 from loading.memory import read_split
 from sweep.cells import read_record
-from training.errors import confusion_figure
+from training.errors import confusion_figure, print_confusion
 from utils import BadInput
 
 
@@ -274,7 +274,7 @@ def test_class_names_that_are_markup(good, trained, tmp_path, capsys):
             assert run(visualize_attention.main, [*argv, "--format", form], capsys)[0] == 0
         assert "<script>alert" not in (tmp_path / "attention_i.html").read_text()
         counts = np.eye(10, dtype=int)
-        cifar_test._print_confusion(counts, good["data"]["classes"], True, True)
+        print_confusion(counts, good["data"]["classes"], True, True)
         write_pdf([confusion_figure(counts, good["data"]["classes"], name)], tmp_path / "confusion.pdf")
         capsys.readouterr().out.encode()
 

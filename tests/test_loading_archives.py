@@ -96,9 +96,9 @@ def shards(path):
 
 def hugging_face(path, saved):
     """As `save_to_disk` writes it, or parquet files; the test images have no labels, as ImageNet's there."""
-    from loading.archives import _their_datasets
+    from loading.archives import hugging_face_package
 
-    with _their_datasets() as package:
+    with hugging_face_package() as package:
         features = package.Features(image=package.Image(), label=package.ClassLabel(names=SYNSETS))
         found = package.DatasetDict()
         for part, start in (("train", 0), ("validation", 100), ("test", 200)):

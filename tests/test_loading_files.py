@@ -21,7 +21,7 @@ from images import damage, folder_of_images, names
 from inspection.inputs import InputImage, as_seen, model_input
 from loading import files
 from loading.decode import fit_image, read_image, read_picture
-from loading.files import FileLoader, _readable, load_file_data, picture_transform
+from loading.files import FileLoader, load_file_data, picture_transform, readable
 from loading.memory import read_split
 from main_distillation import main
 from visualize_attention import main as visualize
@@ -247,7 +247,7 @@ def test_processes_share_the_search_for_unreadable_images(tmp_path, monkeypatch)
     for rank in (0, 1):
         monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(utils, "gather", lambda value: found.append(value) or [value])
-        _readable(split, "train", classes, at_once=3)
+        readable(split, "train", classes, at_once=3)
     assert sorted(read) == sorted(names(split))
     assert sorted(i for errors in found for i in errors) == [1, 14, 15] and len(found) == 8
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import random_seed
 
 import cifar_main
 import cifar_test
@@ -196,7 +197,7 @@ def test_the_distillation_tokens_head_trains(tmp_path, capsys, teacher):
     out = train(capsys, tmp_path / "run", *argv, "--epochs", "1", "--no_aug", "--lr", "1e-2")
     assert "distillation token at block 1" in out
     assert re.search(PRINTED, out)
-    utils.seed_everything(0)
+    random_seed(0)
     first = DynamicViT(**load_checkpoint(tmp_path / "run" / "checkpoint.pth")["model_args"])
     last, _ = load_model(tmp_path / "run" / "checkpoint.pth")
     for name in ("dist_token", "head_dist.weight", "head_dist.bias", "head.weight"):

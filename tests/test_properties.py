@@ -35,7 +35,7 @@ from conftest import STUDENT, TINY, noise, run, tiny
 from inspection import objects_pages
 from inspection.attention import attention_rollout, projections, trace
 from test_models_dynamic import inputs_of_blocks
-from training import run_log, scoring
+from training import run_log, scoring, setup
 
 TIMES = int(os.environ.get("PROPERTIES", "1"))
 KINDS = ("cls", "dist", "patches", "registers")  # in the order of the sequence
@@ -365,8 +365,8 @@ def contained(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
-    monkeypatch.setattr(utils, "make_deterministic", lambda: None)
-    monkeypatch.setattr(datasets, "_read_digits", cache(datasets._read_digits))
+    monkeypatch.setattr(setup, "make_deterministic", lambda: None)
+    monkeypatch.setattr(datasets, "read_digits", cache(datasets.read_digits))
 
 
 @pytest.fixture

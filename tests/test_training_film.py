@@ -238,9 +238,9 @@ def test_one_scale_a_token_and_not_too_many_frames_pages_and_bytes(whole, tmp_pa
 
 
 def test_a_page_has_few_rows_and_the_last_epoch_is_shown():
-    assert [list(part) for part in film._parts(4, 5)] == [[0, 1], [2, 3]]
-    assert [list(part) for part in film._parts(2, 17)] == [[0], [1]]
-    assert film._spread([*range(7)], 3) == [0, 3, 6] and film._spread([*range(7)], 1) == [6]
+    assert [list(part) for part in film.pages_of(4, 5)] == [[0, 1], [2, 3]]
+    assert [list(part) for part in film.pages_of(2, 17)] == [[0], [1]]
+    assert film.spread([*range(7)], 3) == [0, 3, 6] and film.spread([*range(7)], 1) == [6]
     maps = torch.rand(4, 4)
     strips = [Strip(f"Register {r} (of 16)", [None] * 3 + [maps] * 9, 0.5) for r in range(17)]
     no_overlaps(draw_strips("x", "y", [f"block {b}" for b in range(12)], [Group("z", torch.zeros(3, 9, 9), strips)]))

@@ -1,12 +1,13 @@
 """The log of a run and its curves."""
 
+import numpy as np
 import torch
 
 import cifar_main
 from conftest import DIGITS, run
 from pages import no_overlaps
 from training import run_log
-from training.run_log import curves, environment
+from training.run_log import curves, environment, peak_memory, reset_peak_memory
 
 
 def test_quick_epochs_do_not_wait_for_their_curves(tmp_path, monkeypatch, capsys):
@@ -42,3 +43,12 @@ def test_curves_mark_the_epoch_whose_weights_are_saved():
     assert not gradient.lines and gradient.texts[0].get_text() == "not measured"
     assert all(tick == int(tick) for tick in loss.get_xticks())
     no_overlaps(curves([{"epoch": 1, "lr": 0.0, "train_loss": 2.0}]))  # no validation, and a rate that has no logarithm
+
+
+def test_peak_memory_counts_anew():
+    device = torch.device("cpu")
+    block = np.ones(200 * 2**20, dtype=np.uint8)
+    before = peak_memory(device)
+    del block
+    reset_peak_memory(device)
+    assert peak_memory(device) < before - 150

@@ -1,6 +1,5 @@
-"""Devices, memory and processes: what utils.py says of a machine."""
+"""Devices and processes: what utils.py says of a machine."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,15 +8,6 @@ import visualize_attention
 from conftest import run
 from datasets import Split
 from loading.memory import load_data
-
-
-def test_peak_memory_counts_anew():
-    device = torch.device("cpu")
-    block = np.ones(200 * 2**20, dtype=np.uint8)
-    before = utils.peak_memory(device)
-    del block
-    utils.reset_peak_memory(device)
-    assert utils.peak_memory(device) < before - 150
 
 
 def test_images_that_fill_the_device(capsys):

@@ -1,4 +1,5 @@
-"""Which tokens stand where in a sequence, block by block: `[CLS | distillation | patches | registers]`."""
+"""Which tokens stand where in a sequence, block by block: `[CLS | distillation | patches | registers]`; and which
+arguments of a DynamicViT go together."""
 
 import operator
 from dataclasses import dataclass
@@ -68,6 +69,21 @@ def registers_at(reg_pos, reg_end, count: int, depth: int) -> tuple[list[int], l
     return starts, ends, [*present, []]
 
 
+def check_sizes(args: dict):
+    """Raise ValueError for sizes of a DynamicViT (its arguments `args`) that do not go together."""
+    (h, w), (ph, pw), heads = args["img_size"], args["patch_size"], args["num_heads"]
+    if args["embed_dim"] % heads:
+        raise ValueError(f"width {args['embed_dim']} is not divisible by {heads} heads")
+    if h % ph or w % pw or 0 in (h, w):
+        raise ValueError(f"an image of {h} x {w} pixels is not divisible into patches of {ph} x {pw}")
+    if int(args["embed_dim"] * args["mlp_ratio"]) < 1:
+        raise ValueError(f"an MLP ratio of {args['mlp_ratio']} leaves no hidden unit")
+    if args["num_register_tokens"] < 0:
+        raise ValueError(f"the number of registers must be at least 0, not {args['num_register_tokens']}")
+    if args["rope"] and args["embed_dim"] // heads % 4:
+        raise ValueError(f"rotary positions need heads of a multiple of 4, not {args['embed_dim'] // heads}")
+
+
 MODES = ("token", "reader")
 
 
@@ -80,6 +96,8 @@ def check_modes(args: dict, registers: list[list[int]], classified: str):
         classified: the model's `global_pool`.
     """
     depth, count, cls_pos = args["depth"], args["class_attention"], args["cls_pos"]
+    if classified not in ("token", "avg", "") or (classified == "token" and cls_pos is None):
+        raise ValueError(f"global_pool {classified!r} is none of 'token' (with a class token), 'avg' and ''")
     for name in ("cls_mode", "reg_mode"):
         if args[name] not in MODES:
             raise ValueError(f"{name} {args[name]!r} is none of {', '.join(MODES)}")

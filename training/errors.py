@@ -7,8 +7,7 @@ import utils
 from datasets import denormalise
 from inspection.inputs import class_name
 from inspection.pages import headed_figure
-from loading.files import FileLoader
-from loading.memory import MemoryLoader
+from training.scoring import eval_batches
 
 ACROSS, DOWN = 8, 5  # images of a page
 SIDE, BELOW = 1.1, 0.55  # inches of one, and of the words below it
@@ -17,8 +16,22 @@ LETTERS = 12  # of a class name
 
 
 def short(k, classes) -> str:
-    name = class_name(k, classes)
-    return name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
+    return utils.shortened(class_name(k, classes), LETTERS)
+
+
+def print_confusion(counts: np.ndarray, classes, per_class, confusion):
+    """Print the accuracy of each class, the matrix, or both. `counts`: (K, K) images, rows are true classes."""
+    classes = [utils.printable(name) for name in classes]
+    width = max(map(len, classes))
+    if per_class:
+        print("\nAccuracy of each class")
+        for name, row, right in zip(classes, counts, counts.diagonal()):
+            print(f"  {name:{width}}  {100 * right / max(row.sum(), 1):6.2f}%  ({right} of {row.sum()})")
+    if confusion:
+        cell = max(4, len(str(counts.max())) + 1)
+        print("\nConfusion matrix: rows are true classes, columns the predicted ones in the same order")
+        for name, row in zip(classes, counts):
+            print(f"  {name:{width}} " + "".join(f"{n:{cell}}" for n in row))
 
 
 def confusion_figure(counts: np.ndarray, classes, about):
@@ -71,9 +84,8 @@ def _run(model, data, split, numbers):
     if not len(numbers):
         return
     few, device = split.part(numbers.tolist()), next(model.parameters()).device
-    batches = FileLoader(few, data, 256, device) if "crop_pct" in data else MemoryLoader(few.to(device), data, 256)
     with utils.full_precision():
-        for images, _ in batches:
+        for images, _ in eval_batches(few, data, device, batch_size=256):
             shown = denormalise(images, data["mean"], data["std"]).round().to("cpu", torch.uint8)
             yield shown, model.eval()(images).float()
 

@@ -19,9 +19,8 @@ from datasets import denormalise, resize
 from inspection import inputs
 from inspection.pages import by_token, token_name, write_pdf
 from inspection.strips import Group, Strip, draw_strips, top_of
-from loading.files import FileLoader
-from loading.memory import MemoryLoader
 from models_dynamic import SIZES, DynamicViT
+from training.scoring import eval_batches
 from utils import BadInput
 
 EPOCH = re.compile(r"epoch_(\d{4,})\.(npz|png)")
@@ -75,7 +74,7 @@ class Film:
         saved, file = self._maps_and_captions(epoch), self._file(epoch)
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
         tops = {key: top_of(saved[key]) for key in _tokens(saved)}
-        parts = _parts(len(self.numbers), len(tops))
+        parts = pages_of(len(self.numbers), len(tops))
         sheet = np.concatenate([_pixels(_page(saved, tops, part, self.args.epochs)) for part in parts])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
@@ -87,9 +86,7 @@ class Film:
         """The images as validation prepares them for the model, and, smaller, for display."""
         split, data, device = self.val_batches.split, self.data, next(self.model.parameters()).device
         few = split.part(self.numbers)
-        from_files = isinstance(self.val_batches, FileLoader)
-        loader = FileLoader(few, data, len(few), device) if from_files else MemoryLoader(few, data, len(few))
-        self.images, labels = next(iter(loader))
+        self.images, labels = next(iter(eval_batches(few, data, device, len(few))))
         self.labels = labels.tolist()
         shown = denormalise(self.images, data["mean"], data["std"])
         scale = min(1, SIDE / max(shown.shape[2:]))
@@ -104,7 +101,7 @@ class Film:
             maps = token_maps(self.model, self.images)
             logits = self.model.eval()(self.images).cpu()
         self.model.train(training)
-        classes = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in self.data["classes"]]
+        classes = [utils.shortened(name, LETTERS) for name in self.data["classes"]]
         captions = [
             f"true: {inputs.class_name(label, classes)}, {inputs.prediction(row, classes)}"
             for label, row in zip(self.labels, logits)
@@ -154,7 +151,6 @@ def token_maps(model: DynamicViT, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def _epochs(folder) -> list[Path]:
-    """The .npz files in order."""
     files = [file for file in folder.glob("epoch_*.npz") if EPOCH.fullmatch(file.name)]
     return sorted(files, key=lambda file: int(file.stem.removeprefix("epoch_")))
 
@@ -163,7 +159,7 @@ def _tokens(saved) -> list[str]:
     return [key for key in saved if TOKEN.fullmatch(key)]
 
 
-def _parts(images, tokens) -> list[range]:
+def pages_of(images, tokens) -> list[range]:
     """Which images stand on each page of an epoch."""
     a_page = max(1, ROWS // tokens)
     return [range(k, min(k + a_page, images)) for k in range(0, images, a_page)]
@@ -195,12 +191,12 @@ def write_film(args):
     every = [_read(file) for file in files]
     tops = {key: top_of(np.stack([saved[key] for saved in every])) for key in _tokens(every[0])}
     images = len(every[0]["images"])
-    parts = _parts(images, len(tops))[:PAGES]
-    in_pdf = _spread(every, PAGES // len(parts))
+    parts = pages_of(images, len(tops))[:PAGES]
+    in_pdf = spread(every, PAGES // len(parts))
     figures = (_page(saved, tops, part, args.epochs) for saved in in_pdf for part in parts)
     write_pdf(figures, folder / "attention.pdf")
     for key, top in tops.items():
-        shown = _spread(every, FRAMES)
+        shown = spread(every, FRAMES)
         frames = [_pixels(_page(saved, {key: top}, range(min(images, ROWS)), args.epochs)) for saved in shown]
         gif = _gif(frames)
         utils.write_atomically(folder / f"attention_{key}.gif", lambda out, gif=gif: out.write(gif))
@@ -214,7 +210,7 @@ def _read(file) -> dict:
         return dict(saved)
 
 
-def _spread(items, count) -> list:
+def spread(items, count) -> list:
     """At most `count` of them, evenly, with the first and the last; the last if it is one."""
     return [items[i] for i in sorted({round(i) for i in np.linspace(len(items) - 1, 0, min(count, len(items)))})]
 
@@ -244,4 +240,4 @@ def _gif(frames: list[np.ndarray]) -> bytes:
         if shrink > 0.5:
             shrink *= 0.8
         else:
-            pictures = _spread(pictures, max(1, len(pictures) // 2))
+            pictures = spread(pictures, max(1, len(pictures) // 2))

@@ -39,110 +39,99 @@ OF_ANY_MODEL = ("input_size", "drop_path", "init_values")
 
 def add_model_flags(parser):
     """The flags in `MODEL_FLAGS`, but for `dist_pos`, and --finetune. Returns the group."""
-    group = parser.add_argument_group("model (default: that of --model)")
-    missing = dict(default=SUPPRESS)
-    group.add_argument("--num_reg", type=number(int, 0), help="register tokens (4)", **missing)
-    group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
-    group.add_argument(
+    group = parser.add_argument_group("model (default: that of --model)", argument_default=SUPPRESS)
+    flag = group.add_argument
+    flag("--num_reg", type=number(int, 0), help="register tokens (4)")
+    flag("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)")
+    flag(
         "--reg_pos", type=number(int, 0), nargs="+", metavar="BLOCK", help="block that the registers enter at, or one "
-        "for each of them (0)", **missing,
+        "for each of them (0)",
     )  # fmt: skip
-    group.add_argument(
+    flag(
         "--reg_end", type=number(int, 1), nargs="+", metavar="BLOCK", help="block from which on the registers are "
-        "absent, or one for each of them (they stay)", **missing,
+        "absent, or one for each of them (they stay)",
     )  # fmt: skip
-    for flag, what in (("--cls_mode", "CLS attends"), ("--reg_mode", "registers attend")):
-        words = f"reader: {what} to all tokens, and only readers attend to what reads (token)"
-        group.add_argument(flag, choices=MODES, help=words, **missing)
-    group.add_argument(
+    for name, what in (("--cls_mode", "CLS attends"), ("--reg_mode", "registers attend")):
+        flag(name, choices=MODES, help=f"reader: {what} to all tokens, and only readers attend to what reads (token)")
+    flag(
         "--class_attention", type=number(int, 0), metavar="K", help="in the last K blocks only CLS is updated, as in "
-        "CaiT (0)", **missing,
+        "CaiT (0)",
     )  # fmt: skip
-    group.add_argument("--embed_dim", type=number(int, 1, 2**16), help="width", **missing)
-    group.add_argument("--depth", type=number(int, 1, 1000), help="blocks", **missing)
-    group.add_argument("--num_heads", type=number(int, 1), help="heads", **missing)
-    group.add_argument("--mlp_ratio", type=number(float, above=0), help="hidden width of the MLP / width", **missing)
-    group.add_argument("--patch_size", type=utils.image_size, help="pixels, 4 or 4x8 (height x width)", **missing)
-    group.add_argument("--input_size", type=utils.image_size, help="pixels, 32 or 32x48 (height x width)", **missing)
-    group.add_argument(
-        "--init_values", type=number(float, above=0), help="initial LayerScale (no LayerScale)", **missing
-    )
-    group.add_argument(
-        "--drop_path", type=number(float, 0, 0.99), default=0.1, help="stochastic depth at the last block"
-    )
-    group.add_argument("--qk_norm", action="store_true", help="normalise queries and keys", **missing)
-    group.add_argument("--rope", action="store_true", help="rotary positions on the patches, as in DINOv3", **missing)
-    group.add_argument("--swiglu", action="store_true", help="SwiGLU in place of the MLP", **missing)
-    group.add_argument(
-        "--stem", choices=tuple(STEMS), help="conv: convolutions in place of the patch projection; deep: three times "
-        "as many", **missing,
-    )  # fmt: skip
-    group.add_argument("--finetune", metavar="FILE", help="begin with these weights, wherever the tokens enter")
+    flag("--embed_dim", type=number(int, 1, 2**16), help="width")
+    flag("--depth", type=number(int, 1, 1000), help="blocks")
+    flag("--num_heads", type=number(int, 1), help="heads")
+    flag("--mlp_ratio", type=number(float, above=0), help="hidden width of the MLP / width")
+    flag("--patch_size", type=utils.image_size, help="pixels, 4 or 4x8 (height x width)")
+    flag("--input_size", type=utils.image_size, help="pixels, 32 or 32x48 (height x width)")
+    flag("--init_values", type=number(float, above=0), help="initial LayerScale (no LayerScale)")
+    flag("--drop_path", type=number(float, 0, 0.99), default=0.1, help="stochastic depth at the last block")
+    flag("--qk_norm", action="store_true", help="normalise queries and keys")
+    flag("--rope", action="store_true", help="rotary positions on the patches, as in DINOv3")
+    flag("--swiglu", action="store_true", help="SwiGLU in place of the MLP")
+    words = "conv: convolutions in place of the patch projection; deep: three times as many"
+    flag("--stem", choices=tuple(STEMS), help=words)
+    flag("--finetune", metavar="FILE", default=None, help="begin with these weights, wherever the tokens enter")
     return group
 
 
 def add_training_flags(group):
     """What both scripts train with; defaults that depend on the script are not set."""
-    group.add_argument("--epochs", type=number(int, 1))
-    group.add_argument("--batch_size", type=number(int, 1), help="images at a time, in each process")
-    group.add_argument("--opt", help="timm's name of an optimizer")
-    group.add_argument("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
-    group.add_argument(
+    flag = group.add_argument
+    flag("--epochs", type=number(int, 1))
+    flag("--batch_size", type=number(int, 1), help="images at a time, in each process")
+    flag("--opt", help="timm's name of an optimizer")
+    flag("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
+    flag(
         "--layer_decay", type=number(float, 0, 1, above=0), metavar="D", help="multiply --lr by D for each layer "
         "between a parameter and the head, as in BEiT",
     )  # fmt: skip
-    group.add_argument(
+    flag(
         "--warmup_epochs",
         type=number(float, 0),
         help="linear warm-up (default: a tenth of --epochs, or a recipe's less)",
     )
-    group.add_argument("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
-    group.add_argument(
-        "--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0, help="decay of averaged weights"
-    )
-    group.add_argument("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
-    group.add_argument("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
-    group.add_argument("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
-    group.add_argument(
+    flag("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
+    flag("--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0, help="decay of averaged weights")
+    flag("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
+    flag("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
+    flag("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
+    flag(
         "--skip_bad_steps", type=number(int, 0), default=0, metavar="N",
         help="leave out so many steps whose loss or gradient is not finite, before one ends the run",
     )  # fmt: skip
-    group.add_argument("--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too")
-    group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
+    flag("--save_steps", type=number(int, 1), metavar="N", help="write checkpoint.pth each N steps, too")
+    flag("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints to keep, the newest")
     add_log_flags(group)
-    group.add_argument(
+    flag(
         "--viz_every", type=number(int, 1), metavar="N", help="draw what tokens attend to in held-out images, each N "
         "epochs, before the first and after the last one; in the end also as a PDF and animated GIFs",
     )  # fmt: skip
-    group.add_argument(
-        "--viz_images", type=number(int, 0), nargs="+", metavar="I", help="numbers of these images (default: 0 1 2 3)"
-    )
+    flag("--viz_images", type=number(int, 0), nargs="+", metavar="I", help="numbers of these images (default: 0 1 2 3)")
 
 
 def add_data_flags(group):
     """Which images are read (see `of_data`), and what both scripts do with them in training."""
-    group.add_argument(
+    flag = group.add_argument
+    flag(
         "--val_size", type=number(float, 0), help="training images to hold out for choosing the best epoch, a share "
         "or a number; 0: the last epoch is the result (default: 5000 for CIFAR, 0.01 for IMNET, else 0.1; not with "
         "folders val/ and test/: val/ is held out then)",
     )  # fmt: skip
-    group.add_argument(
+    flag(
         "--test_size", type=number(float, above=0), help="images to test on, a share or a number, where the class "
         f"folders lie in --data_path itself, without train/ and test/ (default: {TEST_SIZE})",
     )  # fmt: skip
-    group.add_argument(
-        "--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out"
-    )
+    flag("--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out")
     add_max_pixels(group)
-    group.add_argument(
+    flag(
         "--balance", choices=("none", "sampler", "loss"), default="none", help="for classes of unequal size, all of "
         "which are to count alike: draw the images of a small class more often, or weight their loss",
     )  # fmt: skip
-    group.add_argument("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for digits)")
-    group.add_argument("--reprob", type=number(float, 0, 1), help="probability of random erasing")
-    group.add_argument("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
-    group.add_argument("--cutmix", type=number(float, 0), help="CutMix's alpha, 0 for none")
-    group.add_argument("--mix_prob", "--mixup_prob", type=number(float, 0, 1), help="share of batches that are mixed")
+    flag("--hflip", type=number(float, 0, 1), help="mirror images (default: 0.5; 0 for digits)")
+    flag("--reprob", type=number(float, 0, 1), help="probability of random erasing")
+    flag("--mixup", type=number(float, 0), help="MixUp's alpha, 0 for none")
+    flag("--cutmix", type=number(float, 0), help="CutMix's alpha, 0 for none")
+    flag("--mix_prob", "--mixup_prob", type=number(float, 0, 1), help="share of batches that are mixed")
 
 
 def of_data(args) -> dict:
@@ -153,19 +142,20 @@ def of_data(args) -> dict:
 def add_small_image_flags(parser):
     """Data, model, recipe and machine for images in memory: flags of `cifar_main.py` and of a sweep's cells."""
     group = parser.add_argument_group("data")
-    group.add_argument(
+    flag = group.add_argument
+    flag(
         "--data_set", choices=DATA_SETS, type=str.upper, help="default: what --data_path holds, or its name, or CIFAR10"
     )
-    group.add_argument(
+    flag(
         "--data_path", help="a folder with train/<class>/ and test/<class>/ (or val/), or with <class>/ alone "
         "(default: ./data/CIFAR10 or ./data/CIFAR100, downloaded there if absent)",
     )  # fmt: skip
     add_data_flags(group)
-    group.add_argument(
+    flag(
         "--aug", choices=("trivial", "rand", "none"),
         help="TrivialAugment or RandAugment (default: the recipe's; none for digits)",
     )  # fmt: skip
-    group.add_argument(
+    flag(
         "--repeats", type=number(float, above=0), help="times that an epoch goes through the images, each augmented "
         "anew",
     )  # fmt: skip
@@ -174,11 +164,12 @@ def add_small_image_flags(parser):
     group.add_argument("--model", choices=sorted(SIZES), default="dynamic_vit_cifar", help="size")
 
     group = parser.add_argument_group("training")
-    group.add_argument(
+    flag = group.add_argument
+    flag(
         "--recipe", choices=tuple(RECIPES), default="long", help="defaults of the flags: long is for a GPU, quick for "
         "ten minutes on two CPU cores, and a smaller model",
     )  # fmt: skip
-    group.add_argument("--lr", type=number(float, above=0), help="peak learning rate; not scaled")
+    flag("--lr", type=number(float, above=0), help="peak learning rate; not scaled")
     add_training_flags(group)
     add_machine_flags(parser)
     parser.set_defaults(  # what main_distillation.py has flags for
@@ -230,12 +221,13 @@ def check_pairs(args, images):
 def add_machine_flags(parser):
     """Returns the group."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of training")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--num_threads", type=number(int, 1, 1024), help="CPU threads (default: torch's)")
-    group.add_argument("--seed", type=number(int, 0, 2**31), default=0)
-    group.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    flag = group.add_argument
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of training")
+    flag("--compile", action="store_true", help="torch.compile the model")
+    flag("--num_threads", type=number(int, 1, 1024), help="CPU threads (default: torch's)")
+    flag("--seed", type=number(int, 0, 2**31), default=0)
+    flag("--deterministic", action="store_true", help="deterministic kernels only")
     return group
 
 

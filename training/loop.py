@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +19,7 @@ from engine import NotFinite, Position, TrainingStep, evaluate, peak_rate, train
 from training import run_folder
 from training.film import Film
 from training.log_to import open_logs
-from training.run_log import RunLogger, environment, plain_args
+from training.run_log import RunLogger, environment, peak_memory, plain_args, reset_peak_memory
 from training.setup import updates_per_epoch
 from training.signals import StopSignals
 from training.state import TrainingState, weights_of
@@ -68,7 +68,7 @@ def run_epochs(run: Run, step: TrainingStep) -> dict:
     """
     args, model = run.args, run.model
     utils.writable_folder(args.output_dir)
-    utils.reset_peak_memory(run.device)  # a sweep has a run after another in one process
+    reset_peak_memory(run.device)  # a sweep has a run after another in one process
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True) if args.ema else None
     shown = ema.module if ema else model
     film = Film(args, model, run.val_batches, run.data, resumed=bool(run.resume))
@@ -235,11 +235,12 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
         "epoch": epoch, "step": trained["step"], "train_loss": trained["loss"],
         "lr": peak_rate(step.optimizer), "grad_norm": trained["grad_norm"],
         "seconds": round(trained["seconds"], 3), "images_per_s": round(trained["images"] / trained["seconds"], 1),
-        "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(utils.peak_memory(run.device), 1),
+        "data_wait": round(100 * trained["data_wait"], 2), "memory_mib": round(peak_memory(run.device), 1),
     }  # fmt: skip
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
-    utils.broadcast_buffers(run.model)
+    if utils.world_size() > 1:
+        distribute_bn(run.model, utils.world_size())  # from the first process: each has its own statistics
 
     def validated(model):
         with gathered(model):

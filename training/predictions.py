@@ -11,14 +11,12 @@ import torch
 from tqdm import tqdm
 
 import utils
-from datasets import MAX_PIXELS, Split, normalise
-from loading.decode import fit_image, note_unreadable, read_picture
+from datasets import MAX_PIXELS, WHOLE_IMAGE, Split, normalise
+from loading.decode import THREADS, fit_image, note_unreadable, read_picture
 from loading.folders import image_files, note_left_out
-from training.teachers import WHOLE
 from utils import BadInput
 
 TOP = 5  # classes of each image that are written
-THREADS = min(8, os.cpu_count() or 1)
 
 
 def write_predictions(model, checkpoint, folder, path, device, batch_size, max_pixels=MAX_PIXELS) -> int:
@@ -45,7 +43,7 @@ def write_predictions(model, checkpoint, folder, path, device, batch_size, max_p
     if not files:
         raise BadInput(f"--predict: {folder} has no images; give a folder that has some")
     split = Split(np.array([os.fsencode(file) for file in files]), torch.zeros(len(files)), max_pixels)
-    model, data, errors = model.to(device).eval(), WHOLE | checkpoint["data"], {}
+    model, data, errors = model.to(device).eval(), WHOLE_IMAGE | checkpoint["data"], {}
     classes = data["classes"]
 
     def write(file):  # names of files are bytes

@@ -3,8 +3,10 @@
 import json
 import math
 import platform
+import re
 import shlex
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -84,6 +86,26 @@ def _hardware(device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
+
+
+def reset_peak_memory(device):
+    """`peak_memory` counts from now on, where the system can do that (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM
+
+
+def peak_memory(device) -> float:
+    """MiB: the largest amount that tensors took on a GPU since `reset_peak_memory`, elsewhere that of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):  # a process that was just started by a large one has the other's size below, not here
+        if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
+            return int(found[1]) / 2**10
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def read_json_lines(path) -> list[dict]:

@@ -9,6 +9,18 @@ from loading.memory import MemoryLoader, read_split
 from utils import say
 
 
+def eval_batches(split, data, device, batch_size, workers=0, **share):
+    """Batches of a split as training on such `data` (a description) validates them: from files, or from memory.
+
+    Args:
+        workers: processes that read files.
+        share: `rank` and `world_size` of this process.
+    """
+    if "crop_pct" in data:
+        return FileLoader(split, data, batch_size, device, workers=workers, **share)
+    return MemoryLoader(split.to(device), data, batch_size, **share)
+
+
 def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False, max_pixels=MAX_PIXELS):
     """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
 
@@ -16,13 +28,12 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
         What `evaluate` does, and the split of the test images.
     """
     data, path = checkpoint["data"], data_folder(checkpoint, data_path)
-    share = dict(batch_size=batch_size, rank=utils.rank(), world_size=utils.world_size())
     if "crop_pct" in data:
         split, classes = find_split(data["name"], path, False, data, max_pixels)
-        batches = FileLoader(split, data, device=device, workers=workers, **share)
     else:
         split, classes = read_split(data["name"], path, False, data["input_size"], data, max_pixels)
-        batches = MemoryLoader(split.to(device), data, **share)
+    share = dict(rank=utils.rank(), world_size=utils.world_size())
+    batches = eval_batches(split, data, device, batch_size, workers, **share)
     check_classes(classes, data["classes"], "the test images", "the model")
     there = data.get("images", {}).get("test", len(split))
     if len(split) != there:

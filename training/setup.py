@@ -1,6 +1,7 @@
 """What the flags of a run describe: device, model, optimizer, schedule, loss."""
 
 import os
+from pathlib import Path
 
 import timm
 import torch
@@ -16,7 +17,8 @@ from checkpoints.models import timm_model
 from checkpoints.weights import LoadReport, load_weights
 from datasets import class_weights
 from engine import TrainingStep
-from models_dynamic import SIZES, DynamicViT, plain_attention_on_cpu
+from inspection.attention import set_fused_attention
+from models_dynamic import SIZES, DynamicViT
 from training import flags
 from training.flags import MODEL_FLAGS, OF_ANY_MODEL, given_model_args
 from training.losses import DistillationLoss, WeightedLoss
@@ -37,11 +39,11 @@ def make_step(args, model, batches, classes: int, teacher=None) -> TrainingStep:
     mixup, criterion = make_mixup_and_loss(args, batches.batch_size, classes, weights)
     if teacher is not None:
         criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    amp_dtype = utils.amp_dtype(args.amp, device)
-    plain_attention_on_cpu(model, device, amp_dtype)
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype is torch.float16 else None
+    dtype = amp_dtype(args.amp, device)
+    plain_attention_on_cpu(model, device, dtype)
+    scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
     return TrainingStep(
-        model, criterion, optimizer, scheduler, args.accum_steps, mixup, teacher, amp_dtype, scaler, args.clip_grad
+        model, criterion, optimizer, scheduler, args.accum_steps, mixup, teacher, dtype, scaler, args.clip_grad
     )
 
 
@@ -100,12 +102,50 @@ def start(args) -> torch.device:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     if args.deterministic:
-        utils.make_deterministic()
+        make_deterministic()
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32; not in `evaluate`
-    utils.amp_dtype(args.amp, device)  # raises BadInput now rather than after the data are read
+    amp_dtype(args.amp, device)  # raises BadInput now rather than after the data are read
     return device
+
+
+def make_deterministic():
+    """Only deterministic kernels, on every device, for the price of some speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def amp_dtype(choice, device) -> torch.dtype | None:
+    """The precision of matrix products in training: None is full precision.
+
+    'auto' is bfloat16 where the device multiplies faster in it: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX.
+    """
+    if choice == "fp16" and device.type != "cuda":
+        raise BadInput(f"--amp fp16 needs a CUDA device, this is {device.type}; use --amp auto")
+    if choice != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        try:
+            flags = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            return None
+        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
+    return None
+
+
+def plain_attention_on_cpu(model, device, dtype):
+    """Plain products where torch's fused kernel is several times slower: in bfloat16 on CPUs."""
+    if device.type == "cpu" and dtype is not None:
+        set_fused_attention(model, False)
+
+
+def on_channels_last(model):
+    """Convolutions are faster with the channels last; a DynamicViT has only one of them."""
+    return model if isinstance(model, DynamicViT) else model.to(memory_format=torch.channels_last)
 
 
 def build_model(args, num_classes, device="cpu") -> torch.nn.Module:

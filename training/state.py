@@ -1,7 +1,10 @@
 """All that a run has to remember, in memory and in a checkpoint, so that a resumed run is one that never stopped."""
 
+import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,18 +21,18 @@ from training import run_folder
 from training.run_log import plain_args, selection_key
 from utils import BadInput, say
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, of FSDP in the first process only
+WHOLE_TENSORS = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of FSDP, in the first process only
 
 
 def weights_of(model) -> dict:
     """The model's state dict; all processes of FSDP have a part in it, and the first one gets it."""
-    return get_model_state_dict(model, options=WHOLE) if isinstance(model, FSDPModule) else model.state_dict()
+    return get_model_state_dict(model, options=WHOLE_TENSORS) if isinstance(model, FSDPModule) else model.state_dict()
 
 
 def load_weights_of(model, weights: dict):
     """Put a state dict, which every process has, into a model or its shares."""
     if isinstance(model, FSDPModule):
-        set_model_state_dict(model, dict(weights), options=WHOLE)
+        set_model_state_dict(model, dict(weights), options=WHOLE_TENSORS)
     else:
         model.load_state_dict(weights)
 
@@ -63,7 +66,7 @@ class TrainingState:
             "batch": self.batch, "skipped": self.skipped, "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": weights_of(self.ema.module) if self.ema else None,
-            "processes": utils.gather({"random": utils.random_states(), "sums": self.sums}),
+            "processes": utils.gather({"random": random_states(), "sums": self.sums}),
         }  # fmt: skip
 
     def end_epoch(self, metrics, skipped, last_is_best) -> bool:
@@ -132,7 +135,7 @@ class TrainingState:
         if len(saved["processes"]) == utils.world_size() and saved["args"].get("seed") == self.args.seed:
             mine = saved["processes"][utils.rank()]
             self.sums = mine["sums"]
-            utils.set_random_states(mine["random"])
+            set_random_states(mine["random"])
 
     def _restore_optimizer(self, path, saved):
         """Its state, with its groups as the flags are now; no state where that is of another optimizer."""
@@ -155,7 +158,7 @@ class TrainingState:
         """The optimizer's state dict, whose parameters are numbers; torch's functions for FSDP have names there."""
         if not isinstance(self.model, FSDPModule):
             return self.optimizer.state_dict()
-        named = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE).get("state", {})
+        named = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE_TENSORS).get("state", {})
         state = {i: named[name] for i, name in enumerate(self._parameters()) if name in named}
         return self.optimizer.state_dict() | {"state": state}
 
@@ -166,7 +169,7 @@ class TrainingState:
         state = {names[i]: of_parameter for i, of_parameter in saved["state"].items()}
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
         named = {"state": state, "param_groups": groups}
-        set_optimizer_state_dict(self.model, self.optimizer, named, options=WHOLE)
+        set_optimizer_state_dict(self.model, self.optimizer, named, options=WHOLE_TENSORS)
         for group, old in zip(self.optimizer.param_groups, saved["param_groups"]):  # torch has made lists of tuples
             group.update((key, value) for key, value in old.items() if key != "params")
 
@@ -174,3 +177,24 @@ class TrainingState:
         """Names of the optimizer's parameters, in the order of its state dict."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def random_states() -> dict:
+    """The states of all global generators of this process, as values that a checkpoint may hold."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the process's own GPU
+    }
+
+
+def set_random_states(states):
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -7,16 +7,10 @@ import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model, timm_model
 from checkpoints.weights import LoadReport, load_weights
-from datasets import check_classes
-from models_dynamic import SIZES, TOKENS, DynamicViT, plain_attention_on_cpu
+from datasets import WHOLE_IMAGE, check_classes
+from models_dynamic import SIZES, TOKENS, DynamicViT
+from training.setup import amp_dtype, on_channels_last, plain_attention_on_cpu
 from utils import BadInput
-
-WHOLE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how images are resized for a checkpoint without these keys
-
-
-def on_channels_last(model):
-    """Convolutions are faster with the channels last; a DynamicViT has only one of them."""
-    return model if isinstance(model, DynamicViT) else model.to(memory_format=torch.channels_last)
 
 
 def make_teacher(args, data, device):
@@ -28,7 +22,7 @@ def make_teacher(args, data, device):
         wanted, here = (utils.flag_value(tuple(size)) for size in (about["input_size"], data.input_size))
         raise BadInput(f"the teacher sees images of {wanted} pixels, here they are {here}; give --input_size {wanted}")
     model = on_channels_last(model).to(device).eval().requires_grad_(False)
-    plain_attention_on_cpu(model, device, utils.amp_dtype(args.amp, device))
+    plain_attention_on_cpu(model, device, amp_dtype(args.amp, device))
     here, there = (
         torch.tensor([mean, std], device=device)[:, :, None, None]
         for mean, std in ((data.mean, data.std), (about["mean"], about["std"]))
@@ -80,7 +74,7 @@ def images_of(checkpoint, name, data, whose) -> dict:
     """
     if {"data", "model_args"} <= checkpoint.keys():
         check_classes(checkpoint["data"]["classes"], data.classes, whose, "the data")
-        return WHOLE | checkpoint["data"]
+        return WHOLE_IMAGE | checkpoint["data"]
     config = None if name in SIZES else timm.get_pretrained_cfg(name)
     if config is None:
         return data.description()

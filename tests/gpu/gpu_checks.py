@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from PIL import Image
+from timm.utils import random_seed
 
 import cifar_main
 import utils
@@ -22,7 +23,7 @@ from engine import Position, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.memory import MemoryLoader, TrainTransform
 from training import flags
-from training.run_log import read_json_lines
+from training.run_log import peak_memory, read_json_lines, reset_peak_memory
 from training.setup import build_model, make_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,7 @@ class Machine:
 
 def prepared(args, device, count, compiled=False):
     """(a training step, its batches): images of a colour for each class in noise, on the device."""
-    utils.seed_everything(0)
+    random_seed(0)
     model = build_model(args, 10).to(device)
     labels = torch.arange(count) % 10
     colours = torch.rand(10, 3, 1, 1) * 128
@@ -177,7 +178,7 @@ def recipe(machine):
         args = machine.flags()
         step, batches = prepared(args, machine.device, 256 if machine.tiny else 50_000, compiled)
         warm, steps = (2, 4) if machine.tiny else (20, 200)
-        utils.reset_peak_memory(machine.device)
+        reset_peak_memory(machine.device)
         train_one_epoch(step, batches, last_step=warm)
         trained = train_one_epoch(step, batches, start=Position(step=warm), last_step=warm + steps)
         speed = trained["images"] / trained["seconds"]
@@ -185,7 +186,7 @@ def recipe(machine):
                   note=f"waits for data {100 * trained['data_wait']:.1f} %")  # fmt: skip
         seconds = args.epochs * args.repeats * 50_000 / speed
         yield Row(f"its {args.epochs} epochs of {args.repeats} passes of CIFAR-10{words}", seconds / 60, "minutes")
-        yield Row(f"its memory{words}", utils.peak_memory(machine.device), "MiB")
+        yield Row(f"its memory{words}", peak_memory(machine.device), "MiB")
 
 
 # A run that is killed in the middle of an epoch, after its save at step 12.

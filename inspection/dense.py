@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from inspection import outliers, segmentation
 from inspection.attention import watch_calls
-from inspection.bootstrap import bootstrap
+from inspection.bootstrap import with_interval
 from inspection.foreign import own_model
 from inspection.lens import Readout
 from inspection.objects import SAME, lost
@@ -118,8 +118,8 @@ def _of_boxes(rows) -> dict:
     if not rows:
         return {"hit_ratio": None, "corloc": None}
     hit, inside, same, whole = 100 * np.array(rows).T
-    hits = {"value": float(hit.mean()), "interval": bootstrap(hit).tolist(), "plain": float(inside.mean())}
-    found = {"value": float(same.mean()), "interval": bootstrap(same).tolist(), "plain": float(whole.mean())}
+    hits = with_interval(hit) | {"plain": float(inside.mean())}
+    found = with_interval(same) | {"plain": float(whole.mean())}
     return {"hit_ratio": None if np.isnan(hit).any() else hits, "corloc": found}
 
 
@@ -148,18 +148,17 @@ def lines(result) -> list[str]:
     return [*told, f"Outlier / normal patches ({100 * outlying['share']:.2f}%): {words}"]
 
 
-def page(result, about=""):
+def page(result, about):
     """Boxes, segmentation, and outliers against normal patches; `about`: the line below the title."""
     figure = headed_figure(
-        (11, 7), "Dense quality", about or f"{result['images']} images",
+        (11, 7), "Dense quality", about,
         "Left: the patch most like CLS lies in an annotated box; LOST's box overlaps one by at least half. Middle: the "
         "class under a patch, read from its token by probes taught on other images; background counts as a class. "
         "Right: what probes read from outlier patches and from normal ones of the same images; patches that are used "
         "as registers know the image's class, and neither their place nor their pixels. Lines: 95% bootstrap intervals "
         "over images. Dashes: a patch at random, the whole image as the box, the most frequent class.",
-        layout="constrained",
+        (0.01, 0.14, 0.98, 0.75),
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.14, 0.98, 0.75), w_pad=0.08)
     boxes, masks, outlying = figure.subplots(1, 3)
     found = {"patch most\nlike CLS": result["hit_ratio"], "LOST": result["corloc"]}
     _bars(boxes, {"": found}, {name: bar["plain"] for name, bar in found.items() if bar})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.attention import maps_of, rolled_shares, rollout_maps, watched_pass
+from inspection.attention import maps_of, rolled_shares, rollout_maps, watch_calls
 from inspection.class_maps import grad_cam, relevance
 from inspection.fitting import how_fitted
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, token_name
@@ -134,7 +134,7 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
                 keep(i, call.weights()[0].cpu(), shares[0].cpu() if rollout else None)
 
     with torch.no_grad():  # without a head nobody asks for what comes behind the last block
-        logits = watched_pass(model, images, see, -1 if model.num_classes else max(blocks))
+        logits = watch_calls(model, images, see, last=None if model.num_classes else max(blocks))
     logits = logits[0].cpu() if model.num_classes else None
     lines = [] if image.label is None else [f"true: {inputs.class_name(image.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]

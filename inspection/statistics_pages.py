@@ -38,16 +38,31 @@ def about(results) -> str:
 
 
 def _page(results, title, reading, size=(11, 7)):
-    figure = headed_figure(size, title, about(results), reading, layout="constrained")
-    figure.get_layout_engine().set(rect=(0.01, 0.75 / size[1], 0.98, 1 - 1.45 / size[1]), w_pad=0.08)
-    return figure
+    rect = (0.01, 0.75 / size[1], 0.98, 1 - 1.45 / size[1])
+    return headed_figure(size, title, about(results), reading, rect)
 
 
-def block_axis(axes, results):
+def block_axis(axes, depth):
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(xlim=(-0.5, len(results["tokens"]) - 0.5), xlabel="block")
+    axes.set(xlim=(-0.5, depth - 0.5), xlabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def draw_curve(axes, values, interval=None, x=None, **style):
+    """A line over the blocks, or over `x`, with a band between lower and upper ends; gaps where a value is None."""
+    x = range(len(values)) if x is None else x
+    (line,) = axes.plot(x, np.array(values, float), **{"marker": "."} | style)
+    if interval:
+        ends = np.array([[None, None] if pair is None else pair for pair in interval], float).T
+        axes.fill_between(x, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def mark_absent(axes, values):
+    """Grey blocks where the token is absent."""
+    for i, value in enumerate(values):
+        if value is None:
+            axes.axvspan(i - 0.5, i + 0.5, color=ABSENT, linewidth=0)
 
 
 def norms_page(results):
@@ -75,7 +90,7 @@ def norms_page(results):
         axes.plot(np.array(medians, float), "o", color="white", markeredgecolor="black", markersize=4)
         axes.set(yscale="log", ylim=(low, high), title=WORDS[kind])
         few_ticks(axes)
-        block_axis(axes, results)
+        block_axis(axes, len(results["tokens"]))
     plots[0].set_ylabel("norm")
     figure.colorbar(drawn, ax=plots, label="tokens, relative to the fullest bin", pad=0.01)
     return figure
@@ -131,7 +146,7 @@ def artefacts_page(results):
     axes, shares = figure.add_subplot(grid[0, :]), [100 * found["share"] for found in blocks]
     axes.bar(range(len(blocks)), shares, color=HUES["patches"])
     axes.set(ylabel="% of patches", ylim=(0, max(shares) * 1.15))
-    block_axis(axes, results)
+    block_axis(axes, len(results["tokens"]))
     top = max(max(map(max, found["where"])) for found in with_some.values())
     plots = []
     for n, (i, found) in enumerate(with_some.items()):
@@ -184,7 +199,7 @@ def entropy_page(results):
     plots = figure.subplots(math.ceil(len(kinds) / 2), 2, squeeze=False)
     for axes, kind in zip(plots.flat, kinds):
         _draw_heads(figure, axes, entropy[kind], f"rows of the {WORDS[kind]}", "nats", vmax=largest)
-        block_axis(axes, results)
+        block_axis(axes, len(results["tokens"]))
     for axes in plots.flat[len(kinds) :]:
         axes.set_axis_off()
     return figure
@@ -204,9 +219,9 @@ def distance_page(results):
         left.plot([i] * len(heads), heads, "o", color=HUES["patches"], alpha=0.6, markersize=4)
     left.plot([*of_blocks], [sum(h) / len(h) for h in of_blocks.values()], color="black", linewidth=1)
     left.set(ylabel="pixels", ylim=(0, None), title="heads, and their mean")
-    block_axis(left, results)
+    block_axis(left, len(results["tokens"]))
     _draw_heads(figure, right, results["distance"], "each head", "pixels")
-    block_axis(right, results)
+    block_axis(right, len(results["tokens"]))
     return figure
 
 
@@ -232,12 +247,12 @@ def attention_page(results):
         base = [b + v for b, v in zip(base, values)]
     axes.set(ylabel="% of its attention", ylim=(0, 100))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), frameon=False)
-    block_axis(axes, results)
+    block_axis(axes, len(results["tokens"]))
     for column, kind in enumerate(kinds):
         axes = figure.add_subplot(grid[1, column])
         percent = [None if values is None else [100 * v for v in values] for values in shares[kind]]
         _draw_heads(figure, axes, percent, f"to {names[kind]}", "%")
-        block_axis(axes, results)
+        block_axis(axes, len(results["tokens"]))
     return figure
 
 
@@ -298,7 +313,7 @@ def probe_page(results):
         axes.axhline(probes["chance"], color="0.4", linestyle="--", linewidth=1)
         axes.set(title=title, ylabel="accuracy (%)", ylim=(0, 102))
         axes.grid(alpha=0.3)
-        block_axis(axes, results)
+        block_axis(axes, len(results["tokens"]))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 

@@ -12,6 +12,7 @@ function: a DynamicViT, and timm's VisionTransformer, Eva (DINOv3, EVA-02, PE), 
 Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width, d head width; gh, gw the grid.
 """
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from tokens.blocks import reader_attention
@@ -235,15 +235,12 @@ def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.
     def see(i, call):
         shapes[i] = call.query.shape, call.key.shape
 
-    watched = nn.Module()
-    watched.model = model
-    watched.forward = lambda x: watch_calls(model, x, see)
-    weights = {name: x.to("meta") for name, x in chain(watched.named_parameters(), watched.named_buffers())}
+    weights = {id(x): x.to("meta") for x in chain(model.parameters(), model.buffers())}
     try:
-        functional_call(watched, weights, images.to("meta"))
+        watch_calls(copy.deepcopy(model, weights), images.to("meta"), see)
     except (RuntimeError, NotImplementedError):  # a model that reads values, or has tensors that are no buffers
         shapes.clear()
-        watched(images)
+        watch_calls(model, images, see)
     return shapes
 
 
@@ -262,16 +259,16 @@ def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict
 
 def maps_of(model: nn.Module, patches, block: int, call: AttentionCall) -> AttentionMaps:
     """The maps of one call; see `attention_maps`."""
-    layout = model.token_layout(block)
-    return _cut_maps(layout, model.grid_size, patches, lambda rows: call.weights(rows)[..., layout.patches])
+    patch_columns = model.token_layout(block).patches
+    return _cut_maps(model, patches, block, lambda rows: call.weights(rows)[..., patch_columns])
 
 
-def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
+def _cut_maps(model, patches, block, of_rows) -> AttentionMaps:
     """`of_rows`: places of tokens in the sequence -> (B, H, number of those tokens, P)."""
+    layout, (gh, gw) = model.token_layout(block), model.grid_size
     every = layout.queries is None
     parts = {name: getattr(layout, name) for name in ("cls", "dist", "pool", *["registers"] * every)}
     rows = {name: [part] for name, part in parts.items() if part is not None}
-    gh, gw = grid
     for x, y in patches if layout.pool is None and every else ():
         if not (0 <= x < gw and 0 <= y < gh):
             raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
@@ -280,7 +277,7 @@ def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
     if not rows:
         return AttentionMaps()
     attn = of_rows([part for parts in rows.values() for part in parts])
-    attn = attn.unflatten(-1, grid).transpose(1, 2)  # (B, rows, H, gh, gw)
+    attn = attn.unflatten(-1, (gh, gw)).transpose(1, 2)  # (B, rows, H, gh, gw)
     counts = [sum(part.stop - part.start for part in parts) for parts in rows.values()]
     maps = dict(zip(rows, attn.split(counts, dim=1)))
     for name in maps.keys() & {"cls", "dist", "pool"}:  # of one token
@@ -339,8 +336,7 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
 
 def rollout_maps(model: nn.Module, patches, block: int, shares: Tensor) -> AttentionMaps:
     """The maps in what `rolled_shares` returns."""
-    rows = partial(_take, shares[:, None])
-    return _cut_maps(model.token_layout(block), model.grid_size, patches, rows)
+    return _cut_maps(model, patches, block, partial(_take, shares[:, None]))
 
 
 def rolled_shares(model: nn.Module):

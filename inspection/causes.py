@@ -8,6 +8,7 @@ analysis" (arXiv 2004.12265). Beside it, what a linear probe reads from the toke
 """
 
 import math
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from inspection import ridge
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap, gather, mean
 from inspection.causes_page import page as page
+from inspection.statistics import Moments
 from inspection.statistics_pages import WORDS
 from utils import BadInput
 
@@ -106,7 +108,7 @@ class Replacements:
     """What takes a token's place, and the rank of CLS: from a first pass, which keeps sums over the images."""
 
     def __init__(self, model, batches, seed):
-        self.count, self.sums, self.squares, self.gram = 0, {}, {}, {}
+        self.count, self.moments, self.gram = 0, defaultdict(Moments), {}
         self.initial, self.entered, self.last, self.chance = {}, {}, {}, np.random.default_rng(seed)
 
         def tokens(i, x):  # at its first block, each token is the same for all images
@@ -119,8 +121,7 @@ class Replacements:
         def output(i, x):
             for kind, part in _parts(model, i).items():
                 self.last[kind, i], values = x[-1:, part].clone(), x[:, part].cpu().double()  # (B, n, D)
-                self.sums[kind, i] = self.sums.get((kind, i), 0) + values.sum(dim=0)
-                self.squares[kind, i] = self.squares.get((kind, i), 0) + values.square().sum(dim=0)
+                self.moments[kind, i].add(values)
                 if kind == "cls":
                     self.gram[i] = self.gram.get(i, 0) + values[:, 0].T @ values[:, 0]
 
@@ -130,8 +131,7 @@ class Replacements:
 
     def of(self, kind, i, own: Tensor) -> dict[str, Tensor]:
         """Each replacement of the tokens `own` (B, n, D) of a batch; the batches have to come in order."""
-        average = self.sums[kind, i] / self.count
-        deviation = (self.squares[kind, i] / self.count - average.square()).clamp_min(0).sqrt()
+        average, deviation = self.moments[kind, i].mean(), self.moments[kind, i].deviation()
         drawn = average + deviation * torch.from_numpy(self.chance.standard_normal(own.shape))
         others = torch.cat([self.last[kind, i], own[:-1]])
         self.last[kind, i] = own[-1:]

@@ -31,10 +31,11 @@ class Readout:
         own = own_model(model)
         self.norm, self.fc_norm = own.norm, getattr(own, "fc_norm", None) or nn.Identity()
         # Behind an attention pooling the head is for what the pooling makes of the tokens.
-        has_head = model.num_classes and getattr(model, "pool_pos", None) is None
+        if not model.num_classes or getattr(model, "pool_pos", None) is not None:
+            self.heads = {}
+            return
         has = {"cls": model.cls_pos is not None, "dist": model.dist_pos is not None, "patches": True}
-        heads = {kind: getattr(own, f"head_{kind}", own.head) for kind in has} if has_head else {}
-        self.heads = {kind: head for kind, head in heads.items() if has[kind]}
+        self.heads = {kind: getattr(own, f"head_{kind}", own.head) for kind in has if has[kind]}
 
     def normalised(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D): each token as if it were the one that is classified."""

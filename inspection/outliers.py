@@ -102,7 +102,7 @@ def compare(images: list[dict], labels: list[int] | None, grid: tuple[int, int])
 
 
 def _explained(sums) -> float:
-    """Of rows of squared errors, and of squared distances from the mean."""
+    """In per cent, from rows of squared errors, and of squared distances from the mean."""
     errors, spread, _ = sums.sum(axis=0)
     return 100 * (1 - errors / max(spread, 1e-12))
 

@@ -127,35 +127,35 @@ def measure_statistics(args, model, batches, count) -> dict:
 
 def table(results) -> str:
     """A line per block; '-' where a token is absent. Columns that `COLUMNS` has no room for stand in a table below."""
-    norms = results["norms"]
-    columns = {"block": [str(i) for i in range(len(results["tokens"]))], "tokens": [str(n) for n in results["tokens"]]}
-
-    def add(title, values, form):
-        if any(value is not None for value in values):
-            columns[title] = ["-" if value is None else form.format(value) for value in values]
+    norms, shares = results["norms"], results["cls_attention"]
 
     def mean(values):
-        return [None if heads is None else sum(heads) / len(heads) for heads in values]
+        return [heads and sum(heads) / len(heads) for heads in values]
 
-    def middle(kind):
-        return [None if found is None else found["quantiles"]["0.5"] for found in norms.get(kind, ())]
+    def median(kind):
+        return [found and found["quantiles"]["0.5"] for found in norms.get(kind, ())]
 
-    add("patch norm", middle("patches"), "{:.1f}")
-    add("CLS norm", middle("cls"), "{:.1f}")
-    add("reg norm", middle("registers"), "{:.1f}")
-    add("artefacts", [100 * found["share"] for found in results["artefacts"]["blocks"]], "{:.2f}%")
-    add("distance", mean(results["distance"]), "{:.1f}px")
-    add("CLS entropy", mean(results["entropy"].get("cls", ())), "{:.2f}")
+    columns = {  # values and their format
+        "tokens": (results["tokens"], "{}"),
+        "patch norm": (median("patches"), "{:.1f}"),
+        "CLS norm": (median("cls"), "{:.1f}"),
+        "reg norm": (median("registers"), "{:.1f}"),
+        "artefacts": ([100 * found["share"] for found in results["artefacts"]["blocks"]], "{:.2f}%"),
+        "distance": (mean(results["distance"]), "{:.1f}px"),
+        "CLS entropy": (mean(results["entropy"].get("cls", ())), "{:.2f}"),
+    }
     for kind, title in (("patches", "patches"), ("registers", "registers"), ("cls", "itself"), ("dist", "dist")):
-        shares = mean(results["cls_attention"].get(kind, ()))
-        add(f"CLS to {title}", [None if share is None else 100 * share for share in shares], "{:.1f}%")
+        columns[f"CLS to {title}"] = [share and 100 * share for share in mean(shares.get(kind, ()))], "{:.1f}%"
     for token, values in (results["readout"] or {"linear": {}})["linear"].items():
-        add(f"linear: {token}", values, "{:.1f}%")
-    tables, block = [], {"block": columns.pop("block")}
-    for title, values in columns.items():
-        if not tables or max(map(len, _lines(tables[-1] | {title: values}))) > COLUMNS:
+        columns[f"linear: {token}"] = values, "{:.1f}%"
+    tables, block = [], {"block": [str(i) for i in range(len(results["tokens"]))]}
+    for title, (values, form) in columns.items():
+        texts = ["-" if value is None else form.format(value) for value in values]
+        if set(texts) <= {"-"}:
+            continue
+        if not tables or max(map(len, _lines(tables[-1] | {title: texts}))) > COLUMNS:
             tables.append(dict(block))
-        tables[-1][title] = values
+        tables[-1][title] = texts
     return "\n\n".join("\n".join(_lines(columns)) for columns in tables)
 
 

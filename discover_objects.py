@@ -57,10 +57,8 @@ def record(image, entry: Annotated | None, size, grid, found: Found) -> dict:
     scale = (size[0] / grid[1], size[1] / grid[0]) * 2
     box = [edge * pixels for edge, pixels in zip(found.box, scale)]
     truth = entry.boxes if entry else []
-    if entry and entry.size not in (None, size):
-        verdict, judged = OTHER_SIZE, []
-    else:
-        verdict, judged = NO_BOX, truth
+    other_size = entry is not None and entry.size not in (None, size)
+    verdict, judged = (OTHER_SIZE, []) if other_size else (NO_BOX, truth)
     best = whole = None
     if judged:
         both = torch.tensor([box, (0, 0, *size)], dtype=torch.double)

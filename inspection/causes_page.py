@@ -4,26 +4,20 @@ from inspection.pages import headed_figure
 from inspection.ridge import PROBED
 from inspection.statistics_pages import WORDS, block_axis, draw_curve, mark_absent
 
-TITLE = "Up to which block does it not matter what a token holds?"
-
 
 def page(result, about):
     """A row for the class token, with its effective rank, and one for the registers; `about`: below the title."""
     kinds, labelled, probed = result["tokens"], result["labelled"], result["probe"]
-    if not kinds:
-        words = "There is no class token and no register to replace, or no head to judge it by."
-        return headed_figure((11, 1.4), TITLE, about, words)
     judged = any(by_name["zero"]["cost"] for by_name in kinds.values())
-    titles = {
-        "cost": "top-1 lost (points)" if labelled else "predictions changed (%)",
-        "divergence_bits": "divergence (bits)", "output_cosine": "cosine of outputs",
-        "patch_cosine": "cosine of final patches", "probe": "accuracy of a probe (%)",
-        "effective_rank": "effective rank",
-    }  # fmt: skip
-    for key in (("output_cosine",) if judged else ("cost", "divergence_bits")) + (() if probed else ("probe",)):
-        del titles[key]
+    cost = "top-1 lost (points)" if labelled else "predictions changed (%)"
+    first = {"cost": cost, "divergence_bits": "divergence (bits)"}
+    titles = first if judged else {"output_cosine": "cosine of outputs"}
+    titles["patch_cosine"] = "cosine of final patches"
+    if probed:
+        titles["probe"] = "accuracy of a probe (%)"
+    titles["effective_rank"] = "effective rank"
     figure = headed_figure(
-        (11, 7), TITLE,
+        (11, 7), "Up to which block does it not matter what a token holds?",
         f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "

@@ -123,22 +123,22 @@ def _of_boxes(rows) -> dict:
     return {"hit_ratio": None if np.isnan(hit).any() else hits, "corloc": found}
 
 
-def _words(found) -> str:
-    return f"{found['value']:.1f}% ({found['interval'][0]:.1f} to {found['interval'][1]:.1f})"
-
-
 def lines(result) -> list[str]:
     """What was judged, with intervals."""
     told, hits, found = [], result["hit_ratio"], result["corloc"]
+
+    def words(value, interval):
+        return f"{value:.1f}% ({interval[0]:.1f} to {interval[1]:.1f})"
+
     if hits:
-        told.append(f"The patch most like CLS is in a box: {_words(hits)}; by chance {hits['plain']:.1f}%")
+        share = words(hits["value"], hits["interval"])
+        told.append(f"The patch most like CLS is in a box: {share}; by chance {hits['plain']:.1f}%")
     if found:
-        whole = f"the whole image as the box: {found['plain']:.1f}%"
-        told.append(f"LOST's CorLoc: {_words(found)} of {result['with_boxes']} images; {whole}")
+        share = f"{words(found['value'], found['interval'])} of {result['with_boxes']} images"
+        told.append(f"LOST's CorLoc: {share}; the whole image as the box: {found['plain']:.1f}%")
     for name, probe in (result["segmentation"] or {"probes": {}})["probes"].items():
-        low, high = probe["iou_interval"]
-        accuracy = f"accuracy {probe['accuracy']:.1f}%"
-        told.append(f"Segmentation, {name}: mean IoU {probe['iou']:.1f}% ({low:.1f} to {high:.1f}), {accuracy}")
+        iou = words(probe["iou"], probe["iou_interval"])
+        told.append(f"Segmentation, {name}: mean IoU {iou}, accuracy {probe['accuracy']:.1f}%")
     outlying = result["outliers"]
     if outlying["probes"] is None:
         few = f"{100 * outlying['share']:.2f}% of the patches, in {outlying['images']} images: too few to judge"

@@ -20,7 +20,7 @@ def statistics_pages(results):
     pages = [norms_page, artefacts_page] if "norms" in results["what"] else []
     if "attention" in results["what"]:
         pages += [entropy_page, *[distance_page] * any(results["distance"])]  # none if only CLS attends
-        pages += [attention_page] if results["cls_attention"] and any(results["cls_attention"]["patches"]) else []
+        pages += [attention_page] if any(results["cls_attention"]["patches"]) else []
         pages += [similarity_page] if any(results["register_similarity"]) else []
     pages += [probe_page] if results.get("readout") else []
     pages += [ablation_page] if results["ablation"] else []
@@ -292,7 +292,7 @@ def probe_page(results):
 
     registers = [token for token in probes["linear"] if token.startswith("register")]
     oranges = colormaps["YlOrBr"]
-    hues = LINES | {token: oranges(0.45 + 0.45 * n / max(len(registers), 1)) for n, token in enumerate(registers)}
+    hues = LINES | {token: oranges(0.45 + 0.45 * n / len(registers)) for n, token in enumerate(registers)}
     titles = {"linear": "linear probe", "neighbours": "kNN probe, 5 neighbours"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
         for token, values in probes[kind].items():

@@ -14,6 +14,7 @@ from inspection.attention import trace
 from inspection.bootstrap import bootstrap
 from inspection.causes import REPLACEMENTS, divergence, effective_rank, harmless_until, lines, measure, page
 from inspection.foreign import ForeignViT
+from utils import BadInput
 
 
 def in_batches(images, labels=None, size=2):
@@ -79,7 +80,8 @@ def test_without_tokens_there_is_nothing_to_replace():
     found = measure(model, in_batches(noise(model, 4)))
     assert found["tokens"] == {}
     assert lines(found) == ["Causes: no class token or registers to replace, or no head to judge it by"]
-    assert page(found, "a model")
+    with pytest.raises(BadInput, match="neither a class token nor registers"):
+        causes.check(model)
 
 
 @pytest.mark.parametrize("make", [late, foreign])

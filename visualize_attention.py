@@ -57,10 +57,8 @@ def load_all(args):
         gh, gw = model.grid_size
         all_rows = args.patch or {"rollout", "class"} & set(args.pages)
         if getattr(model, "cls_only", False) and all_rows:
-            raise BadInput(
-                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, and --pages "
-                f"rollout and class"
-            )
+            leave_out = "leave out --patch, and --pages rollout and class"
+            raise BadInput(f"in {model.name} only CLS attends in the blocks that can be seen; {leave_out}")
         if "class" in args.pages and not model.num_classes:
             raise BadInput("--pages class: this model has no head, so no classes; leave out class")
         for x, y in args.patch or ():
@@ -85,10 +83,8 @@ def page_maker(args, loaded, blocks):
         def compared(image):
             of_models = [fitted(args.fit, model, data, image) for model, data, _ in loaded]
             images = [maps.image_maps(*own, blocks, patches, False) for own in of_models]
-            sized = [model for model, _, _ in of_models]
-            return maps.compared_pages(
-                names, sized, images, args.tokens, blocks, patches, args.scale != "map", args.heads
-            )
+            sized, one_scale = [model for model, _, _ in of_models], args.scale != "map"
+            return maps.compared_pages(names, sized, images, args.tokens, blocks, patches, one_scale, args.heads)
 
         return compared
     model, data, _ = loaded[0]

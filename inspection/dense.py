@@ -103,8 +103,7 @@ def _judge_boxes(model, boxes: Tensor, seen) -> tuple[float, ...]:
     whether the box that LOST finds, and the whole image, are one of its boxes."""
     (gh, gw), (h, w) = model.grid_size, model.model_args["img_size"]
     scale = torch.tensor([w / gw, h / gh] * 2)
-    y, x = torch.meshgrid(torch.arange(gh) + 0.5, torch.arange(gw) + 0.5, indexing="ij")
-    centres = torch.stack([x, y], dim=-1).flatten(0, 1)[:, None] * scale[:2]  # (P, 1, 2)
+    centres = torch.cartesian_prod(torch.arange(gh) + 0.5, torch.arange(gw) + 0.5).flip(1)[:, None] * scale[:2]  # x, y
     inside = ((centres >= boxes[:, :2]) & (centres < boxes[:, 2:])).all(dim=-1).any(dim=-1)
     hit = float("nan")
     if "cls" in seen:
@@ -125,27 +124,27 @@ def _of_boxes(rows) -> dict:
 
 def lines(result) -> list[str]:
     """What was judged, with intervals."""
-    told, hits, found = [], result["hit_ratio"], result["corloc"]
+    texts, hits, objects = [], result["hit_ratio"], result["corloc"]
 
     def words(value, interval):
         return f"{value:.1f}% ({interval[0]:.1f} to {interval[1]:.1f})"
 
     if hits:
         share = words(hits["value"], hits["interval"])
-        told.append(f"The patch most like CLS is in a box: {share}; by chance {hits['plain']:.1f}%")
-    if found:
-        share = f"{words(found['value'], found['interval'])} of {result['with_boxes']} images"
-        told.append(f"LOST's CorLoc: {share}; the whole image as the box: {found['plain']:.1f}%")
+        texts.append(f"The patch most like CLS is in a box: {share}; by chance {hits['plain']:.1f}%")
+    if objects:
+        share = f"{words(objects['value'], objects['interval'])} of {result['with_boxes']} images"
+        texts.append(f"LOST's CorLoc: {share}; the whole image as the box: {objects['plain']:.1f}%")
     for name, probe in (result["segmentation"] or {"probes": {}})["probes"].items():
         iou = words(probe["iou"], probe["iou_interval"])
-        told.append(f"Segmentation, {name}: mean IoU {iou}, accuracy {probe['accuracy']:.1f}%")
+        texts.append(f"Segmentation, {name}: mean IoU {iou}, accuracy {probe['accuracy']:.1f}%")
     outlying = result["outliers"]
     if outlying["probes"] is None:
         few = f"{100 * outlying['share']:.2f}% of the patches, in {outlying['images']} images: too few to judge"
-        return [*told, f"Outlier patches: {few if outlying['share'] else 'none'}"]
+        return [*texts, f"Outlier patches: {few if outlying['share'] else 'none'}"]
     pairs = {name: [found["value"] for found in kinds.values()] for name, kinds in outlying["probes"].items() if kinds}
     words = ", ".join(f"{name} {outlier:.3g} / {normal:.3g}" for name, (outlier, normal) in pairs.items())
-    return [*told, f"Outlier / normal patches ({100 * outlying['share']:.2f}%): {words}"]
+    return [*texts, f"Outlier / normal patches ({100 * outlying['share']:.2f}%): {words}"]
 
 
 def page(result, about):

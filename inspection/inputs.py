@@ -217,15 +217,12 @@ def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputI
         check_classes(classes, data["classes"], "the test images", "the model")
     data["classes"] = classes
     numbers = range(len(split)) if numbers is None else numbers
+    in_memory, found = isinstance(split.images, Tensor), []
     for i in numbers:
         check_number(i, len(split))
-    in_memory = isinstance(split.images, Tensor)
-    return [
-        InputImage(
-            f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory, number=i
-        )
-        for i in numbers
-    ]
+        name, read = f"{data['name']}_test{i}", partial(read_picture, split, i)
+        found.append(InputImage(name, read, int(split.labels[i]), in_memory, number=i))
+    return found
 
 
 def image_paths(paths) -> list[Path]:

@@ -19,7 +19,7 @@ from inspection.bootstrap import bootstrap, gather
 from inspection.foreign import own_model
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
-from inspection.statistics_pages import HUES, LINES, WORDS, block_axis, draw_curve, few_ticks
+from inspection.statistics_pages import LINES, WORDS, block_axis, draw_curve, few_ticks
 
 LARGE, TIMES = 100, 1000  # there: massive is above 100, and at least about 1,000 times the median
 
@@ -108,6 +108,12 @@ def _summary(rows, depth, lenses) -> dict:
     def ends(values):
         return bootstrap(100.0 * values).tolist()
 
+    found: dict = {NAMES[kind]: {} for kind in lenses}
+    for kind in lenses:
+        for name in ("accuracy", "agreement"):
+            if (name, kind, depth - 1) in rows:
+                found[NAMES[kind]] |= {name: of_blocks(percent, name, kind)}
+                found[NAMES[kind]] |= {f"{name}_interval": of_blocks(ends, name, kind)}
     massive, kinds = [], []
     for i in range(depth):
         first, median = rows["largest", i][:, 0], rows["median", i]
@@ -115,15 +121,7 @@ def _summary(rows, depth, lenses) -> dict:
         counted = Counter(rows["kind", i].tolist())
         kinds.append({kind: 100 * counted[n] / len(first) for n, kind in enumerate(NAMES) if counted[n]})
     return {
-        "lenses": {
-            NAMES[kind]: {
-                name + word: of_blocks(statistic, name, kind)
-                for name in ("accuracy", "agreement") if ("accuracy", kind, depth - 1) in rows or name == "agreement"
-                for word, statistic in (("", percent), ("_interval", ends))
-            }
-            for kind in lenses
-        },
-        "cosine": {name: of_blocks(average, name) for name in ("before", "after")},
+        "lenses": found, "cosine": {name: of_blocks(average, name) for name in ("before", "after")},
         "largest": of_blocks(average, "largest"), "median": of_blocks(average, "median"),
         "massive": massive, "largest_in": kinds,
     }  # fmt: skip
@@ -157,11 +155,10 @@ def page(result, about):
         (0.01, 0.12, 0.98, 0.78),
     )  # fmt: skip
     (top, side), (cosines, sizes) = figure.subplots(2, 2, height_ratios=(1 if result["lenses"] else 0.001, 1))
-    hues = LINES | {NAMES["registers"]: HUES["registers"]}
     for axes, name in ((top, "accuracy"), (side, "agreement")):
         for token, lens in result["lenses"].items():
             if name in lens:
-                draw_curve(axes, lens[name], lens[name + "_interval"], color=hues[token], label=token)
+                draw_curve(axes, lens[name], lens[name + "_interval"], color=LINES[token], label=token)
         axes.set(ylabel="%", ylim=(0, 102), title=f"lens: {name}{' with the final prediction' * (name != 'accuracy')}")
     if result["top1"] is not None:
         top.axhline(result["top1"], color="0.4", linestyle="--", linewidth=1, label="the model")

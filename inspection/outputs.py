@@ -109,10 +109,9 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
         finally:
             silent.remove()
     whole, added = (values.unflatten(0, (-1, len(parts)))[:, :, 0] for values in (whole, added))  # (B, parts, D)
-    names = dict(zip(parts, range(len(parts))))
-    if not torch.allclose(whole[:, names["attention"]], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):
+    added, outputs = ({name: values[:, n] for n, name in enumerate(parts)} for values in (added, whole))
+    if not torch.allclose(outputs["attention"], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):
         raise BadInput("outputs: the last block of this model does more with its attention than add it to CLS")
-    added, outputs = ({name: values[:, n] for name, n in names.items()} for values in (added, whole))
     return cls, seen["skip"][:, 0], added, outputs
 
 

@@ -56,8 +56,6 @@ def lines(result) -> list[str]:
             "{:.1f}% ({:.1f}..{:.1f}) at block {}".format(values[i], *result["interval"][kind][i], i)
             for i in dict.fromkeys((max(blocks, key=values.__getitem__), blocks[-1]))
         ]
-        found.append(
-            f"A ridge probe reads the class from the {PROBED[kind]} in {', '.join(words)} "
-            f"({result['scored_on']} images; chance {result['chance']:.1f}%)"
-        )
+        judged = f"({result['scored_on']} images; chance {result['chance']:.1f}%)"
+        found.append(f"A ridge probe reads the class from the {PROBED[kind]} in {', '.join(words)} {judged}")
     return found

@@ -20,8 +20,8 @@ from inspection.statistics_pages import ABSENT, HUES, WORDS, draw_curve
 from tokens.layout import blocks_with
 from utils import BadInput
 
-FATES = {"nop": "NOP", "between": "between", "broadcast": "broadcast"}  # of sinks, and their names
-MARKS = ("sink", *FATES)  # the first is the sum of the others
+EFFECTS = {"nop": "NOP", "between": "between", "broadcast": "broadcast"}  # of sinks, and their names
+MARKS = ("sink", *EFFECTS)  # the first is the sum of the others
 COLOURS = {"nop": "0.25", "between": "tab:olive", "broadcast": "tab:green"}
 ENTRIES = ("cls", "registers")  # from whose entry block distances are counted
 
@@ -107,11 +107,9 @@ def lines(result) -> list[str]:
     parts = ((WORDS[k], sum(v or 0 for v in f["sink"]) / depth) for k, f in result["kinds"].items())
     words = ", ".join(f"{name} {100 * share:.1f}%" for name, share in parts)
     most = max(range(depth), key=every.__getitem__)
-    found = [
-        f"Sinks: in {100 * totals['sink'] / depth:.1f}% of all heads and images ({words}), most at block {most} "
-        f"({100 * every[most]:.1f}%)"
-    ]
-    shares = (f"{100 * totals[fate] / totals['sink']:.1f}% {name}" for fate, name in FATES.items())
+    share = f"{100 * totals['sink'] / depth:.1f}% of all heads and images"
+    found = [f"Sinks: in {share} ({words}), most at block {most} ({100 * every[most]:.1f}%)"]
+    shares = (f"{100 * totals[effect] / totals['sink']:.1f}% {name}" for effect, name in EFFECTS.items())
     found.append(f"Of the sinks: {', '.join(shares)}")
     for kind, distances in result["distance"].items():
         own = [v or 0 for v in result["kinds"].get(kind, {"sink": [0]})["sink"]]
@@ -140,8 +138,8 @@ def page(result, about):
     plots = figure.subplots(2, 2, sharey="row")
     kinds = result["kinds"]
     _bars(plots[0, 0], {WORDS[k]: (f["sink"], HUES[k]) for k, f in kinds.items()}, "by the kind of the sink's token")
-    fates = {name: (result["all"][fate], COLOURS[fate]) for fate, name in FATES.items()}
-    _bars(plots[0, 1], fates, "by what the sink brings")
+    effects = {name: (result["all"][effect], COLOURS[effect]) for effect, name in EFFECTS.items()}
+    _bars(plots[0, 1], effects, "by what the sink brings")
     for axes, entry in zip(plots[1], ENTRIES):
         distances = result["distance"][entry]
         axes.set(title=f"from the entry of the {WORDS[entry]}", ylabel="% of heads and images")

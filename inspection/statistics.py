@@ -134,9 +134,8 @@ def parts_of(layout: TokenLayout) -> dict[str, slice]:
 def _patch_distances(model) -> Tensor:
     """(P, P): pixels between the centres of patches."""
     (gh, gw), (ph, pw) = model.grid_size, model.model_args["patch_size"]
-    device = next(model.parameters()).device
-    y, x = torch.meshgrid(torch.arange(gh, device=device) * ph, torch.arange(gw, device=device) * pw, indexing="ij")
-    places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
+    places = torch.cartesian_prod(torch.arange(gh) * ph, torch.arange(gw) * pw).float()  # y, x
+    places = places.to(next(model.parameters()).device)
     return torch.cdist(places, places)
 
 

@@ -6,13 +6,14 @@ import numpy as np
 
 from inspection.inputs import names_of
 from inspection.pages import headed_figure
+from inspection.statistics import NAMES
 
 LETTERS = 140  # of the line below a title
 MERGED = 4  # bins of norms that are drawn as one
 ABSENT = "0.88"  # the grey of absent tokens
-WORDS = {"cls": "class token", "dist": "distillation token", "registers": "registers", "patches": "patches"}
+WORDS = NAMES | {"patches": "patches"}
 HUES = {"cls": "tab:red", "dist": "tab:purple", "registers": "tab:orange", "patches": "tab:blue"}
-LINES = {"class token": "tab:red", "distillation token": "tab:purple", "mean patch": "tab:blue"}
+LINES = {name: HUES[kind] for kind, name in NAMES.items()}
 
 
 def statistics_pages(results):

@@ -9,7 +9,8 @@ ablation). Writes analysis.json with all numbers and analysis.pdf with a page fo
 """
 
 import json
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,24 +34,9 @@ COLUMNS = 100  # of the printed table, in characters
 ATTENTION = 16_000_000  # elements of the attention of a batch, at most (unless it is of one image)
 
 
-def batches_of(found, model, data, device, failed):
-    """A function: () -> batches of (images, labels or None), read when needed; `failed`: see `inputs.readable`.
-
-    With a function of `truth.find_truth` it gives (images, labels or None, list of Truth).
-    """
+def batch_size(model) -> int:
     tokens = max(model.token_layout(i).length for i in range(model.depth))
-    size = max(1, min(BATCH, ATTENTION // (model.model_args["num_heads"] * tokens**2)))
-
-    def batches(truth=None):
-        images_left = inputs.readable(found, failed)
-        while part := list(islice(images_left, size)):
-            pixels = [image.read() for image in part]
-            images = inputs.model_input(pixels, part, data, device)
-            labels = None if part[0].label is None else torch.tensor([image.label for image in part], device=device)
-            annotated = [truth(image, own.size) for image, own in zip(part, pixels)] if truth else ()
-            yield (images, labels, annotated) if truth else (images, labels)
-
-    return batches
+    return max(1, min(BATCH, ATTENTION // (model.model_args["num_heads"] * tokens**2)))
 
 
 def choose_images(args, data, checkpoint):
@@ -80,7 +66,7 @@ def analyze(args) -> dict:
     is_what = describe(own) + (f", {model}" if model is not own else "")
     parts, folder, failed = chosen_parts(args, model), utils.writable_folder(args.output_dir), []
     annotated = truth.find_truth(args, data, found) if "dense" in parts else None
-    batches = batches_of(found, model, data, device, failed)
+    batches = partial(inputs.batches, found, failed, data, device, batch_size(model))
     results = {
         "model": {"path": str(args.model_path), "is": is_what, "args": model.model_args},
         "data": {
@@ -111,17 +97,16 @@ def analyze(args) -> dict:
 
 def chosen_parts(args, model) -> dict:
     """The parts of --what that this model has; raises BadInput for one that was asked for and that it has not."""
-    asked, chosen = args.what is not DEFAULT, {}
-    for name in args.what:
+    chosen = {name: PARTS[name] for name in args.what if name in PARTS}
+    for name, part in list(chosen.items()):
         try:
-            if hasattr(PARTS.get(name), "check"):
-                PARTS[name].check(model)
+            if hasattr(part, "check"):
+                part.check(model)
         except BadInput as error:
-            if asked:
+            if args.what is not DEFAULT:
                 raise
             say(f"note: {error}")
-            continue
-        chosen |= {name: PARTS[name]} if name in PARTS else {}
+            del chosen[name]
     return chosen
 
 
@@ -142,35 +127,35 @@ def measure_statistics(args, model, batches, count) -> dict:
 
 def table(results) -> str:
     """A line per block; '-' where a token is absent. Columns that `COLUMNS` has no room for stand in a table below."""
-    norms = results["norms"]
-    columns = {"block": [str(i) for i in range(len(results["tokens"]))], "tokens": [str(n) for n in results["tokens"]]}
-
-    def add(title, values, form):
-        if any(value is not None for value in values):
-            columns[title] = ["-" if value is None else form.format(value) for value in values]
+    norms, shares = results["norms"], results["cls_attention"]
 
     def mean(values):
-        return [None if heads is None else sum(heads) / len(heads) for heads in values]
+        return [heads and sum(heads) / len(heads) for heads in values]
 
-    def middle(kind):
-        return [None if found is None else found["quantiles"]["0.5"] for found in norms.get(kind, ())]
+    def median(kind):
+        return [found and found["quantiles"]["0.5"] for found in norms.get(kind, ())]
 
-    add("patch norm", middle("patches"), "{:.1f}")
-    add("CLS norm", middle("cls"), "{:.1f}")
-    add("reg norm", middle("registers"), "{:.1f}")
-    add("artefacts", [100 * found["share"] for found in results["artefacts"]["blocks"]], "{:.2f}%")
-    add("distance", mean(results["distance"]), "{:.1f}px")
-    add("CLS entropy", mean(results["entropy"].get("cls", ())), "{:.2f}")
+    columns = {  # values and their format
+        "tokens": (results["tokens"], "{}"),
+        "patch norm": (median("patches"), "{:.1f}"),
+        "CLS norm": (median("cls"), "{:.1f}"),
+        "reg norm": (median("registers"), "{:.1f}"),
+        "artefacts": ([100 * found["share"] for found in results["artefacts"]["blocks"]], "{:.2f}%"),
+        "distance": (mean(results["distance"]), "{:.1f}px"),
+        "CLS entropy": (mean(results["entropy"].get("cls", ())), "{:.2f}"),
+    }
     for kind, title in (("patches", "patches"), ("registers", "registers"), ("cls", "itself"), ("dist", "dist")):
-        shares = mean(results["cls_attention"].get(kind, ()))
-        add(f"CLS to {title}", [None if share is None else 100 * share for share in shares], "{:.1f}%")
+        columns[f"CLS to {title}"] = [share and 100 * share for share in mean(shares.get(kind, ()))], "{:.1f}%"
     for token, values in (results["readout"] or {"linear": {}})["linear"].items():
-        add(f"linear: {token}", values, "{:.1f}%")
-    tables, block = [], {"block": columns.pop("block")}
-    for title, values in columns.items():
-        if not tables or max(map(len, _lines(tables[-1] | {title: values}))) > COLUMNS:
+        columns[f"linear: {token}"] = values, "{:.1f}%"
+    tables, block = [], {"block": [str(i) for i in range(len(results["tokens"]))]}
+    for title, (values, form) in columns.items():
+        texts = ["-" if value is None else form.format(value) for value in values]
+        if set(texts) <= {"-"}:
+            continue
+        if not tables or max(map(len, _lines(tables[-1] | {title: texts}))) > COLUMNS:
             tables.append(dict(block))
-        tables[-1][title] = values
+        tables[-1][title] = texts
     return "\n\n".join("\n".join(_lines(columns)) for columns in tables)
 
 
@@ -197,10 +182,10 @@ def report(results, folder):
     for name in results["what"]:
         for line in PARTS[name].lines(results[name]) if name in PARTS else ():
             say(line)
-    for kind in interventions.KINDS if results["ablation"] else ():
-        if kind in results["ablation"]:
-            changes = (f"{name} {f['accuracy']:.2f}%" for name, f in results["ablation"][kind].items())
-            say(f"Accuracy with {kind} replaced: {', '.join(changes)}; unchanged {results['ablation']['clean']:.2f}%")
+    ablation = results["ablation"] or {}
+    for kind in filter(ablation.get, interventions.KINDS):
+        changes = ", ".join(f"{name} {found['accuracy']:.2f}%" for name, found in ablation[kind].items())
+        say(f"Accuracy with {kind} replaced: {changes}; unchanged {ablation['clean']:.2f}%")
     if "norms" in results and results["readout"] is None:
         say("No probes: they need images with classes, 5 per class (see --num_images, --readout_images)")
     say(f"wrote {folder / 'analysis.json'} and {folder / 'analysis.pdf'}")
@@ -208,31 +193,23 @@ def report(results, folder):
 
 def main(argv=None):
     parser = utils.ArgumentParser(description="Measure the tokens of a trained model over many images.")
-    parser.add_argument("--output_dir", default="./analysis", help="folder for analysis.json and analysis.pdf")
+    flag = parser.add_argument
+    flag("--output_dir", default="./analysis", help="folder for analysis.json and analysis.pdf")
     inputs.add_image_flags(parser)
-    parser.add_argument("--num_images", type=number(int, 0), default=1000, help="number of images, at random; 0: all")
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of that random choice")
-    parser.add_argument(
-        "--readout_images", type=number(int, 0), default=1000, help="number of images for the linear and kNN "
-        "probes of the tokens, which are kept in memory; 0: no probes",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ablate", nargs="+", choices=interventions.KINDS, help="also the accuracy with these replaced by zero, by "
-        "the mean over images and by the values of another image",
-    )  # fmt: skip
-    parser.add_argument(
-        "--what", nargs="+", choices=(*STATISTICS, *PARTS), default=DEFAULT, help="what to measure; causes takes a "
-        f"forward pass for each block and replacement (default: {' '.join(DEFAULT)})",
-    )  # fmt: skip
-    parser.add_argument("--causes_images", type=number(int, 0), default=256, help="images for causes; 0: all")
-    parser.add_argument(
-        "--epsilon", type=number(float, 0), default=1.0, help="points of top-1 up to which a replacement is harmless"
-    )
-    parser.add_argument(
-        "--sink", type=number(float, 0), nargs=4, default=(0.9, 0.5, 0.2, 0.5), metavar="SHARE",
-        help="of sinks: the queries, their attention, and the norms up to which it is a NOP, from which a broadcast",
-    )  # fmt: skip
-    parser.add_argument("--dense_patches", type=number(int, 1), default=32, help="of an image, kept for dense's probes")
+    flag("--num_images", type=number(int, 0), default=1000, help="number of images, at random; 0: all")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of that random choice")
+    flag("--readout_images", type=number(int, 0), default=1000, help="number of images for the linear and kNN probes "
+         "of the tokens, which are kept in memory; 0: no probes")  # fmt: skip
+    flag("--ablate", nargs="+", choices=interventions.KINDS, help="also the accuracy with these replaced by zero, by "
+         "the mean over images and by the values of another image")  # fmt: skip
+    flag("--what", nargs="+", choices=(*STATISTICS, *PARTS), default=DEFAULT, help="what to measure; causes takes a "
+         f"forward pass for each block and replacement (default: {' '.join(DEFAULT)})")  # fmt: skip
+    flag("--causes_images", type=number(int, 0), default=256, help="images for causes; 0: all")
+    flag("--epsilon", type=number(float, 0), default=1.0,
+         help="points of top-1 up to which a replacement is harmless")  # fmt: skip
+    flag("--sink", type=number(float, 0), nargs=4, default=(0.9, 0.5, 0.2, 0.5), metavar="SHARE", help="of sinks: the "
+         "queries, their attention, and the norms up to which it is a NOP, from which a broadcast")  # fmt: skip
+    flag("--dense_patches", type=number(int, 1), default=32, help="of an image, kept for dense's probes")
     truth.add_flags(parser)
     test_time_registers.add_flags(parser)
     inputs.add_checkpoint_flags(parser)

@@ -57,10 +57,8 @@ def record(image, entry: Annotated | None, size, grid, found: Found) -> dict:
     scale = (size[0] / grid[1], size[1] / grid[0]) * 2
     box = [edge * pixels for edge, pixels in zip(found.box, scale)]
     truth = entry.boxes if entry else []
-    if entry and entry.size not in (None, size):
-        verdict, judged = OTHER_SIZE, []
-    else:
-        verdict, judged = NO_BOX, truth
+    other_size = entry is not None and entry.size not in (None, size)
+    verdict, judged = (OTHER_SIZE, []) if other_size else (NO_BOX, truth)
     best = whole = None
     if judged:
         both = torch.tensor([box, (0, 0, *size)], dtype=torch.double)
@@ -76,15 +74,15 @@ def record(image, entry: Annotated | None, size, grid, found: Found) -> dict:
 
 def settings_and_scores(args, block, records) -> dict:
     judged = [r for r in records if r["best_iou"] is not None]
-    shares = [
-        100 * sum(r[key] >= SAME for r in judged) / len(judged) if judged else None
-        for key in ("best_iou", "whole_image_iou")
-    ]
+
+    def share(key):
+        return 100 * sum(r[key] >= SAME for r in judged) / len(judged) if judged else None
+
     names = ("model_path", "features", "bias", "k_patches", "input_size", "max_side", "annotations")
     return {
         **{name: getattr(args, name) for name in names}, "block": block, "iou": SAME, "images": len(records),
         "judged": len(judged), "verdicts": Counter(r["verdict"] for r in records),
-        "corloc": shares[0], "corloc_of_whole_image": shares[1],
+        "corloc": share("best_iou"), "corloc_of_whole_image": share("whole_image_iou"),
     }  # fmt: skip
 
 
@@ -149,9 +147,8 @@ def discover(args):
 
 
 def main(argv=None):
-    parser = utils.ArgumentParser(
-        description="Discover an object in each image with LOST; CorLoc where boxes are annotated."
-    )
+    words = "Discover an object in each image with LOST; CorLoc where boxes are annotated."
+    parser = utils.ArgumentParser(description=words)
     flag = parser.add_argument
     flag("--output_dir", default="objects", help="folder for objects.json and objects.pdf")
     inputs.add_image_flags(parser)
@@ -162,12 +159,7 @@ def main(argv=None):
          "where all products of the keys have one sign)")  # fmt: skip
     flag("--bias", type=number(float), help="added to the products of the features (default: 0; where all have one "
          "sign, the features' mean over patches is taken off instead)")  # fmt: skip
-    flag(
-        "--k_patches",
-        type=number(int, 1),
-        default=100,
-        help="patches of lowest degree that may expand the seed",
-    )
+    flag("--k_patches", type=number(int, 1), default=100, help="patches of lowest degree that may expand the seed")
     flag("--max_side", type=number(int, 1), help="pixels of the longer side for the model (default: its own)")
     flag("--max_drawn", type=number(int, 1), default=60, help="number of images to draw")
     test_time_registers.add_flags(parser)

@@ -4,11 +4,8 @@ or as one HTML file to explore by hand.
     python visualize_attention.py --model_path ./models/best_model.pth --layer_num 5 --output_dir ./attention_maps
     python visualize_attention.py --image_path my_photo.jpg --layer_num 0 5 11 --tokens cls --overlay
     python visualize_attention.py --img_num 0 3 7 --pages blocks tokens rollout --layer_num all
-    python visualize_attention.py --img_num 3 --pages class --target cat dog
     python visualize_attention.py --compare early.pth late.pth --layer_num 8 --img_num 3
-    python visualize_attention.py --compare small.pth base.pth --num_heads 6 12 --image_path photo.jpg
     python visualize_attention.py --image_path my_photos --layer_num all --format html
-    python visualize_attention.py --compare early/best_model.pth late/best_model.pth --format html --pages rollout class
     python visualize_attention.py --model_path foreign.pth --num_heads 6 --cls_pos 6 --reg_pos 3 --image_path photo.jpg
 
 One PDF per image. The maps are the attention that the model used: softmaxed over all tokens; rows of the tokens,
@@ -60,10 +57,8 @@ def load_all(args):
         gh, gw = model.grid_size
         all_rows = args.patch or {"rollout", "class"} & set(args.pages)
         if getattr(model, "cls_only", False) and all_rows:
-            raise BadInput(
-                f"in {model.name} only CLS attends in the blocks that can be seen; leave out --patch, and --pages "
-                f"rollout and class"
-            )
+            leave_out = "leave out --patch, and --pages rollout and class"
+            raise BadInput(f"in {model.name} only CLS attends in the blocks that can be seen; {leave_out}")
         if "class" in args.pages and not model.num_classes:
             raise BadInput("--pages class: this model has no head, so no classes; leave out class")
         for x, y in args.patch or ():
@@ -88,10 +83,8 @@ def page_maker(args, loaded, blocks):
         def compared(image):
             of_models = [fitted(args.fit, model, data, image) for model, data, _ in loaded]
             images = [maps.image_maps(*own, blocks, patches, False) for own in of_models]
-            sized = [model for model, _, _ in of_models]
-            return maps.compared_pages(
-                names, sized, images, args.tokens, blocks, patches, args.scale != "map", args.heads
-            )
+            sized, one_scale = [model for model, _, _ in of_models], args.scale != "map"
+            return maps.compared_pages(names, sized, images, args.tokens, blocks, patches, one_scale, args.heads)
 
         return compared
     model, data, _ = loaded[0]
@@ -207,11 +200,10 @@ def visualize(args):
     found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []
     model = test_time_registers.from_flags(args, model, data, found, checkpoint)
     loaded[0] = model, data, checkpoint
-    pages = None if args.format == "html" else page_maker(args, loaded, blocks)
     if args.format == "html":
         write_html(args, loaded, found, failed)
     else:
-        draw(args, found, blocks, pages, failed)
+        draw(args, found, blocks, page_maker(args, loaded, blocks), failed)
     inputs.report_failed(failed, len(found))
 
 
@@ -232,60 +224,35 @@ def head_list(text):
 
 def parse(argv=None):
     """The checked flags, with the defaults that depend on other flags."""
-    parser = utils.ArgumentParser(
-        description="Draw what the class, distillation and register tokens and patches attend to."
-    )
-    parser.add_argument("--output_dir", default=".", help="folder for the pages")
+    words = "Draw what the class, distillation and register tokens and patches attend to."
+    parser = utils.ArgumentParser(description=words)
+    flag = parser.add_argument
+    flag("--output_dir", default=".", help="folder for the pages")
     inputs.add_image_flags(parser)
-    parser.add_argument(
-        "--img_num", type=number(int, 0), nargs="+", default=[0], help="without --image_path: images of the test set"
-    )
-    parser.add_argument(
-        "--layer_num", type=inputs.block, nargs="+", metavar="BLOCK", help="blocks, counted from 0, or all "
-        "(default: 2; all for --format html and for --pages blocks and rollout)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokens", type=token_list, help="of cls, dist, reg and pool, as in cls,reg (default: all that are present)"
-    )
-    parser.add_argument(
-        "--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="also what these patches attend to (without "
-        "--tokens: only that); column and row in the grid of patches, counted from 0",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout", "class"), help="heads: a page for each "
-        "token and block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention "
-        "rollout; class: which patches speak for a class (default: heads; --format html takes rollout and class)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--target", nargs="+", metavar="CLASS", help="names or numbers of the classes of --pages class (default: the "
-        "predicted one)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scale", choices=("map", "page", "shared"), help="a colour scale for each map, for each page, or one for all "
-        "pages of this call (default: map; page with --compare)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, instead of --model_path; flags "
-        "for a bare state dict take one value, or one per file",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overlay", action="store_true", help="over the greyed image, the more opaque the more attention"
-    )
-    parser.add_argument("--log", action="store_true", help="a logarithmic colour scale")
-    parser.add_argument(
-        "--percentile", type=number(float, 50, 100), help="of the values of a map, or of all maps with one scale: the "
-        "top of the scale (99)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--heads", type=head_list, metavar="HEADS", help="mean, all (and the mean), or numbers: 0,3,5 (all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--fit", choices=FITS, default="crop", help="of images of another shape: crop, the middle, as the model was "
-        "tested; pad, the whole with bars; native, the whole in its own shape, positions resampled",
-    )  # fmt: skip
-    parser.add_argument(
-        "--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser"
-    )
+    flag("--img_num", type=number(int, 0), nargs="+", default=[0], help="without --image_path: images of the test set")
+    flag("--layer_num", type=inputs.block, nargs="+", metavar="BLOCK", help="blocks, counted from 0, or all (default: "
+         "2; all for --format html and for --pages blocks and rollout)")  # fmt: skip
+    flag("--tokens", type=token_list, help="of cls, dist, reg and pool, as in cls,reg (default: all that are present)")
+    flag("--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="also what these patches attend to (without "
+         "--tokens: only that); column and row in the grid of patches, counted from 0")  # fmt: skip
+    flag("--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout", "class"), help="heads: a page for each "
+         "token and block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention "
+         "rollout; class: which patches speak for a class (default: heads; --format html takes rollout and "
+         "class)")  # fmt: skip
+    flag("--target", nargs="+", metavar="CLASS",
+         help="names or numbers of the classes of --pages class (default: the predicted one)")  # fmt: skip
+    flag("--scale", choices=("map", "page", "shared"), help="a colour scale for each map, for each page, or one for "
+         "all pages of this call (default: map; page with --compare)")  # fmt: skip
+    flag("--compare", nargs="+", metavar="FILE", help="these checkpoints, side by side, instead of --model_path; flags "
+         "for a bare state dict take one value, or one per file")  # fmt: skip
+    flag("--overlay", action="store_true", help="over the greyed image, the more opaque the more attention")
+    flag("--log", action="store_true", help="a logarithmic colour scale")
+    flag("--percentile", type=number(float, 50, 100), help="of the values of a map, or of all maps with one scale: the "
+         "top of the scale (99)")  # fmt: skip
+    flag("--heads", type=head_list, metavar="HEADS", help="mean, all (and the mean), or numbers: 0,3,5 (all)")
+    flag("--fit", choices=FITS, default="crop", help="of images of another shape: crop, the middle, as the model was "
+         "tested; pad, the whole with bars; native, the whole in its own shape, positions resampled")  # fmt: skip
+    flag("--format", choices=("pdf", "png", "html"), default="pdf", help="html: one file to explore in a browser")
     test_time_registers.add_flags(parser)
     inputs.add_checkpoint_flags(parser, several=True)
     args = parser.parse_args(argv)

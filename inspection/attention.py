@@ -12,6 +12,7 @@ function: a DynamicViT, and timm's VisionTransformer, Eva (DINOv3, EVA-02, PE), 
 Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width, d head width; gh, gw the grid.
 """
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from tokens.blocks import reader_attention
@@ -39,8 +39,8 @@ class AttentionMaps:
     attends, so are registers and patches.
     """
 
-    cls: Tensor | None  # (B, H, gh, gw)
-    registers: Tensor | None  # (B, number of registers that are present, H, gh, gw)
+    cls: Tensor | None = None  # (B, H, gh, gw)
+    registers: Tensor | None = None  # (B, number of registers that are present, H, gh, gw)
     dist: Tensor | None = None  # (B, H, gh, gw)
     patches: Tensor | None = None  # (B, number of chosen patches, H, gh, gw)
     pool: Tensor | None = None  # (B, H, gh, gw)
@@ -141,11 +141,11 @@ def as_evaluated(model: nn.Module):
                 module.fused_attn = fused
 
 
-def watched_pass(model: nn.Module, images: Tensor, see, last: int, tokens=None, output=None):
-    """The logits of a forward pass whose blocks are watched, or None if it ended behind block `last`.
+def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=None, last: int | None = None):
+    """The model's forward pass in evaluation mode; gradients flow where torch has them enabled.
 
-    `see(i, call)` is shown the attention of block i, `tokens(i, x)` its input and `output(i, x)` its output; what they
-    return is used in place of what they were shown, unless that is None. `last`: -1 runs the whole model.
+    `see(i, call)` is shown the `AttentionCall` of block i; a tensor (B, H, M, d) that it returns takes the place of
+    the result. `tokens`, `output`, `last` and what is returned are those of `trace`.
     """
 
     def seen(i, call):
@@ -183,15 +183,6 @@ def watched_pass(model: nn.Module, images: Tensor, see, last: int, tokens=None, 
             handle.remove()
 
 
-def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=None) -> Tensor:
-    """The logits (B, K) of the model's forward pass in evaluation mode; gradients flow where torch has them enabled.
-
-    `see(i, call)` is shown the `AttentionCall` of block i; a tensor (B, H, M, d) that it returns takes the place of
-    the result. `tokens` and `output` are those of `trace`.
-    """
-    return watched_pass(model, images, see, -1, tokens, output)
-
-
 @torch.no_grad()
 def attention_rows(model: nn.Module, images: Tensor, blocks, rows=None) -> dict[int, Tensor]:
     """(B, 3, h, w) -> {block: (B, H, number of rows, N)}: softmaxed attention, in one forward pass, without dropout.
@@ -226,7 +217,7 @@ def _recorded(model, images, blocks, keep) -> dict:
             found[i] = keep(i, call)
 
     if wanted:
-        watched_pass(model, images, see, max(wanted))
+        watch_calls(model, images, see, last=max(wanted))
     for block in sorted(wanted - found.keys()):
         kind = type(blocks_of(model)[block]).__name__
         raise ValueError(f"the attention of block {block} ({kind}) cannot be seen: it is not torch's own function")
@@ -240,20 +231,17 @@ def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.
     `images`: (B, 3, h, w) on any device; the forward pass is one on the meta device, which computes shapes alone.
     """
     shapes: dict = {}
-    watched = nn.Module()
-    watched.model = model
-    watched.forward = lambda x: watched_pass(model, x, lambda i, call: shapes.update({i: _shapes(call)}), -1)
-    weights = {name: x.to("meta") for name, x in chain(watched.named_parameters(), watched.named_buffers())}
+
+    def see(i, call):
+        shapes[i] = call.query.shape, call.key.shape
+
+    weights = {id(x): x.to("meta") for x in chain(model.parameters(), model.buffers())}
     try:
-        functional_call(watched, weights, images.to("meta"))
+        watch_calls(copy.deepcopy(model, weights), images.to("meta"), see)
     except (RuntimeError, NotImplementedError):  # a model that reads values, or has tensors that are no buffers
         shapes.clear()
-        watched(images)
+        watch_calls(model, images, see)
     return shapes
-
-
-def _shapes(call: AttentionCall) -> tuple[torch.Size, torch.Size]:
-    return call.query.shape, call.key.shape
 
 
 def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
@@ -271,30 +259,30 @@ def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict
 
 def maps_of(model: nn.Module, patches, block: int, call: AttentionCall) -> AttentionMaps:
     """The maps of one call; see `attention_maps`."""
-    layout = model.token_layout(block)
-    return _cut_maps(layout, model.grid_size, patches, lambda rows: call.weights(rows)[..., layout.patches])
+    patch_columns = model.token_layout(block).patches
+    return _cut_maps(model, patches, block, lambda rows: call.weights(rows)[..., patch_columns])
 
 
-def _cut_maps(layout, grid, patches, of_rows) -> AttentionMaps:
+def _cut_maps(model, patches, block, of_rows) -> AttentionMaps:
     """`of_rows`: places of tokens in the sequence -> (B, H, number of those tokens, P)."""
+    layout, (gh, gw) = model.token_layout(block), model.grid_size
     every = layout.queries is None
     parts = {name: getattr(layout, name) for name in ("cls", "dist", "pool", *["registers"] * every)}
     rows = {name: [part] for name, part in parts.items() if part is not None}
-    gh, gw = grid
     for x, y in patches if layout.pool is None and every else ():
         if not (0 <= x < gw and 0 <= y < gh):
             raise ValueError(f"patch {x},{y} is outside the grid: x is 0..{gw - 1}, y is 0..{gh - 1}")
         at = layout.patches.start + y * gw + x
         rows.setdefault("patches", []).append(slice(at, at + 1))
     if not rows:
-        return AttentionMaps(None, None)
+        return AttentionMaps()
     attn = of_rows([part for parts in rows.values() for part in parts])
-    attn = attn.unflatten(-1, grid).transpose(1, 2)  # (B, rows, H, gh, gw)
+    attn = attn.unflatten(-1, (gh, gw)).transpose(1, 2)  # (B, rows, H, gh, gw)
     counts = [sum(part.stop - part.start for part in parts) for parts in rows.values()]
     maps = dict(zip(rows, attn.split(counts, dim=1)))
-    one = {name: maps[name][:, 0] for name in ("cls", "dist", "pool") if name in maps}
-    others = dict(patches=maps.get("patches"), numbers=layout.numbers if "registers" in maps else ())
-    return AttentionMaps(one.pop("cls", None), maps.get("registers"), **others, **one)
+    for name in maps.keys() & {"cls", "dist", "pool"}:  # of one token
+        maps[name] = maps[name][:, 0]
+    return AttentionMaps(**maps, numbers=layout.numbers if "registers" in maps else ())
 
 
 def enter(shares: Tensor | None, before, layout, like: Tensor) -> Tensor:
@@ -334,34 +322,26 @@ def attention_rollout(model: nn.Module, images: Tensor, blocks, patches=()) -> d
     Args and errors are those of `attention_maps`.
     """
     wanted = {check_block(block, len(blocks_of(model))) for block in blocks}
-    if not wanted:
-        return {}
-    maps, roll = {}, rollout_of(model, patches)
+    maps, roll = {}, rolled_shares(model)
 
     def attention(i, attn):
-        rolled = roll(i, attn)
+        shares = roll(i, attn)
         if i in wanted:
-            maps[i] = rolled
+            maps[i] = rollout_maps(model, patches, i, shares)
 
-    trace(model, images, attention=attention, last=max(wanted))
+    if wanted:
+        trace(model, images, attention=attention, last=max(wanted))
     return maps
-
-
-def rollout_of(model: nn.Module, patches):
-    """A function to be called with (block, attention (B, H, M, N)) of one block after the other, from the first one on:
-    the AttentionMaps of the rollout up to that block; see `attention_rollout`."""
-    roll = rolled_shares(model)
-    return lambda i, attn: rollout_maps(model, patches, i, roll(i, attn))
 
 
 def rollout_maps(model: nn.Module, patches, block: int, shares: Tensor) -> AttentionMaps:
     """The maps in what `rolled_shares` returns."""
-    rows = partial(_take, shares[:, None])
-    return _cut_maps(model.token_layout(block), model.grid_size, patches, rows)
+    return _cut_maps(model, patches, block, partial(_take, shares[:, None]))
 
 
 def rolled_shares(model: nn.Module):
-    """As `rollout_of`, but (B, N, P), the patches' shares in every token (behind a pooling: in its queries)."""
+    """A function to be called with (block, attention (B, H, M, N)) of one block after the other, from the first one on:
+    (B, N, P), the patches' shares in every token (behind a pooling: in its queries); see `attention_rollout`."""
     shares, before = None, None  # those of the block before, and its layout
 
     def roll(i, attn):
@@ -396,5 +376,6 @@ def trace(model: nn.Module, images: Tensor, *, tokens=None, attention=None, outp
         new = None if attention is None else attention(i, call.weights())
         return None if new is None else call.mixed(new)
 
-    last = -1 if last is None else check_block(last, len(blocks_of(model)))
-    return watched_pass(model, images, see, last, tokens, output)
+    if last is not None:
+        check_block(last, len(blocks_of(model)))
+    return watch_calls(model, images, see, tokens=tokens, output=output, last=last)

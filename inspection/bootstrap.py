@@ -1,6 +1,21 @@
-"""Intervals of what was measured on images."""
+"""What was measured on images: gathered from batches, and with its intervals."""
+
+from collections import defaultdict
 
 import numpy as np
+from tqdm import tqdm
+
+
+def gather(batches, title, of_batch) -> dict:
+    """{key: (n, ...) array with a row for each image}, from `of_batch(images, labels)`: {key: (B, ...) tensor}.
+
+    The keys are the same in all batches. `title`: of the progress bar.
+    """
+    rows = defaultdict(list)
+    for images, labels in tqdm(batches(), title, leave=False, disable=None):
+        for key, values in of_batch(images, labels).items():
+            rows[key].append(values.cpu().numpy())
+    return {key: np.concatenate(parts) for key, parts in rows.items()}
 
 
 def mean(values: np.ndarray) -> np.ndarray:
@@ -21,3 +36,8 @@ def bootstrap(values, statistic=mean, level=0.95, resamples=1000, seed=0) -> np.
     values, chance = np.asarray(values), np.random.default_rng(seed)
     found = [statistic(values[chance.integers(len(values), size=len(values))]) for _ in range(resamples)]
     return np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def with_interval(values, statistic=mean) -> dict:
+    """{"value", "interval": [lower, upper]} of a statistic that is a number; see `bootstrap`."""
+    return {"value": float(statistic(values)), "interval": bootstrap(values, statistic).tolist()}

@@ -8,6 +8,7 @@ analysis" (arXiv 2004.12265). Beside it, what a linear probe reads from the toke
 """
 
 import math
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -18,8 +19,9 @@ from tqdm import tqdm
 
 from inspection import ridge
 from inspection.attention import trace
-from inspection.bootstrap import bootstrap, mean
+from inspection.bootstrap import bootstrap, gather, mean
 from inspection.causes_page import page as page
+from inspection.statistics import Moments
 from inspection.statistics_pages import WORDS
 from utils import BadInput
 
@@ -46,34 +48,43 @@ def measure(model, batches, images=256, epsilon=1.0, seed=0, kinds=KINDS, replac
         An entry of a list is a block; None: the token is absent, or, without a head, there are no predictions.
     """
     batches, depth = partial(_first, batches, images), model.depth
-    given, rows, hits, features, classes = Replacements(model, batches, seed), {}, [], {}, []
-    for shown, labels in tqdm(batches(), "causes", leave=False, disable=None):
+    given = Replacements(model, batches, seed)
+
+    def of_batch(shown, labels):
         outputs: dict = {}
-        logits = trace(model, shown, output=lambda i, x, outputs=outputs: outputs.update({i: x}))
-        intact = logits, outputs[depth - 1]
-        hits += [] if labels is None else (logits.argmax(dim=1) == labels).tolist()
-        classes += [] if labels is None else labels.tolist()
+        logits = trace(model, shown, output=lambda i, x: outputs.update({i: x}))
+        intact, found = (logits, outputs[depth - 1]), {}
+        if labels is not None:
+            found |= {("labels",): labels, ("top1",): logits.argmax(dim=1) == labels}
         for i in range(depth):
             for kind, part in _parts(model, i).items():
                 if kind not in kinds:
                     continue
                 own = outputs[i][:, part]
-                features.setdefault((kind, i), []).append(own.mean(dim=1).cpu().double().numpy())
+                found["token", kind, i] = own.mean(dim=1).cpu().double()
                 new = given.of(kind, i, own)
                 for name in replacements:
                     x = outputs[i].clone()
                     x[:, part] = new[name]
-                    found = compare(model, intact, _resumed(model, shown, i, x), labels)
-                    rows.setdefault((kind, name), [[] for _ in range(depth)])[i].append(found)
+                    found[kind, name, i] = compare(model, intact, _resumed(model, shown, i, x), labels)
+        return found
+
+    rows = gather(batches, "causes", of_batch)
+    labelled = ("labels",) in rows and model.num_classes > 0
+    features = {key[1:]: values for key, values in rows.items() if key[0] == "token"}
+
+    def judged(kind, name):
+        return summary([rows.get((kind, name, i)) for i in range(depth)], epsilon, model.num_classes)
+
     return {
-        "images": given.count, "epsilon": epsilon, "labelled": bool(hits and model.num_classes),
-        "top1": 100 * float(np.mean(hits)) if hits and model.num_classes else None,
+        "images": given.count, "epsilon": epsilon, "labelled": labelled,
+        "top1": 100 * float(rows["top1",].mean()) if labelled else None,
         "effective_rank": [given.rank(i) for i in range(depth)],
         "tokens": {
-            kind: {name: summary(rows[kind, name], epsilon, model.num_classes) for name in replacements}
-            for kind in kinds if any(kind == one for one, _ in rows)
+            kind: {name: judged(kind, name) for name in replacements}
+            for kind in kinds if any(kind == one for one, _ in features)
         },
-        "probe": ridge.probe(features, classes, depth, seed),
+        "probe": ridge.probe(features, rows.get(("labels",), ()), depth, seed),
     }  # fmt: skip
 
 
@@ -97,7 +108,7 @@ class Replacements:
     """What takes a token's place, and the rank of CLS: from a first pass, which keeps sums over the images."""
 
     def __init__(self, model, batches, seed):
-        self.count, self.sums, self.squares, self.gram = 0, {}, {}, {}
+        self.count, self.moments, self.gram = 0, defaultdict(Moments), {}
         self.initial, self.entered, self.last, self.chance = {}, {}, {}, np.random.default_rng(seed)
 
         def tokens(i, x):  # at its first block, each token is the same for all images
@@ -110,8 +121,7 @@ class Replacements:
         def output(i, x):
             for kind, part in _parts(model, i).items():
                 self.last[kind, i], values = x[-1:, part].clone(), x[:, part].cpu().double()  # (B, n, D)
-                self.sums[kind, i] = self.sums.get((kind, i), 0) + values.sum(dim=0)
-                self.squares[kind, i] = self.squares.get((kind, i), 0) + values.square().sum(dim=0)
+                self.moments[kind, i].add(values)
                 if kind == "cls":
                     self.gram[i] = self.gram.get(i, 0) + values[:, 0].T @ values[:, 0]
 
@@ -121,8 +131,7 @@ class Replacements:
 
     def of(self, kind, i, own: Tensor) -> dict[str, Tensor]:
         """Each replacement of the tokens `own` (B, n, D) of a batch; the batches have to come in order."""
-        average = self.sums[kind, i] / self.count
-        deviation = (self.squares[kind, i] / self.count - average.square()).clamp_min(0).sqrt()
+        average, deviation = self.moments[kind, i].mean(), self.moments[kind, i].deviation()
         drawn = average + deviation * torch.from_numpy(self.chance.standard_normal(own.shape))
         others = torch.cat([self.last[kind, i], own[:-1]])
         self.last[kind, i] = own[-1:]
@@ -164,7 +173,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return ((entropy[0] - (entropy[1] + entropy[2]) / 2) / math.log(2)).clamp_min(0)
 
 
-def compare(model, intact, changed, labels) -> np.ndarray:
+def compare(model, intact, changed, labels) -> Tensor:
     """(B, 5): cost, agreement, divergence in bits, cosines of the final patches and of the outputs, for each image."""
     (a, x), (b, y) = intact, changed
     part = model.token_layout(model.depth - 1).patches
@@ -175,17 +184,17 @@ def compare(model, intact, changed, labels) -> np.ndarray:
         right[0] - right[1], predicted[0] == predicted[1], divergence(*probabilities),
         F.cosine_similarity(x[:, part], y[:, part], dim=-1).mean(dim=1), F.cosine_similarity(a, b, dim=-1),
     )  # fmt: skip
-    return torch.stack([values.cpu().double() for values in found], dim=1).numpy()
+    return torch.stack([values.cpu().double() for values in found], dim=1)
 
 
 def summary(rows, epsilon, head) -> dict:
-    """Lists with an entry for each block, from the lists of what `compare` returned there; None without a head.
+    """Lists with an entry for each block, from what `compare` returned there (None: absent); None without a head.
 
     "cost": top-1 lost, in points (without labels, predictions changed, in per cent), with a paired interval;
     "harmless_until": the last block up to which that is at most `epsilon`; None in it and in its interval: at none.
     """
-    present = [i for i, parts in enumerate(rows) if parts]  # registers may leave
-    values = np.stack([np.concatenate(rows[i]) for i in present], axis=1)  # (images, blocks, 5)
+    present = [i for i, values in enumerate(rows) if values is not None]  # registers may leave
+    values = np.stack([rows[i] for i in present], axis=1)  # (images, blocks, 5)
     cost, agreement, *others = np.moveaxis(values * [100, 100, 1, 1, 1], 2, 0)
     names = ("agreement", "divergence_bits", "patch_cosine", "output_cosine")
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from inspection import outliers, segmentation
 from inspection.attention import watch_calls
-from inspection.bootstrap import bootstrap
+from inspection.bootstrap import with_interval
 from inspection.foreign import own_model
 from inspection.lens import Readout
 from inspection.objects import SAME, lost
@@ -103,8 +103,7 @@ def _judge_boxes(model, boxes: Tensor, seen) -> tuple[float, ...]:
     whether the box that LOST finds, and the whole image, are one of its boxes."""
     (gh, gw), (h, w) = model.grid_size, model.model_args["img_size"]
     scale = torch.tensor([w / gw, h / gh] * 2)
-    y, x = torch.meshgrid(torch.arange(gh) + 0.5, torch.arange(gw) + 0.5, indexing="ij")
-    centres = torch.stack([x, y], dim=-1).flatten(0, 1)[:, None] * scale[:2]  # (P, 1, 2)
+    centres = torch.cartesian_prod(torch.arange(gh) + 0.5, torch.arange(gw) + 0.5).flip(1)[:, None] * scale[:2]  # x, y
     inside = ((centres >= boxes[:, :2]) & (centres < boxes[:, 2:])).all(dim=-1).any(dim=-1)
     hit = float("nan")
     if "cls" in seen:
@@ -118,48 +117,47 @@ def _of_boxes(rows) -> dict:
     if not rows:
         return {"hit_ratio": None, "corloc": None}
     hit, inside, same, whole = 100 * np.array(rows).T
-    hits = {"value": float(hit.mean()), "interval": bootstrap(hit).tolist(), "plain": float(inside.mean())}
-    found = {"value": float(same.mean()), "interval": bootstrap(same).tolist(), "plain": float(whole.mean())}
+    hits = with_interval(hit) | {"plain": float(inside.mean())}
+    found = with_interval(same) | {"plain": float(whole.mean())}
     return {"hit_ratio": None if np.isnan(hit).any() else hits, "corloc": found}
-
-
-def _words(found) -> str:
-    return f"{found['value']:.1f}% ({found['interval'][0]:.1f} to {found['interval'][1]:.1f})"
 
 
 def lines(result) -> list[str]:
     """What was judged, with intervals."""
-    told, hits, found = [], result["hit_ratio"], result["corloc"]
+    texts, hits, objects = [], result["hit_ratio"], result["corloc"]
+
+    def words(value, interval):
+        return f"{value:.1f}% ({interval[0]:.1f} to {interval[1]:.1f})"
+
     if hits:
-        told.append(f"The patch most like CLS is in a box: {_words(hits)}; by chance {hits['plain']:.1f}%")
-    if found:
-        whole = f"the whole image as the box: {found['plain']:.1f}%"
-        told.append(f"LOST's CorLoc: {_words(found)} of {result['with_boxes']} images; {whole}")
+        share = words(hits["value"], hits["interval"])
+        texts.append(f"The patch most like CLS is in a box: {share}; by chance {hits['plain']:.1f}%")
+    if objects:
+        share = f"{words(objects['value'], objects['interval'])} of {result['with_boxes']} images"
+        texts.append(f"LOST's CorLoc: {share}; the whole image as the box: {objects['plain']:.1f}%")
     for name, probe in (result["segmentation"] or {"probes": {}})["probes"].items():
-        low, high = probe["iou_interval"]
-        accuracy = f"accuracy {probe['accuracy']:.1f}%"
-        told.append(f"Segmentation, {name}: mean IoU {probe['iou']:.1f}% ({low:.1f} to {high:.1f}), {accuracy}")
+        iou = words(probe["iou"], probe["iou_interval"])
+        texts.append(f"Segmentation, {name}: mean IoU {iou}, accuracy {probe['accuracy']:.1f}%")
     outlying = result["outliers"]
     if outlying["probes"] is None:
         few = f"{100 * outlying['share']:.2f}% of the patches, in {outlying['images']} images: too few to judge"
-        return [*told, f"Outlier patches: {few if outlying['share'] else 'none'}"]
+        return [*texts, f"Outlier patches: {few if outlying['share'] else 'none'}"]
     pairs = {name: [found["value"] for found in kinds.values()] for name, kinds in outlying["probes"].items() if kinds}
     words = ", ".join(f"{name} {outlier:.3g} / {normal:.3g}" for name, (outlier, normal) in pairs.items())
-    return [*told, f"Outlier / normal patches ({100 * outlying['share']:.2f}%): {words}"]
+    return [*texts, f"Outlier / normal patches ({100 * outlying['share']:.2f}%): {words}"]
 
 
-def page(result, about=""):
+def page(result, about):
     """Boxes, segmentation, and outliers against normal patches; `about`: the line below the title."""
     figure = headed_figure(
-        (11, 7), "Dense quality", about or f"{result['images']} images",
+        (11, 7), "Dense quality", about,
         "Left: the patch most like CLS lies in an annotated box; LOST's box overlaps one by at least half. Middle: the "
         "class under a patch, read from its token by probes taught on other images; background counts as a class. "
         "Right: what probes read from outlier patches and from normal ones of the same images; patches that are used "
         "as registers know the image's class, and neither their place nor their pixels. Lines: 95% bootstrap intervals "
         "over images. Dashes: a patch at random, the whole image as the box, the most frequent class.",
-        layout="constrained",
+        (0.01, 0.14, 0.98, 0.75),
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.14, 0.98, 0.75), w_pad=0.08)
     boxes, masks, outlying = figure.subplots(1, 3)
     found = {"patch most\nlike CLS": result["hit_ratio"], "LOST": result["corloc"]}
     _bars(boxes, {"": found}, {name: bar["plain"] for name, bar in found.items() if bar})

@@ -5,6 +5,7 @@ attention_maps(model, images, blocks=[11])
 """
 
 import copy
+import math
 import socket
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -46,9 +47,8 @@ class ForeignViT(nn.Module):
         weight, channels = next(model.parameters()), model.pretrained_cfg["input_size"][0]
         black = torch.zeros(1, channels, *img_size, device=weight.device, dtype=weight.dtype)
         shapes = attention_shapes(model, black) if own else {}
-        grid = (0, 0)
-        if hasattr(model, "patch_embed") and hasattr(model.patch_embed, "dynamic_feat_size"):
-            grid = model.patch_embed.dynamic_feat_size(img_size)
+        resizable = hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size")
+        grid = model.patch_embed.dynamic_feat_size(img_size) if resizable else (0, 0)
         prefix = getattr(model, "num_prefix_tokens", 0)
         length = prefix + grid[0] * grid[1]
         pooling = getattr(model, "attn_pool", None) is not None  # the last of its blocks, maybe of the patches alone
@@ -81,12 +81,11 @@ class ForeignViT(nn.Module):
     def token_layout(self, block: int) -> TokenLayout:
         """Layout at the input of `block`: timm has [CLS | distillation | registers | patches]."""
         prefix, total = (self.cls_pos is not None) + (self.dist_pos is not None), self.num_register_tokens
-        gh, gw = self.grid_size
-        first = prefix + total
-        patches, length = slice(first, first + gh * gw), first + gh * gw
+        first, count = prefix + total, math.prod(self.grid_size)
+        patches, length = slice(first, first + count), first + count
         if block == self.pool_pos:
             behind = self._keys[block]
-            return TokenLayout(None, slice(behind - gh * gw, behind), None, behind, pool=slice(0, self._queries[block]))
+            return TokenLayout(None, slice(behind - count, behind), None, behind, pool=slice(0, self._queries[block]))
         if not 0 <= block < self.depth:
             raise ValueError(f"block {block} is outside the model: its blocks are 0..{self.depth - 1}")
         cls = slice(0, 1) if self.cls_pos is not None else None
@@ -107,9 +106,8 @@ class ForeignViT(nn.Module):
             model.set_input_size(img_size=tuple(img_size))
             return ForeignViT(model, self.name, img_size)
         except (AttributeError, AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.name} cannot take images of {img_size[0]} x {img_size[1]} pixels: {error}"
-            ) from None
+            size = "{} x {} pixels".format(*img_size)
+            raise ValueError(f"{self.name} cannot take images of {size}: {error}") from None
 
 
 def own_model(model: nn.Module) -> nn.Module:
@@ -156,10 +154,9 @@ def create(source: str, weights=None, img_size=None, key=None) -> nn.Module:
 
 def _hub_is_there() -> bool:
     """Whether the name of the model hub is known here, or a proxy would know it."""
+    host = urlparse(huggingface_hub.constants.ENDPOINT).hostname
     try:
-        return bool(getproxies()) or bool(
-            socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
-        )
+        return bool(getproxies()) or bool(socket.getaddrinfo(host, 443))
     except OSError:
         return False
 

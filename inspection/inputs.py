@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -65,31 +65,24 @@ def names_of(paths, least=2) -> list[str]:
 
 def add_checkpoint_flags(parser, several=False):
     """Which checkpoint, and what a bare state dict lacks; `several`: flags take a value per file (`flags_for_file`)."""
-    parser.add_argument(
-        "--model_path", default=DEFAULT_MODEL, type=model_file, metavar="MODEL", help="checkpoint of this project, "
-        "state dict, or a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights", metavar="FILE", nargs="+" if several else None,
-        help="for timm:NAME, in place of the weights that timm downloads",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    parser.add_argument(
-        "--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width); the position "
-        "embedding is resampled if this is not the model's own size",
-    )  # fmt: skip
+    flag = parser.add_argument
+    flag("--model_path", default=DEFAULT_MODEL, type=model_file, metavar="MODEL", help="checkpoint of this project, "
+         "state dict, or a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER")  # fmt: skip
+    flag("--weights", metavar="FILE", nargs="+" if several else None,
+         help="for timm:NAME, in place of the weights that timm downloads")  # fmt: skip
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    flag("--input_size", type=utils.image_size, help="pixels, 224 or 280x420 (height x width); the position "
+         "embedding is resampled if this is not the model's own size")  # fmt: skip
     group = parser.add_argument_group("only for a bare state dict from elsewhere (the rest is read off its shapes)")
-    missing = dict(default=SUPPRESS, nargs="+" if several else None)
-    group.add_argument("--num_heads", type=number(int, 1), help="heads of each block; required", **missing)
-    group.add_argument("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
-    group.add_argument("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
-    group.add_argument(
-        "--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing
-    )
-    group.add_argument("--weights_key", help="which of several sets of weights, as in teacher.backbone", **missing)
-    group.add_argument("--data_set", choices=DATA_SETS, type=str.upper, help="take the images from this data set")
-    group.add_argument("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
-    group.add_argument("--std", type=number(float, above=0), nargs=3, help="of its normalisation")
+    flag, missing = group.add_argument, dict(default=SUPPRESS, nargs="+" if several else None)
+    flag("--num_heads", type=number(int, 1), help="heads of each block; required", **missing)
+    flag("--cls_pos", type=utils.position, help="block that CLS enters at, or none (0)", **missing)
+    flag("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
+    flag("--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing)
+    flag("--weights_key", help="which of several sets of weights, as in teacher.backbone", **missing)
+    flag("--data_set", choices=DATA_SETS, type=str.upper, help="take the images from this data set")
+    flag("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
+    flag("--std", type=number(float, above=0), nargs=3, help="of its normalisation")
 
 
 def add_image_flags(parser):
@@ -224,16 +217,13 @@ def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputI
         check_classes(classes, data["classes"], "the test images", "the model")
     data["classes"] = classes
     numbers = range(len(split)) if numbers is None else numbers
+    in_memory, found = isinstance(split.images, Tensor), []
     for i in numbers:
         if not 0 <= i < len(split):
             raise BadInput(f"there is no image {i}: the images are 0..{len(split) - 1}")
-    in_memory = isinstance(split.images, Tensor)
-    return [
-        InputImage(
-            f"{data['name']}_test{i}", partial(read_picture, split, i), int(split.labels[i]), in_memory, number=i
-        )
-        for i in numbers
-    ]
+        name, read = f"{data['name']}_test{i}", partial(read_picture, split, i)
+        found.append(InputImage(name, read, int(split.labels[i]), in_memory, number=i))
+    return found
 
 
 def image_paths(paths) -> list[Path]:
@@ -270,6 +260,19 @@ def readable(images, failed: list[str]):
     if not any_read:
         words = f"none of the {len(images)} images can be read; the last one: " if len(images) > 1 else ""
         raise BadInput(f"{words}{problem}")
+
+
+def batches(images, failed: list[str], data, device, size: int, truth=None):
+    """Yield (images (B, 3, h, w) normalised, labels (B,) or None) of the `readable` ones, at most `size` at a time.
+
+    With `truth`, a function of `truth.find_truth`, also a list of their `Truth`s.
+    """
+    left = readable(images, failed)
+    while part := list(islice(left, size)):
+        pixels = [image.read() for image in part]
+        labels = None if part[0].label is None else torch.tensor([image.label for image in part], device=device)
+        annotated = [[truth(image, own.size) for image, own in zip(part, pixels)]] if truth else []
+        yield model_input(pixels, part, data, device), labels, *annotated
 
 
 def report_failed(failed: list[str], total: int):
@@ -314,7 +317,7 @@ def as_seen(pixels, image, data, side=DISPLAY_SIDE) -> Tensor:
     """The part of a PIL image that the model sees, in up to `side` pixels, for display: (3, ., .) uint8."""
     if image.in_memory and "crop_pct" not in data:
         return _sized(pixels, image, data)
-    left, upper, right, lower = seen_part(pixels.width, pixels.height, image, data)
+    left, upper, right, lower = seen_part(*pixels.size, image, data)
     scale = min(1, side / max(right - left, lower - upper))
     size = max(1, round(scale * (lower - upper))), max(1, round(scale * (right - left)))
     return fit_image(pixels, size, **_crop(data))

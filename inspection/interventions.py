@@ -8,13 +8,11 @@ Zero is out of distribution, so it costs more than the token's information: the 
 another image's values keep everything but what belongs to this image.
 """
 
-from collections import Counter
-
 import torch
 from tqdm import tqdm
 
 from inspection.attention import trace
-from inspection.bootstrap import bootstrap
+from inspection.bootstrap import bootstrap, gather
 from models_dynamic import DynamicViT
 from utils import BadInput
 
@@ -53,27 +51,29 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
             last[key] = values[-1:]
         count += len(images)
     means = {key: total / count for key, total in sums.items()}
-    hits, changed = {}, Counter()
-    for images, labels in tqdm(batches(), "ablation", leave=False, disable=None):
+
+    def of_batch(images, labels):
         logits, seen = recorded(model, images, kinds)
         clean = logits.argmax(dim=1)
-        hits.setdefault("clean", []).append((clean == labels).cpu())
+        found = {"clean": clean == labels}
         others = {key: torch.cat([last[key], values[:-1]]) for key, values in seen.items()}
-        last = {key: values[-1:] for key, values in seen.items()}
+        last.update({key: values[-1:] for key, values in seen.items()})
         zeros = {key: torch.zeros_like(values) for key, values in means.items()}
         for kind in kinds:
             for name, new in zip(REPLACEMENTS, (zeros, means, others)):
                 predicted = replaced(model, images, kind, new).argmax(dim=1)
-                hits.setdefault((kind, name), []).append((predicted == labels).cpu())
-                changed[kind, name] += int((predicted != clean).sum())
+                found |= {("right", kind, name): predicted == labels, ("changed", kind, name): predicted != clean}
+        return found
 
-    hits = {key: 100 * torch.cat(parts).double().numpy() for key, parts in hits.items()}
-    clean, result = hits.pop("clean"), {kind: {} for kind in kinds}
-    for (kind, name), values in hits.items():
-        result[kind][name] = {
-            "accuracy": float(values.mean()), "difference": float((values - clean).mean()),
-            "interval": bootstrap(values - clean).tolist(), "changed": 100 * changed[kind, name] / count,
-        }  # fmt: skip
+    percent = {key: 100.0 * values for key, values in gather(batches, "ablation", of_batch).items()}
+    clean, result = percent["clean"], {kind: {} for kind in kinds}
+    for kind in kinds:
+        for name in REPLACEMENTS:
+            right, changed = percent["right", kind, name], percent["changed", kind, name]
+            result[kind][name] = {
+                "accuracy": float(right.mean()), "difference": float((right - clean).mean()),
+                "interval": bootstrap(right - clean).tolist(), "changed": float(changed.mean()),
+            }  # fmt: skip
     return {"images": count, "clean": float(clean.mean()), **result}
 
 

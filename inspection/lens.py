@@ -6,21 +6,20 @@ patches, as a model that classifies their mean has it; so the last block's lens 
 the logits. Massive activations by Sun et al., "Massive Activations in Large Language Models" (arXiv 2402.17762).
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from inspection.attention import trace
-from inspection.bootstrap import bootstrap, mean
+from inspection.bootstrap import bootstrap, gather
 from inspection.foreign import own_model
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
-from inspection.statistics_pages import HUES, LINES, WORDS, block_axis, few_ticks
+from inspection.statistics_pages import LINES, WORDS, block_axis, draw_curve, few_ticks
 
 LARGE, TIMES = 100, 1000  # there: massive is above 100, and at least about 1,000 times the median
 
@@ -32,10 +31,11 @@ class Readout:
         own = own_model(model)
         self.norm, self.fc_norm = own.norm, getattr(own, "fc_norm", None) or nn.Identity()
         # Behind an attention pooling the head is for what the pooling makes of the tokens.
-        has_head = model.num_classes and getattr(model, "pool_pos", None) is None
+        if not model.num_classes or getattr(model, "pool_pos", None) is not None:
+            self.heads = {}
+            return
         has = {"cls": model.cls_pos is not None, "dist": model.dist_pos is not None, "patches": True}
-        heads = {kind: getattr(own, f"head_{kind}", own.head) for kind in has} if has_head else {}
-        self.heads = {kind: head for kind, head in heads.items() if has[kind]}
+        self.heads = {kind: getattr(own, f"head_{kind}", own.head) for kind in has if has[kind]}
 
     def normalised(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D): each token as if it were the one that is classified."""
@@ -58,26 +58,26 @@ def measure(model, batches) -> dict:
         images with a massive activation, "largest_in": the kind of token that the largest is in}.
     """
     readout, layouts = Readout(model), [model.token_layout(i) for i in range(model.depth)]
-    rows, hits = defaultdict(list), []
-    for images, labels in tqdm(batches(), "lens", leave=False, disable=None):
-        found: dict = {}
 
-        def output(i, x, found=found):
+    def of_batch(images, labels):
+        answers, found = {}, {}
+
+        def output(i, x):
             if i < model.depth:  # not of an attention pooling
-                found |= {(kind, i): logits.argmax(dim=1) for kind, logits in readout.logits(x, layouts[i]).items()}
-                found |= {(name, i): values for name, values in _sizes(x, layouts[i], readout).items()}
+                answers.update({(kind, i): y.argmax(dim=1) for kind, y in readout.logits(x, layouts[i]).items()})
+                found.update({(name, i): values for name, values in _sizes(x, layouts[i], readout).items()})
 
-        final = trace(model, images, output=output)
-        found |= {("agreement", *key): found[key] == final.argmax(dim=1) for key in found if key[0] in readout.heads}
+        final = trace(model, images, output=output).argmax(dim=1)
+        found |= {("agreement", *key): answer == final for key, answer in answers.items()}
         if labels is not None and model.num_classes:
-            hits += (final.argmax(dim=1) == labels).tolist()
-            found |= {("accuracy", *key): found[key] == labels for key in list(found) if key[0] in readout.heads}
-        for key, values in found.items():
-            rows[key].append(values.cpu().numpy())
-    rows = {key: np.concatenate(parts) for key, parts in rows.items()}
+            found |= {("accuracy", *key): answer == labels for key, answer in answers.items()}
+            found["top1"] = final == labels
+        return found
+
+    rows = gather(batches, "lens", of_batch)
     return _summary(rows, model.depth, [kind for kind in NAMES if kind in readout.heads]) | {
         "images": len(rows["median", 0]), "tokens": [layout.length for layout in layouts],
-        "top1": 100 * float(np.mean(hits)) if hits else None,
+        "top1": 100 * float(rows["top1"].mean()) if "top1" in rows else None,
     }  # fmt: skip
 
 
@@ -106,8 +106,14 @@ def _summary(rows, depth, lenses) -> dict:
         return 100 * float(values.mean())
 
     def ends(values):
-        return bootstrap(100.0 * values, mean).tolist()
+        return bootstrap(100.0 * values).tolist()
 
+    found: dict = {NAMES[kind]: {} for kind in lenses}
+    for kind in lenses:
+        for name in ("accuracy", "agreement"):
+            if (name, kind, depth - 1) in rows:
+                found[NAMES[kind]] |= {name: of_blocks(percent, name, kind)}
+                found[NAMES[kind]] |= {f"{name}_interval": of_blocks(ends, name, kind)}
     massive, kinds = [], []
     for i in range(depth):
         first, median = rows["largest", i][:, 0], rows["median", i]
@@ -115,15 +121,7 @@ def _summary(rows, depth, lenses) -> dict:
         counted = Counter(rows["kind", i].tolist())
         kinds.append({kind: 100 * counted[n] / len(first) for n, kind in enumerate(NAMES) if counted[n]})
     return {
-        "lenses": {
-            NAMES[kind]: {
-                name + word: of_blocks(statistic, name, kind)
-                for name in ("accuracy", "agreement") if ("accuracy", kind, depth - 1) in rows or name == "agreement"
-                for word, statistic in (("", percent), ("_interval", ends))
-            }
-            for kind in lenses
-        },
-        "cosine": {name: of_blocks(average, name) for name in ("before", "after")},
+        "lenses": found, "cosine": {name: of_blocks(average, name) for name in ("before", "after")},
         "largest": of_blocks(average, "largest"), "median": of_blocks(average, "median"),
         "massive": massive, "largest_in": kinds,
     }  # fmt: skip
@@ -146,25 +144,21 @@ def lines(result) -> list[str]:
     return [*found, f"Massive activations: in {len(massive)} blocks from {massive[0]} on; largest {largest}"]
 
 
-def page(result, about=""):
+def page(result, about):
     """Accuracy and agreement, cosines, and the sizes of activations; `about`: the line below the title."""
     figure = headed_figure(
-        (11, 7), "What would the model answer at each block?", about or f"{result['images']} images",
+        (11, 7), "What would the model answer at each block?", about,
         "Lens: the last norm and the head on a token at the output of each block; at the last block this is the model "
         "itself, if that token is classified. Bands: 95% bootstrap intervals over images. A lens that is wrong early "
         "shows that the head cannot read the token there, not that the token holds nothing: see the probes. Massive "
         f"activations are above {LARGE} and {TIMES:,} times the median. A line begins where its token enters.",
-        layout="constrained",
+        (0.01, 0.12, 0.98, 0.78),
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.12, 0.98, 0.78), w_pad=0.08)
     (top, side), (cosines, sizes) = figure.subplots(2, 2, height_ratios=(1 if result["lenses"] else 0.001, 1))
-    hues = LINES | {NAMES["registers"]: HUES["registers"]}
     for axes, name in ((top, "accuracy"), (side, "agreement")):
         for token, lens in result["lenses"].items():
             if name in lens:
-                ends = np.array([v or [None, None] for v in lens[name + "_interval"]], float).T
-                axes.plot(np.array(lens[name], float), ".-", color=hues[token], label=token)
-                axes.fill_between(range(len(lens[name])), *ends, color=hues[token], alpha=0.15, linewidth=0)
+                draw_curve(axes, lens[name], lens[name + "_interval"], color=LINES[token], label=token)
         axes.set(ylabel="%", ylim=(0, 102), title=f"lens: {name}{' with the final prediction' * (name != 'accuracy')}")
     if result["top1"] is not None:
         top.axhline(result["top1"], color="0.4", linestyle="--", linewidth=1, label="the model")
@@ -177,7 +171,7 @@ def page(result, about=""):
     sizes.set(title="|activation|, mean over images", yscale="log")
     few_ticks(sizes)
     for axes in (top, side, cosines, sizes):
-        block_axis(axes, result)
+        block_axis(axes, len(result["tokens"]))
         if axes.lines:
             axes.legend(fontsize=7, frameon=False)
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import utils
 from inspection import inputs
-from inspection.attention import maps_of, rolled_shares, rollout_maps, watched_pass
+from inspection.attention import maps_of, rolled_shares, rollout_maps, watch_calls
 from inspection.class_maps import grad_cam, relevance
 from inspection.fitting import how_fitted
 from inspection.pages import ATTENTION, TIMES_PATCHES, MapCell, Page, Row, by_token, token_name
@@ -41,7 +41,7 @@ class ImageMaps:
     caption: str  # its class and the prediction
     about: str  # its name, and what of it the model sees
     maps: dict[int, dict[str, Tensor]]  # block -> key of a token -> (H, gh, gw)
-    rollout: dict[int, dict[str, Tensor]]  # the same with H = 1
+    rollout: dict[int, dict[str, Tensor]]  # block -> key of a token -> (gh, gw)
     classes: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # class -> method -> (gh, gw)
 
 
@@ -67,26 +67,20 @@ def kinds_to_draw(model, blocks, asked) -> list[str]:
     Raises BadInput for a requested token that is present at none of them, and if there are no tokens at all.
     """
     there = {kind: [i for i in blocks_of(model, kind) if kind in parts_at(model, i)] for kind in KINDS}
-    last = max(blocks)
-    tokens = set().union(*(parts_at(model, block) for block in blocks))
-    present = [kind for kind in KINDS if kind in tokens]
+    last, present = max(blocks), [kind for kind in KINDS if set(there[kind]) & set(blocks)]
     at = f"at block {last}" if len(blocks) == 1 else f"at blocks {', '.join(map(str, blocks))}"
-    for kind in asked or KINDS:
-        if kind in present:
-            continue
+    for kind in [kind for kind in asked or KINDS if kind not in present]:
         if not there[kind]:
             problem = f"this model has no {WORDS[kind].removeprefix('the ')}"
-            pool = there["pool"]
-            instead = f"the attention pooling, --layer_num {pool[0]}" if pool else "a model with tokens"
-            instead = f"--tokens {present[0]}" if present else f"{instead}, or --patch x,y"
+            pool = f"the attention pooling, --layer_num {there['pool'][0]}" if there["pool"] else "a model with tokens"
+            instead = f"--tokens {present[0]}" if present else f"{pool}, or --patch x,y"
         elif "pool" in (kind, *present):
             problem = f"{WORDS[kind]} {'have' if kind == 'reg' else 'has'} no queries there"
             instead = f"--layer_num {there[kind][0]}"
         else:
             problem = _why_not(model, kind, there[kind], last)
-            instead = f"--layer_num {there[kind][0]}"
-            instead += "" if there[kind][-1:] == there[kind][:1] else f" or later (to {there[kind][-1]})"
-            instead += f", or --tokens {present[0]}" if present else ""
+            later = "" if there[kind][-1:] == there[kind][:1] else f" or later (to {there[kind][-1]})"
+            instead = f"--layer_num {there[kind][0]}{later}" + (f", or --tokens {present[0]}" if present else "")
         if asked or not present:
             raise BadInput(f"nothing to draw for {kind!r} {at}: {problem}; ask for {instead}")
         if there[kind] and kind != "pool":
@@ -125,21 +119,24 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
     images = inputs.model_input([pixels], [image], data, device)
     found, rolled, roll = {}, {}, rolled_shares(model)
 
+    def of_image(maps):
+        return {key: heads[0].cpu() for key, heads in by_token(maps, patches).items()}
+
     def see(i, call):
         shares = roll(i, call.weights()) if rollout else None
         if i in blocks:
-            found[i] = by_token(maps_of(model, patches, i, call), patches)
-            rolled[i] = by_token(rollout_maps(model, patches, i, shares), patches) if rollout else {}
+            found[i] = of_image(maps_of(model, patches, i, call))
+            if rollout:
+                rolled[i] = {key: heads[0] for key, heads in of_image(rollout_maps(model, patches, i, shares)).items()}
             if keep is not None:
                 keep(i, call.weights()[0].cpu(), shares[0].cpu() if rollout else None)
 
     with torch.no_grad():  # without a head nobody asks for what comes behind the last block
-        logits = watched_pass(model, images, see, -1 if model.num_classes else max(blocks))
+        logits = watch_calls(model, images, see, last=None if model.num_classes else max(blocks))
     logits = logits[0].cpu() if model.num_classes else None
     lines = [] if image.label is None else [f"true: {inputs.class_name(image.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]
 
-    shown = inputs.as_seen(pixels, image, data)
     classes = {}
     for k in [int(logits.argmax()) if target is None else target for target in targets]:
         by_class = {
@@ -149,12 +146,8 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
         classes[inputs.class_name(k, data["classes"])] = {
             method: m[0].cpu() / m.sum().clamp_min(1e-30).cpu() for method, m in by_class.items()
         }
-    found, rolled = (
-        {i: {key: heads[0].cpu() for key, heads in tokens.items()} for i, tokens in of_blocks.items()}
-        for of_blocks in (found, rolled)
-    )
     about = f"{utils.printable(image.title)}, {how_fitted(image, pixels, data)}"
-    return ImageMaps(shown, "\n".join(lines), about, found, rolled, classes)
+    return ImageMaps(inputs.as_seen(pixels, image, data), "\n".join(lines), about, found, rolled, classes)
 
 
 def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, heads=None, name=""):
@@ -185,17 +178,15 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, heads=None, name="
     if "tokens" in kinds_of_pages:
         for block in blocks:
             rows = [row(token, block, token.name) for token in tokens if there(token, block)]
-            if not rows:
-                continue
-            yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, seen.caption, about)
+            if rows:
+                yield Page(f"block{block}_tokens", f"All tokens at block {block}", rows, seen.caption, about)
     if "rollout" in kinds_of_pages:
         rows = []
         for token in tokens:
-            maps = {block: seen.rollout[block].get(token.key) for block in blocks if there(token, block)}
             cells = [
-                MapCell(f"block {block}", None if m is None else m[0], _absent(token, block), token.mark)
-                for block, m in maps.items()
-            ]
+                MapCell(f"block {block}", seen.rollout[block].get(token.key), _absent(token, block), token.mark)
+                for block in blocks if there(token, block)
+            ]  # fmt: skip
             rows.append(Row(token.name, seen.shown, cells))
         yield Page("rollout", "Attention rollout from the first block on", rows, seen.caption, about, ROLLOUT)
     if "class" in kinds_of_pages:

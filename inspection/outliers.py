@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inspection.attention import trace
-from inspection.bootstrap import bootstrap
+from inspection.bootstrap import mean, with_interval
 from inspection.statistics import Norms, artefact_bin, bin_edge
 
 KINDS = ("outlier", "normal")
@@ -96,17 +96,13 @@ def compare(images: list[dict], labels: list[int] | None, grid: tuple[int, int])
     for kind in KINDS:
         own = [image[kind] for image in images]
         for name, rows, statistic in (*_places(own, grid), *_classes(own, labels), *_pixels(own)):
-            found[name][kind] = _with_interval(rows, statistic)
-        found["cosine"][kind] = _with_interval(np.array([image["cosine"].mean() for image in own]), _mean)
+            found[name][kind] = with_interval(rows, statistic)
+        found["cosine"][kind] = with_interval(np.array([image["cosine"].mean() for image in own]), mean)
     return {name: kinds or None for name, kinds in found.items()}
 
 
-def _mean(values) -> float:
-    return values.mean()
-
-
 def _explained(sums) -> float:
-    """Of rows of squared errors, and of squared distances from the mean."""
+    """In per cent, from rows of squared errors, and of squared distances from the mean."""
     errors, spread, _ = sums.sum(axis=0)
     return 100 * (1 - errors / max(spread, 1e-12))
 
@@ -114,10 +110,6 @@ def _explained(sums) -> float:
 def _root(sums) -> float:
     errors, _, count = sums.sum(axis=0)
     return np.sqrt(errors / count)
-
-
-def _with_interval(rows, statistic) -> dict:
-    return {"value": float(statistic(rows)), "interval": bootstrap(rows, statistic).tolist()}
 
 
 def _taught(probe, taught: list, targets: list):
@@ -141,7 +133,7 @@ def _places(images, grid):
         away = np.hypot(*wrong)
         rows.append((100 * (away == 0).mean(), away.mean()))
     right, away = np.array(rows).T
-    return ("position", right, _mean), ("away", away, _mean)
+    return ("position", right, mean), ("away", away, mean)
 
 
 def _classes(images, labels):
@@ -151,7 +143,7 @@ def _classes(images, labels):
         return ()
     ones = [image["tokens"][:1] for image in images]  # drawn at random
     probe = _taught(RidgeClassifierCV(ALPHAS), ones[::2], [[label] for label in labels[::2]])
-    return (("class", 100.0 * (probe.predict(np.concatenate(ones[1::2])) == labels[1::2]), _mean),)
+    return (("class", 100.0 * (probe.predict(np.concatenate(ones[1::2])) == labels[1::2]), mean),)
 
 
 def _pixels(images):

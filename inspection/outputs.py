@@ -6,21 +6,18 @@ the output of the model (with the skip path, the MLP and the last norm), by line
 arXiv 2505.05892.
 """
 
-from collections import defaultdict
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from inspection.attention import Recorder, as_evaluated, watched_pass
-from inspection.bootstrap import bootstrap
+from inspection.attention import Recorder, as_evaluated, watch_calls
+from inspection.bootstrap import bootstrap, gather
 from inspection.cka import CKA
 from inspection.lens import Readout
 from inspection.pages import headed_figure
 from inspection.statistics import parts_of
-from inspection.statistics_pages import HUES, WORDS, block_axis
+from inspection.statistics_pages import HUES, WORDS, block_axis, draw_curve
 from utils import BadInput
 
 PARTS = WORDS | {"cls": "itself", "none": "nothing", "bias": "biases", "skip": "skip path"}
@@ -44,8 +41,9 @@ def measure(model, batches) -> dict:
         parts and biases, relative to the attention: 0 unless there is a norm behind the weighted sum, ...}
     """
     check(model)
-    readout, rows, cka = Readout(model), defaultdict(list), {"attention": CKA(), "output": CKA()}
-    for images, _ in tqdm(batches(), "outputs", leave=False, disable=None):
+    readout, cka = Readout(model), {"attention": CKA(), "output": CKA()}
+
+    def of_batch(images, labels):
         cls, skip, added, outputs = decompose(model, images)
         whole, bias = added.pop("attention"), added["none"]
         parts = {name: values - bias for name, values in added.items() if name != "none"}
@@ -53,11 +51,11 @@ def measure(model, batches) -> dict:
         outputs = {name: readout.normalised(x[:, None])[:, 0] for name, x in outputs.items()}
         cka["output"].add(outputs, outputs.pop("attention"))
         norms = {"skip": skip, **parts, "bias": bias, "attention": whole, "rest": whole - bias - sum(parts.values())}
-        found = {("norm", name): values.norm(dim=-1) for name, values in norms.items()}
-        found |= {("cosine", i): F.cosine_similarity(x, cls[model.depth - 1], dim=-1) for i, x in cls.items()}
-        for key, values in found.items():
-            rows[key].append(values.double().cpu().numpy())
-    rows = {key: np.concatenate(values) for key, values in rows.items()}
+        found = {("norm", name): values.norm(dim=-1).double() for name, values in norms.items()}
+        last = cls[model.depth - 1]
+        return found | {("cosine", i): F.cosine_similarity(x, last, dim=-1).double() for i, x in cls.items()}
+
+    rows = gather(batches, "outputs", of_batch)
     cosines, rest = [rows.get(("cosine", i)) for i in range(model.depth)], rows.pop(("norm", "rest"))
     return {
         "images": len(rest), "tokens": [model.token_layout(i).length for i in range(model.depth)],
@@ -99,7 +97,7 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
         if model.token_layout(i).cls is not None:
             cls[i] = x[:, model.token_layout(i).cls.start]
 
-    watched_pass(model, images, see, last, tokens, output)
+    watch_calls(model, images, see, tokens=tokens, output=output, last=last)
     block, recorder = model.blocks[last], Recorder(lambda i, call: seen["mixed"])
     recorder.block = last
     x = seen["skip"].repeat_interleave(len(parts), dim=0)  # (B * parts, 1, D): CLS alone, once for each part
@@ -111,10 +109,9 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
         finally:
             silent.remove()
     whole, added = (values.unflatten(0, (-1, len(parts)))[:, :, 0] for values in (whole, added))  # (B, parts, D)
-    names = dict(zip(parts, range(len(parts))))
-    if not torch.allclose(whole[:, names["attention"]], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):
+    added, outputs = ({name: values[:, n] for n, name in enumerate(parts)} for values in (added, whole))
+    if not torch.allclose(outputs["attention"], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):
         raise BadInput("outputs: the last block of this model does more with its attention than add it to CLS")
-    added, outputs = ({name: values[:, n] for name, n in names.items()} for values in (added, whole))
     return cls, seen["skip"][:, 0], added, outputs
 
 
@@ -128,16 +125,16 @@ def lines(result) -> list[str]:
     return found + [f"The parts do not add up: {100 * result['rest']:.0f}% of the norm"] * (result["rest"] > 0.01)
 
 
-def page(result, about=""):
+def page(result, about):
     """CKA and norms of the parts, and the cosine of each block's CLS with the last; `about`: below the title."""
     figure = headed_figure(
-        (11, 6.2), "What is the output made of?", about or f"{result['images']} images",
+        (11, 6.2), "What is the output made of?", about,
         "CLS's attention in the last block, with its weights on tokens of one kind kept and the others zero. Linear "
         "CKA with the whole: 1 is the same up to rotation and scale. Filled: debiased (0: unrelated); outlined: "
         "biased, high if images are few. 'Nothing' keeps the skip path alone. Black, bands: 95% bootstrap intervals.",
-        layout="constrained",
+        (0.01, 0.13, 0.98, 0.76),
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.13, 0.98, 0.76), w_pad=0.08, h_pad=0.08)
+    figure.get_layout_engine().set(h_pad=0.08)
     (attention, output), (norms, cosine) = figure.subplots(2, 2)
     for axes, name, title in ((attention, "attention", "what attention adds"), (output, "output", "final output")):
         values = result["cka"][name]
@@ -155,11 +152,9 @@ def page(result, about=""):
     names, colours = [PARTS.get(n, "attention") for n in values], [HUES.get(n, "0.5") for n in values]
     norms.barh(names, means, xerr=ends, color=colours)
     norms.set_title("mean norm of what is added", fontsize=10)
-    cosine.plot(np.array(result["cosine"], float), ".-", color=HUES["cls"])
-    ends = np.array([v or [None, None] for v in result["cosine_interval"]], float).T
-    cosine.fill_between(range(len(result["cosine"])), *ends, color=HUES["cls"], alpha=0.15, linewidth=0)
+    draw_curve(cosine, result["cosine"], result["cosine_interval"], color=HUES["cls"])
     cosine.set_title("cosine of CLS with that of the last block", fontsize=10)
-    block_axis(cosine, result)
+    block_axis(cosine, len(result["tokens"]))
     for axes in (attention, output, norms):
         axes.invert_yaxis()  # the first part at the top
     return figure

@@ -87,12 +87,17 @@ class Page:
         return percentile_of(torch.cat(shades), percentile) if shades else 0.0
 
 
-def headed_figure(size, title, about, reading, **kwargs):
-    """A figure of `size` inches with a title, a line on what it is of and, at the bottom, how to read it."""
+def headed_figure(size, title, about, reading, rect=None):
+    """A figure of `size` inches with a title, a line on what it is of and, at the bottom, how to read it.
+
+    `rect`: where matplotlib's constrained layout puts the plots (left, bottom, width, height; 0..1); None: no layout.
+    """
     from matplotlib.figure import Figure
 
     width, height = size
-    figure, left = Figure(figsize=size, **kwargs), 0.33 / width
+    figure, left = Figure(figsize=size, layout="constrained" if rect else None), 0.33 / width
+    if rect:
+        figure.get_layout_engine().set(rect=rect, w_pad=0.08)
     figure.text(left, 1 - 0.2 / height, title, fontsize=14, weight="bold", va="top")
     figure.text(left, 1 - 0.52 / height, about, fontsize=8.5, color="0.35", va="top")
     figure.text(left, 0.15 / height, fill(reading, int(15 * (width - 0.66))), fontsize=8.5, color="0.2", va="bottom")

@@ -16,7 +16,7 @@ def probe(features: dict, labels: list[int], depth, seed=0) -> dict | None:
     the same for all tokens and blocks. Images of classes with fewer than `PER_CLASS` are left out.
 
     Args:
-        features: {(kind, block): list of (n, D)}, in the order of the labels; may be without entries.
+        features: {(kind, block): (n, D)}, in the order of the labels; may be without entries.
 
     Returns:
         {"accuracy": {kind: [per cent at each block]}, "interval": {kind: [[lower, upper], ...]}, ...}; None where the
@@ -34,8 +34,8 @@ def probe(features: dict, labels: list[int], depth, seed=0) -> dict | None:
         return None
     train, test = train_test_split(np.arange(len(target)), test_size=0.5, stratify=target, random_state=seed)
     accuracy, interval = ({kind: [None] * depth for kind, _ in features} for _ in range(2))
-    for (kind, block), parts in features.items():
-        values = np.concatenate(parts)[kept]
+    for (kind, block), values in features.items():
+        values = values[kept]
         ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 4, 6)))
         hits = 100.0 * (ridge.fit(values[train], target[train]).predict(values[test]) == target[test])
         accuracy[kind][block], interval[kind][block] = float(hits.mean()), bootstrap(hits).tolist()
@@ -56,8 +56,6 @@ def lines(result) -> list[str]:
             "{:.1f}% ({:.1f}..{:.1f}) at block {}".format(values[i], *result["interval"][kind][i], i)
             for i in dict.fromkeys((max(blocks, key=values.__getitem__), blocks[-1]))
         ]
-        found.append(
-            f"A ridge probe reads the class from the {PROBED[kind]} in {', '.join(words)} "
-            f"({result['scored_on']} images; chance {result['chance']:.1f}%)"
-        )
+        judged = f"({result['scored_on']} images; chance {result['chance']:.1f}%)"
+        found.append(f"A ridge probe reads the class from the {PROBED[kind]} in {', '.join(words)} {judged}")
     return found

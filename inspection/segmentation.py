@@ -78,8 +78,8 @@ def segment(images: list[tuple[np.ndarray, np.ndarray]]) -> dict | None:
 
 def _counts(predicted, labels, classes) -> np.ndarray:
     """(3, K) of an image: patches that are rightly of each class, that are of it, and that are said to be."""
-    of_each = [array[:, None] == classes for array in (labels, predicted)]
-    return np.stack([(of_each[0] & of_each[1]).sum(axis=0), *(each.sum(axis=0) for each in of_each)])
+    of_class, said = labels[:, None] == classes, predicted[:, None] == classes
+    return np.stack([each.sum(axis=0) for each in (of_class & said, of_class, said)])
 
 
 def _accuracy(counts) -> float:

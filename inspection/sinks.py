@@ -11,18 +11,17 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from inspection.attention import watch_calls
-from inspection.bootstrap import bootstrap, mean
+from inspection.bootstrap import bootstrap, gather, mean
 from inspection.pages import headed_figure
 from inspection.statistics import NAMES, parts_of
-from inspection.statistics_pages import ABSENT, HUES, WORDS
+from inspection.statistics_pages import ABSENT, HUES, WORDS, draw_curve
 from tokens.layout import blocks_with
 from utils import BadInput
 
-MARKS = ("sink", "nop", "between", "broadcast")  # the first is the sum of the others
-MARKED = ("NOP", "between", "broadcast")  # their names
+EFFECTS = {"nop": "NOP", "between": "between", "broadcast": "broadcast"}  # of sinks, and their names
+MARKS = ("sink", *EFFECTS)  # the first is the sum of the others
 COLOURS = {"nop": "0.25", "between": "tab:olive", "broadcast": "tab:green"}
 ENTRIES = ("cls", "registers")  # from whose entry block distances are counted
 
@@ -44,11 +43,12 @@ def measure(model, batches, queries=0.9, attention=0.5, nop=0.2, broadcast=0.5) 
     """
     weights = [block.attn.proj for block in model.blocks[: model.depth]]
     parts = [parts_of(model.token_layout(i)) for i in range(model.depth)]
-    counts, heads = [], model.model_args["num_heads"]
-    for images, _ in tqdm(batches(), "sinks", leave=False, disable=None):
+    heads = model.model_args["num_heads"]
+
+    def of_batch(images, labels):
         seen = torch.zeros(len(images), model.depth, len(NAMES), len(MARKS), dtype=torch.int16)
 
-        def see(i, call, seen=seen):
+        def see(i, call):
             if i < model.depth:  # attention pooling is no block of the sequence
                 column, own, others = sinks(call.weights(), call.value, weights[i].weight, queries, attention)
                 off, sent = own <= nop * others, own >= broadcast * others
@@ -59,8 +59,9 @@ def measure(model, batches, queries=0.9, attention=0.5, nop=0.2, broadcast=0.5) 
                     seen[:, i, k] = torch.stack([(inside & mark).sum(dim=1) for mark in marks], dim=1).short().cpu()
 
         watch_calls(model, images, see)
-        counts.append(seen.numpy())
-    shares = np.concatenate(counts) / heads  # (images, blocks, kinds, marks)
+        return {"sinks": seen}
+
+    shares = gather(batches, "sinks", of_batch)["sinks"] / heads  # (images, blocks, kinds, marks)
     entry = {kind: min(blocks_with(model, kind), default=None) for kind in ENTRIES}
     return {
         "images": len(shares), "heads": heads,
@@ -106,11 +107,9 @@ def lines(result) -> list[str]:
     parts = ((WORDS[k], sum(v or 0 for v in f["sink"]) / depth) for k, f in result["kinds"].items())
     words = ", ".join(f"{name} {100 * share:.1f}%" for name, share in parts)
     most = max(range(depth), key=every.__getitem__)
-    found = [
-        f"Sinks: in {100 * totals['sink'] / depth:.1f}% of all heads and images ({words}), most at block {most} "
-        f"({100 * every[most]:.1f}%)"
-    ]
-    shares = (f"{100 * totals[mark] / totals['sink']:.1f}% {name}" for mark, name in zip(MARKS[1:], MARKED))
+    share = f"{100 * totals['sink'] / depth:.1f}% of all heads and images"
+    found = [f"Sinks: in {share} ({words}), most at block {most} ({100 * every[most]:.1f}%)"]
+    shares = (f"{100 * totals[effect] / totals['sink']:.1f}% {name}" for effect, name in EFFECTS.items())
     found.append(f"Of the sinks: {', '.join(shares)}")
     for kind, distances in result["distance"].items():
         own = [v or 0 for v in result["kinds"].get(kind, {"sink": [0]})["sink"]]
@@ -120,11 +119,11 @@ def lines(result) -> list[str]:
     return found
 
 
-def page(result, about=""):
+def page(result, about):
     """Above: sinks by kind of token, and by what they bring. Below: by the distance from an entry block."""
     from matplotlib.ticker import MaxNLocator
 
-    limits, about = result["thresholds"], about or f"{result['images']} images, {result['heads']} heads a block"
+    limits = result["thresholds"]
     if not any(result["all"]["sink"]):
         words = f"No head gives {limits['attention']:g} or more of {100 * limits['queries']:g}% of its queries to one"
         return headed_figure((11, 1.4), "Attention sinks: none", about, f"{words} token, in any image.")
@@ -134,14 +133,13 @@ def page(result, about=""):
         f"{limits['attention']:g} or more. NOP: what that token brings (its value through the head's output "
         f"projection) has at most {limits['nop']:g} of the others' mean norm, so the head is off; broadcast: at least "
         f"{limits['broadcast']:g}, so all tokens get its message. Bands: 95% by bootstrap over images. "
-        "Grey: the token has not entered.", layout="constrained",
+        "Grey: the token has not entered.", (0.01, 0.12, 0.98, 0.77),
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.12, 0.98, 0.77), w_pad=0.08)
     plots = figure.subplots(2, 2, sharey="row")
     kinds = result["kinds"]
     _bars(plots[0, 0], {WORDS[k]: (f["sink"], HUES[k]) for k, f in kinds.items()}, "by the kind of the sink's token")
-    fates = {name: (result["all"][mark], COLOURS[mark]) for mark, name in zip(MARKS[1:], MARKED)}
-    _bars(plots[0, 1], fates, "by what the sink brings")
+    effects = {name: (result["all"][effect], COLOURS[effect]) for effect, name in EFFECTS.items()}
+    _bars(plots[0, 1], effects, "by what the sink brings")
     for axes, entry in zip(plots[1], ENTRIES):
         distances = result["distance"][entry]
         axes.set(title=f"from the entry of the {WORDS[entry]}", ylabel="% of heads and images")
@@ -150,9 +148,9 @@ def page(result, about=""):
             continue
         axes.axvspan(distances[0] - 0.5, -0.5, color=ABSENT, linewidth=0)
         for kind, found in kinds.items():
-            axes.plot(distances, _percent(found["sink"]), ".-", color=HUES[kind], label=f"sinks on {WORDS[kind]}")
-            ends = _percent([ends or [None, None] for ends in found["sink_interval"]])
-            axes.fill_between(distances, *ends.T, color=HUES[kind], alpha=0.2, linewidth=0)
+            ends = [v and _percent(v) for v in found["sink_interval"]]
+            label = f"sinks on {WORDS[kind]}"
+            draw_curve(axes, _percent(found["sink"]), ends, distances, color=HUES[kind], label=label)
         axes.set(xlim=(distances[0] - 0.5, distances[-1] + 0.5), ylim=(0, None), xlabel="blocks since it entered")
         axes.legend(frameon=False)
     for axes in plots.flat:

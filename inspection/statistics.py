@@ -38,7 +38,7 @@ class TokenStatistics:
         self.model, self.probe_images = model, probe_images
         self.layouts = [model.token_layout(i) for i in range(model.depth)]
         self.images = 0
-        self.norms, self.moments = {}, defaultdict(_Moments)
+        self.norms, self.moments = {}, defaultdict(Moments)
         self.features, self.labels = defaultdict(list), []
         self.distances = _patch_distances(model)
 
@@ -69,12 +69,11 @@ class TokenStatistics:
     def _add_output(self, i, x):
         if i == self.model.depth:
             return
-        norms = x.norm(dim=-1)
         for kind, part in parts_of(self.layouts[i]).items():
+            tokens = x[:, part]
             if (kind, i) not in self.norms:
                 self.norms[kind, i] = Norms(part.stop - part.start)
-            self.norms[kind, i].add(norms[:, part])
-            tokens = x[:, part]
+            self.norms[kind, i].add(tokens.norm(dim=-1))
             if kind == "registers":
                 unit = torch.nn.functional.normalize(tokens, dim=-1)
                 self.moments["similarity", i].add(unit @ unit.transpose(1, 2))
@@ -92,7 +91,11 @@ class TokenStatistics:
         begins = next((i for i, found in enumerate(artefacts) if found["share"] >= BEGIN), None)
 
         def of_blocks(moment, *key):
-            return [getattr(self.moments[(*key, i)], moment)() if (*key, i) in self.moments else None for i in blocks]
+            found = [self.moments.get((*key, i)) for i in blocks]
+            return [each and getattr(each, moment)().tolist() for each in found]
+
+        def of_kinds(moment, name):
+            return {kind: of_blocks(moment, name, kind) for kind in kinds}
 
         return {
             "images": self.images,
@@ -102,15 +105,13 @@ class TokenStatistics:
                 for kind in kinds
             },
             "artefacts": {"rule": RULE, "begins_at_block": begins, "blocks": artefacts},
-            "entropy": {kind: of_blocks("mean", "entropy", kind) for kind in kinds},
-            "entropy_deviation": {kind: of_blocks("deviation", "entropy", kind) for kind in kinds},
-            "distance": of_blocks("mean", "distance"),
-            "distance_deviation": of_blocks("deviation", "distance"),
-            "cls_attention": {kind: of_blocks("mean", "cls_share", kind) for kind in kinds},
-            "cls_attention_deviation": {kind: of_blocks("deviation", "cls_share", kind) for kind in kinds},
+            "entropy": of_kinds("mean", "entropy"), "entropy_deviation": of_kinds("deviation", "entropy"),
+            "distance": of_blocks("mean", "distance"), "distance_deviation": of_blocks("deviation", "distance"),
+            "cls_attention": of_kinds("mean", "cls_share"),
+            "cls_attention_deviation": of_kinds("deviation", "cls_share"),
             "register_similarity": of_blocks("mean", "similarity"),
             "register_numbers": [list(layout.numbers) for layout in self.layouts],
-        }
+        }  # fmt: skip
 
     def _artefacts(self, i) -> dict:
         counts = self.norms["patches", i].counts  # (P, BINS)
@@ -133,13 +134,12 @@ def parts_of(layout: TokenLayout) -> dict[str, slice]:
 def _patch_distances(model) -> Tensor:
     """(P, P): pixels between the centres of patches."""
     (gh, gw), (ph, pw) = model.grid_size, model.model_args["patch_size"]
-    device = next(model.parameters()).device
-    y, x = torch.meshgrid(torch.arange(gh, device=device) * ph, torch.arange(gw, device=device) * pw, indexing="ij")
-    places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
+    places = torch.cartesian_prod(torch.arange(gh) * ph, torch.arange(gw) * pw).float()  # y, x
+    places = places.to(next(model.parameters()).device)
     return torch.cdist(places, places)
 
 
-class _Moments:
+class Moments:
     """Mean and standard deviation over images, from two sums in double precision."""
 
     def __init__(self):
@@ -150,11 +150,11 @@ class _Moments:
         self.count += len(values)
         self.sum, self.squares = self.sum + values.sum(dim=0), self.squares + values.square().sum(dim=0)
 
-    def mean(self) -> list:
-        return (self.sum / self.count).tolist()
+    def mean(self) -> Tensor:
+        return self.sum / self.count
 
-    def deviation(self) -> list:
-        return (self.squares / self.count - (self.sum / self.count).square()).clamp_min(0).sqrt().tolist()
+    def deviation(self) -> Tensor:
+        return (self.squares / self.count - self.mean().square()).clamp_min(0).sqrt()
 
 
 class Norms:
@@ -162,7 +162,7 @@ class Norms:
 
     def __init__(self, positions):
         self.counts = torch.zeros(positions, BINS, dtype=torch.int32)
-        self.moments, self.smallest, self.largest = _Moments(), math.inf, 0.0
+        self.moments, self.smallest, self.largest = Moments(), math.inf, 0.0
 
     def add(self, norms: Tensor):  # (B, positions)
         norms = norms.cpu()
@@ -173,24 +173,23 @@ class Norms:
         self.largest = max(self.largest, float(norms.max()))
 
     def describe(self) -> dict:
-        counts = self.counts.sum(dim=0)
+        counts, mean = self.counts.sum(dim=0), self.moments.mean().tolist()
+        filled = counts.nonzero()  # those between the first and the last bin are kept
+        first, last = int(filled[0]), int(filled[-1])
         return {
-            "mean": float(torch.tensor(self.moments.mean()).mean()), "smallest": self.smallest, "largest": self.largest,
+            "mean": float(torch.tensor(mean).mean()), "smallest": self.smallest, "largest": self.largest,
             "quantiles": {str(q): quantile(counts, q) for q in QUANTILES},
-            "histogram": _filled(counts), "mean_of_each": self.moments.mean(),
+            "histogram": {
+                "first_edge": bin_edge(first), "bins_per_decade": PER_DECADE,
+                "counts": counts[first : last + 1].tolist(),
+            },
+            "mean_of_each": mean,
         }  # fmt: skip
 
 
 def bin_edge(k) -> float:
     """The lower edge of bin k, a norm."""
     return 10 ** (LOWEST + k / PER_DECADE)
-
-
-def _filled(counts) -> dict:
-    """The bins between the first and the last that is not empty."""
-    filled = counts.nonzero()
-    first, last = int(filled[0]), int(filled[-1])
-    return {"first_edge": bin_edge(first), "bins_per_decade": PER_DECADE, "counts": counts[first : last + 1].tolist()}
 
 
 def quantile(counts: Tensor, q) -> float:

@@ -7,12 +7,14 @@ import numpy as np
 import utils
 from inspection.inputs import names_of
 from inspection.pages import headed_figure
+from inspection.statistics import NAMES
 
 LETTERS = 140  # of the line below a title
+MERGED = 4  # bins of norms that are drawn as one
 ABSENT = "0.88"  # the grey of absent tokens
-WORDS = {"cls": "class token", "dist": "distillation token", "registers": "registers", "patches": "patches"}
+WORDS = NAMES | {"patches": "patches"}
 HUES = {"cls": "tab:red", "dist": "tab:purple", "registers": "tab:orange", "patches": "tab:blue"}
-LINES = {"class token": "tab:red", "distillation token": "tab:purple", "mean patch": "tab:blue"}
+LINES = {name: HUES[kind] for kind, name in NAMES.items()}
 
 
 def statistics_pages(results):
@@ -20,35 +22,47 @@ def statistics_pages(results):
     pages = [norms_page, artefacts_page] if "norms" in results["what"] else []
     if "attention" in results["what"]:
         pages += [entropy_page, *[distance_page] * any(results["distance"])]  # none if only CLS attends
-        pages += [attention_page] if results["cls_attention"] and any(results["cls_attention"]["patches"]) else []
+        pages += [attention_page] if any(results["cls_attention"]["patches"]) else []
         pages += [similarity_page] if any(results["register_similarity"]) else []
     pages += [probe_page] if results.get("readout") else []
     pages += [ablation_page] if results["ablation"] else []
     return (page(results) for page in pages)
 
 
-def data_name(results) -> str:
-    data = results["data"]
-    return ", ".join(names_of(data["image_path"])) if data["image_path"] else data["name"]
-
-
 def about(results) -> str:
-    (name,) = names_of([results["model"]["path"]])
-    words = f"{name}: {results['model']['is']}; {results['images']} images of {data_name(results)}"
+    """The line below a title: model, images and their source, in at most `LETTERS`."""
+    (name,), data = names_of([results["model"]["path"]]), results["data"]
+    source = ", ".join(names_of(data["image_path"])) if data["image_path"] else data["name"]
+    words = f"{name}: {results['model']['is']}; {results['images']} images of {source}"
     return utils.shortened(words, LETTERS)
 
 
 def _page(results, title, reading, size=(11, 7)):
-    figure = headed_figure(size, title, about(results), reading, layout="constrained")
-    figure.get_layout_engine().set(rect=(0.01, 0.75 / size[1], 0.98, 1 - 1.45 / size[1]), w_pad=0.08)
-    return figure
+    rect = (0.01, 0.75 / size[1], 0.98, 1 - 1.45 / size[1])
+    return headed_figure(size, title, about(results), reading, rect)
 
 
-def block_axis(axes, results):
+def block_axis(axes, depth):
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(xlim=(-0.5, len(results["tokens"]) - 0.5), xlabel="block")
+    axes.set(xlim=(-0.5, depth - 0.5), xlabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def draw_curve(axes, values, interval=None, x=None, **style):
+    """A line over the blocks, or over `x`, with a band between lower and upper ends; gaps where a value is None."""
+    x = range(len(values)) if x is None else x
+    (line,) = axes.plot(x, np.array(values, float), **{"marker": "."} | style)
+    if interval:
+        ends = np.array([[None, None] if pair is None else pair for pair in interval], float).T
+        axes.fill_between(x, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def mark_absent(axes, values):
+    """Grey blocks where the token is absent."""
+    for i, value in enumerate(values):
+        if value is None:
+            axes.axvspan(i - 0.5, i + 0.5, color=ABSENT, linewidth=0)
 
 
 def norms_page(results):
@@ -72,11 +86,12 @@ def norms_page(results):
                 axes.fill_between([i - 0.5, i + 0.5], threshold, high, color="tab:red", alpha=0.08, linewidth=0)
                 axes.plot([i - 0.5, i + 0.5], [threshold] * 2, color="tab:red", linewidth=1.2)
         drawn = _draw_histograms(axes, results["norms"][kind])
+        mark_absent(axes, results["norms"][kind])
         medians = [None if found is None else found["quantiles"]["0.5"] for found in results["norms"][kind]]
         axes.plot(np.array(medians, float), "o", color="white", markeredgecolor="black", markersize=4)
         axes.set(yscale="log", ylim=(low, high), title=WORDS[kind])
         few_ticks(axes)
-        block_axis(axes, results)
+        block_axis(axes, len(results["tokens"]))
     plots[0].set_ylabel("norm")
     figure.colorbar(drawn, ax=plots, label="tokens, relative to the fullest bin", pad=0.01)
     return figure
@@ -92,23 +107,20 @@ def few_ticks(axes):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_histograms(axes, blocks, merged=4):
-    """Distributions as columns, each to its own largest bin; `merged` bins are drawn as one."""
+def _draw_histograms(axes, blocks):
+    """Distributions as columns, each to its own largest bin; `MERGED` bins are drawn as one."""
     from matplotlib.colors import LogNorm
 
-    drawn = None
     for i, found in enumerate(blocks):
         if found is None:
-            axes.axvspan(i - 0.5, i + 0.5, color=ABSENT, linewidth=0)
             continue
-        histogram = found["histogram"]
-        counts, per_decade = histogram["counts"], histogram["bins_per_decade"]
-        counts = [sum(counts[k : k + merged]) for k in range(0, len(counts), merged)]
-        edges = [histogram["first_edge"] * 10 ** (merged * k / per_decade) for k in range(len(counts) + 1)]
+        counts, start = found["histogram"]["counts"], found["histogram"]["first_edge"]
+        step = 10 ** (MERGED / found["histogram"]["bins_per_decade"])
+        counts = [sum(counts[k : k + MERGED]) for k in range(0, len(counts), MERGED)]
+        edges = [start * step**k for k in range(len(counts) + 1)]
         shares = [[count / max(counts) or float("nan")] for count in counts]
-        drawn = axes.pcolormesh(
-            [i - 0.45, i + 0.45], edges, shares, cmap="viridis", norm=LogNorm(1e-3, 1), rasterized=True
-        )
+        style = dict(cmap="viridis", norm=LogNorm(1e-3, 1), rasterized=True)
+        drawn = axes.pcolormesh([i - 0.45, i + 0.45], edges, shares, **style)
     return drawn
 
 
@@ -132,7 +144,7 @@ def artefacts_page(results):
     axes, shares = figure.add_subplot(grid[0, :]), [100 * found["share"] for found in blocks]
     axes.bar(range(len(blocks)), shares, color=HUES["patches"])
     axes.set(ylabel="% of patches", ylim=(0, max(shares) * 1.15))
-    block_axis(axes, results)
+    block_axis(axes, len(results["tokens"]))
     top = max(max(map(max, found["where"])) for found in with_some.values())
     plots = []
     for n, (i, found) in enumerate(with_some.items()):
@@ -147,28 +159,27 @@ def artefacts_page(results):
 
 def _no_artefacts(results, title):
     """A sentence with the block that comes closest."""
-    ratios = [
-        norms["largest"] / found["threshold"]
-        for norms, found in zip(results["norms"]["patches"], results["artefacts"]["blocks"])
-    ]
-    i = int(np.argmax(ratios))
-    largest, threshold = results["norms"]["patches"][i]["largest"], results["artefacts"]["blocks"][i]["threshold"]
+    largest = np.array([norms["largest"] for norms in results["norms"]["patches"]])
+    thresholds = np.array([found["threshold"] for found in results["artefacts"]["blocks"]])
+    i = int(np.argmax(largest / thresholds))
     reading = (
-        f"No patch is above its block's threshold. Block {i} comes closest: the largest norm is {largest:.3g}, the "
-        f"threshold {threshold:.3g}. The rule: {results['artefacts']['rule']}."
+        f"No patch is above its block's threshold. Block {i} comes closest: the largest norm is {largest[i]:.3g}, the "
+        f"threshold {thresholds[i]:.3g}. The rule: {results['artefacts']['rule']}."
     )
     return headed_figure((11, 1.6), title, about(results), reading)
 
 
-def _draw_heads(figure, axes, blocks, title, label, vmin=0.0, vmax=None):
+def _draw_heads(axes, blocks, title, label, vmax=None):
     """Blocks across, heads upwards; grey where the token is absent."""
     heads = max(len(values) for values in blocks if values is not None)
-    table = [[float("nan") if values is None else values[head] for values in blocks] for head in range(heads)]
+    table = [values or [None] * heads for values in blocks]
     axes.set_facecolor(ABSENT)
-    drawn = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=vmin, vmax=vmax)
+    table = np.array(table, float).T
+    drawn = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=0.0, vmax=vmax)
     axes.set(title=title, ylabel="head")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(drawn, ax=axes, label=label)
+    block_axis(axes, len(blocks))
+    axes.figure.colorbar(drawn, ax=axes, label=label)
 
 
 def entropy_page(results):
@@ -184,8 +195,7 @@ def entropy_page(results):
     )  # fmt: skip
     plots = figure.subplots(math.ceil(len(kinds) / 2), 2, squeeze=False)
     for axes, kind in zip(plots.flat, kinds):
-        _draw_heads(figure, axes, entropy[kind], f"rows of the {WORDS[kind]}", "nats", vmax=largest)
-        block_axis(axes, results)
+        _draw_heads(axes, entropy[kind], f"rows of the {WORDS[kind]}", "nats", largest)
     for axes in plots.flat[len(kinds) :]:
         axes.set_axis_off()
     return figure
@@ -200,14 +210,13 @@ def distance_page(results):
         "head, the line is their mean; low dots are local heads. Attention to other tokens is left out.", (11, 5),
     )  # fmt: skip
     left, right = figure.subplots(1, 2)
-    of_blocks = {i: heads for i, heads in enumerate(results["distance"]) if heads is not None}
-    for i, heads in of_blocks.items():
-        left.plot([i] * len(heads), heads, "o", color=HUES["patches"], alpha=0.6, markersize=4)
-    left.plot([*of_blocks], [sum(h) / len(h) for h in of_blocks.values()], color="black", linewidth=1)
+    for i, heads in enumerate(results["distance"]):
+        left.plot([i] * len(heads or ()), heads or (), "o", color=HUES["patches"], alpha=0.6, markersize=4)
+    means = [heads and sum(heads) / len(heads) for heads in results["distance"]]
+    left.plot(np.array(means, float), color="black", linewidth=1)
     left.set(ylabel="pixels", ylim=(0, None), title="heads, and their mean")
-    block_axis(left, results)
-    _draw_heads(figure, right, results["distance"], "each head", "pixels")
-    block_axis(right, results)
+    block_axis(left, len(results["tokens"]))
+    _draw_heads(right, results["distance"], "each head", "pixels")
     return figure
 
 
@@ -218,13 +227,12 @@ def attention_page(results):
     figure = _page(
         results, "Where the class token's attention goes",
         "Above: mean over heads and images, in %; the shares of a block add up to 100. Below: each head. Grey: the "
-        "class token is absent; an absent kind of tokens has no part of the bar.", (11, 7),
+        "class token is absent; an absent kind of tokens has no part of the bar.",
     )  # fmt: skip
     grid = figure.add_gridspec(2, len(kinds))
     axes = figure.add_subplot(grid[0, :])
+    mark_absent(axes, shares["patches"])
     present = [i for i, values in enumerate(shares["patches"]) if values is not None]
-    for i in set(range(len(results["tokens"]))) - set(present):
-        axes.axvspan(i - 0.5, i + 0.5, color=ABSENT, linewidth=0)
     base = [0.0] * len(present)
     for kind in kinds:
         heads = [shares[kind][i] or [0.0] for i in present]
@@ -233,12 +241,11 @@ def attention_page(results):
         base = [b + v for b, v in zip(base, values)]
     axes.set(ylabel="% of its attention", ylim=(0, 100))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), frameon=False)
-    block_axis(axes, results)
+    block_axis(axes, len(results["tokens"]))
     for column, kind in enumerate(kinds):
         axes = figure.add_subplot(grid[1, column])
-        percent = [None if values is None else [100 * v for v in values] for values in shares[kind]]
-        _draw_heads(figure, axes, percent, f"to {names[kind]}", "%")
-        block_axis(axes, results)
+        percent = [values and [100 * v for v in values] for values in shares[kind]]
+        _draw_heads(axes, percent, f"to {names[kind]}", "%")
     return figure
 
 
@@ -287,7 +294,7 @@ def probe_page(results):
 
     registers = [token for token in probes["linear"] if token.startswith("register")]
     oranges = colormaps["YlOrBr"]
-    hues = LINES | {token: oranges(0.45 + 0.45 * n / max(len(registers), 1)) for n, token in enumerate(registers)}
+    hues = LINES | {token: oranges(0.45 + 0.45 * n / len(registers)) for n, token in enumerate(registers)}
     titles = {"linear": "linear probe", "neighbours": "kNN probe, 5 neighbours"}
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
         for token, values in probes[kind].items():
@@ -299,7 +306,7 @@ def probe_page(results):
         axes.axhline(probes["chance"], color="0.4", linestyle="--", linewidth=1)
         axes.set(title=title, ylabel="accuracy (%)", ylim=(0, 102))
         axes.grid(alpha=0.3)
-        block_axis(axes, results)
+        block_axis(axes, len(results["tokens"]))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 

@@ -8,7 +8,6 @@ an image goes to an added token that enters as zeros. New here: it enters at a b
 
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +42,12 @@ def from_flags(args, model, data, found, checkpoint):
         raise BadInput("--test_time_registers: the patches of this model cannot be seen to attend; leave it out")
     if args.registers_from:
         found = inputs.find_images(args, data, checkpoint, files=inputs.image_paths(args.registers_from))
-    device = next(model.parameters()).device
-
-    def batches():
-        left = inputs.readable(found, [])
-        while part := list(islice(left, BATCH)):
-            yield inputs.model_input([image.read() for image in part], part, data, device), None
-
+    batches = partial(inputs.batches, found, [], data, next(model.parameters()).device, BATCH)
     return add_registers(model, batches, args.test_time_registers, args.register_pos, args.register_neurons)
 
 
 def add_registers(model, batches, count=1, entry=0, neurons=10):
-    """A `WithRegisters` of the model, and a line about it; the model itself for a `count` of 0.
+    """A `WithRegisters` of the model, and a line about it.
 
     Args:
         batches: () -> batches of (images (B, 3, h, w) normalised, labels), of at least `LEAST` images.
@@ -64,14 +57,12 @@ def add_registers(model, batches, count=1, entry=0, neurons=10):
 
     Raises BadInput for a model without artefacts on these images, and for one that cannot take another token.
     """
-    if not count:
-        return model
     if not 0 <= entry < model.depth:
         raise BadInput(f"--register_pos {entry} is outside the model: its blocks are 0..{model.depth - 1}")
     if any(not hasattr(getattr(block, "mlp", None), "fc2") for block in model.blocks[: model.depth]):
         raise BadInput("--test_time_registers: the blocks of this model have no mlp.fc2, whose inputs are its neurons")
-    registers = model.token_layout(model.depth - 1).registers
-    if registers is not None and registers.stop != model.token_layout(model.depth - 1).length:
+    layout = model.token_layout(model.depth - 1)
+    if layout.registers is not None and layout.registers.stop != layout.length:
         raise BadInput("--test_time_registers: the trained registers of this model stand in front of its patches")
     before = _artefacts(model, batches)
     begins = lasting([block["share"] for block in before["blocks"]])
@@ -80,9 +71,8 @@ def add_registers(model, batches, count=1, entry=0, neurons=10):
             "--test_time_registers: in the second half of this model's blocks no patch of these images is an artefact; "
             "leave it out"
         )
-    ranked = rank_neurons(model, batches, begins, before["blocks"][begins]["threshold"])
-    chosen = {}
-    for block, n in ranked[:neurons]:
+    chosen: dict[int, list[int]] = {}
+    for block, n in rank_neurons(model, batches, begins, before["blocks"][begins]["threshold"])[:neurons]:
         chosen.setdefault(block, []).append(n)
     if entry > max(chosen):
         raise BadInput(f"--register_pos {entry}: the register neurons are in blocks up to {max(chosen)}; enter there")
@@ -123,31 +113,25 @@ def _artefacts(model, batches) -> dict:
 def rank_neurons(model, batches, block: int, threshold: float) -> list[tuple[int, int]]:
     """(block, neuron) of the MLPs up to `block`, those first whose mean |activation| is largest on the patches whose
     norm at the output of `block` is above `threshold`."""
-    sums = [0.0] * (block + 1)
+    sums, outliers = [0.0] * (block + 1), {}
+
+    def norms(i, x):
+        outliers[i] = x[:, model.token_layout(i).patches].norm(dim=-1) > threshold  # (B, P)
+
+    def add(i, hidden):
+        on_patches = hidden[:, model.token_layout(i).patches]
+        sums[i] = sums[i] + on_patches[outliers[block]].abs().double().sum(dim=0)
+
     for images, _ in batches():
-        outliers = {}
-
-        def norms(i, x, outliers=outliers):
-            part = model.token_layout(i).patches
-            outliers[i] = x[:, part].norm(dim=-1) > threshold  # (B, P)
-
         trace(model, images, output=norms, last=block)
-
-        def add(i, hidden, outliers=outliers):
-            on_patches = hidden[:, model.token_layout(i).patches]
-            sums[i] = sums[i] + on_patches[outliers[block]].abs().double().sum(dim=0)
-
-        handles = [_on_hidden(model.blocks[i], lambda hidden, i=i: add(i, hidden)) for i in range(block + 1)]
+        handles = [_on_hidden(model.blocks[i], partial(add, i)) for i in range(block + 1)]
         try:
             trace(model, images, output=lambda i, x: None, last=block)  # to the end of that block
         finally:
             for handle in handles:
                 handle.remove()
-    values = torch.cat(sums)
-    widths = [len(each) for each in sums]
-    of_block = torch.repeat_interleave(torch.arange(block + 1), torch.tensor(widths)).tolist()
-    first = [sum(widths[:i]) for i in range(block + 1)]
-    return [(of_block[n], n - first[of_block[n]]) for n in values.argsort(descending=True, stable=True).tolist()]
+    numbered = [(i, n) for i, each in enumerate(sums) for n in range(len(each))]
+    return [numbered[k] for k in torch.cat(sums).argsort(descending=True, stable=True).tolist()]
 
 
 def _on_hidden(block, function):
@@ -176,9 +160,9 @@ class WithRegisters(nn.Module):
     def _hook(self):
         blocks, norm = self.inner.blocks, own_model(self.inner).norm
         self.handles = [
-            blocks[self.entry].register_forward_pre_hook(lambda _, args: (self._appended(args[0]), *args[1:])),
+            blocks[self.entry].register_forward_pre_hook(self._append),
             *(_on_hidden(blocks[i], partial(self._moved, i)) for i in self.neurons),
-            norm.register_forward_pre_hook(lambda _, args: (self._removed(args[0]),)),
+            norm.register_forward_pre_hook(self._remove),
         ]
 
     def __str__(self):
@@ -213,8 +197,9 @@ class WithRegisters(nn.Module):
         first = own.length if own.registers is None else own.registers.start
         return replace(own, registers=slice(first, length), length=length, numbers=numbers)
 
-    def _appended(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x.new_zeros(len(x), self.count, x.shape[2])], dim=1)
+    def _append(self, _, args):
+        x = args[0]
+        return torch.cat([x, x.new_zeros(len(x), self.count, x.shape[2])], dim=1), *args[1:]
 
     def _moved(self, block: int, hidden: Tensor) -> Tensor:
         """The block's register neurons: silent on patches, their largest activation at a new register, in turn."""
@@ -226,7 +211,7 @@ class WithRegisters(nn.Module):
         hidden[:, part.start : part.stop, numbers] = 0
         return hidden
 
-    def _removed(self, x: Tensor) -> Tensor:
+    def _remove(self, _, args):
         """What the model's last norm gets: without the new registers, which it does not know."""
         whole = self.token_layout(self.inner.depth - 1).length
-        return x[:, : -self.count] if x.shape[1] == whole else x
+        return args[0][:, : -self.count] if args[0].shape[1] == whole else args[0]

@@ -41,9 +41,7 @@ def find_truth(args, data, images) -> Callable | None:
     Raises BadInput, now or for one of the images, for annotations that are missing, damaged or of other images.
     """
     if not args.masks and not args.boxes:
-        if data["name"] != "DIGITS_SCENES" or args.image_path:
-            return None
-        return of_scenes(data)
+        return of_scenes(data) if data["name"] == "DIGITS_SCENES" and not args.image_path else None
     if not args.image_path:
         raise BadInput("--masks and --boxes are of the images of --image_path; give that, too")
     files = _mask_files(images, Path(args.masks)) if args.masks else {}

@@ -14,6 +14,7 @@ from inspection.attention import trace
 from inspection.bootstrap import bootstrap
 from inspection.causes import REPLACEMENTS, divergence, effective_rank, harmless_until, lines, measure, page
 from inspection.foreign import ForeignViT
+from utils import BadInput
 
 
 def in_batches(images, labels=None, size=2):
@@ -79,7 +80,8 @@ def test_without_tokens_there_is_nothing_to_replace():
     found = measure(model, in_batches(noise(model, 4)))
     assert found["tokens"] == {}
     assert lines(found) == ["Causes: no class token or registers to replace, or no head to judge it by"]
-    assert page(found)
+    with pytest.raises(BadInput, match="neither a class token nor registers"):
+        causes.check(model)
 
 
 @pytest.mark.parametrize("make", [late, foreign])
@@ -229,7 +231,7 @@ def test_what_a_probe_reads_beside_what_the_model_uses():
     assert probed["accuracy"]["registers"] == [50, 50, 100, 100]
     assert "class token in 100.0% (100.0..100.0) at block 2, 100.0% (100.0..100.0) at block 3" in lines(found)[2]
     assert "mean of the registers in" in lines(found)[3] and "20 images; chance 50.0%" in lines(found)[3]
-    drawn = {axes.get_title(): axes for axes in page(found).axes if axes.get_visible()}
+    drawn = {axes.get_title(): axes for axes in page(found, "a model").axes if axes.get_visible()}
     assert len(drawn) == 9
     shown = drawn["class token:\naccuracy of a probe (%)"].get_lines()[0]
     assert list(shown.get_xdata()) == [0, 1, 2, 3] and list(shown.get_ydata())[1:] == [50, 100, 100]
@@ -239,7 +241,7 @@ def test_what_a_probe_reads_beside_what_the_model_uses():
 def test_the_probe_is_scored_on_images_that_it_has_not_seen():
     """Random labels and more dimensions than images: on its own half it would score 100 %."""
     chance = np.random.default_rng(0)
-    features = {("cls", 0): [chance.normal(size=(200, 300)), chance.normal(size=(200, 300))]}
+    features = {("cls", 0): chance.normal(size=(400, 300))}
     found = ridge.probe(features, list(chance.integers(2, size=400)), 1)
     assert found["scored_on"] == 200 and 40 < found["accuracy"]["cls"][0] < 60
     low, high = found["interval"]["cls"][0]
@@ -247,11 +249,11 @@ def test_the_probe_is_scored_on_images_that_it_has_not_seen():
 
 
 def test_a_probe_needs_two_classes_of_four_images():
-    features = {("cls", 0): [np.arange(9.0)[:, None]]}
+    features = {("cls", 0): np.arange(9.0)[:, None]}
     assert ridge.probe(features, [0, 0, 0, 0, 0, 1, 1, 1, 2], 1) is None
     found = ridge.probe(features, [0, 0, 0, 0, 0, 1, 1, 1, 1], 1)
     assert found["classes"] == 2 and found["trained_on"] + found["scored_on"] == 9
-    assert ridge.probe({("cls", 0): [np.zeros((8, 1))]}, [5, 5, 7, 7, 5, 5, 7, 7], 1)["accuracy"]["cls"] == [50]
+    assert ridge.probe({("cls", 0): np.zeros((8, 1))}, [5, 5, 7, 7, 5, 5, 7, 7], 1)["accuracy"]["cls"] == [50]
     assert ridge.probe({}, [0] * 9 + [1] * 9, 1) is ridge.probe(features, [], 1) is None
 
 
@@ -281,13 +283,13 @@ def test_harmless_until_the_first_block_that_costs_more():
     assert harmless_until([1.5, 0, 0], 1) == -1
     assert harmless_until([0, 0, 0], 1) == 2
     # 1 of 100 images at block 1, all at block 2; after an entry at block 3
-    rows = [[], [], [], *([np.zeros((100, 5))] for _ in range(3))]
-    rows[4][0][:1, 0], rows[5][0][:, 0] = 1, 1
+    rows = [None, None, None, *(np.zeros((100, 5)) for _ in range(3))]
+    rows[4][:1, 0], rows[5][:, 0] = 1, 1
     found = causes.summary(rows, 1.0, 10)
     assert (found["harmless_until"], found["harmless_interval"]) == (4, [3, 4])
     assert found["cost"] == [None, None, None, 0, 1, 100]
     assert found["cost_interval"][4] == pytest.approx([0, 3], abs=0.5)
-    rows[3][0][:, 0] = 1
+    rows[3][:, 0] = 1
     found = causes.summary(rows, 1.0, 10)
     assert (found["harmless_until"], found["harmless_interval"]) == (None, [None, None])
 
@@ -311,7 +313,7 @@ def test_what_is_written_and_drawn(make):
     found = measure(model, in_batches(noise(model, 4), labels))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [list(by_name) for by_name in found["tokens"].values()] == [list(REPLACEMENTS)] * 2
-    titles = [axes.get_title() for axes in page(found).axes if axes.get_visible()]
+    titles = [axes.get_title() for axes in page(found, "a model").axes if axes.get_visible()]
     if model.num_classes:
         assert len(lines(found)) == 3 and all(name in lines(found)[0] for name in REPLACEMENTS)
         assert found["probe"] is None and lines(found)[2].startswith("No probe beside it: it needs two classes with 4")
@@ -336,7 +338,7 @@ def test_registers_that_come_and_go_are_replaced_by_their_own_initial_tokens():
         assert torch.equal(own, model.register_tokens[:, numbers])
     found = causes.measure(model, lambda: [(images, torch.zeros(4, dtype=torch.long))])["tokens"]["registers"]["zero"]
     assert [value is None for value in found["cost"]] == [False, True, False, False]
-    causes.page(causes.measure(model, lambda: [(images, None)]))
+    causes.page(causes.measure(model, lambda: [(images, None)]), "a model")
 
 
 def test_a_block_without_registers_has_no_cost_and_no_probe():
@@ -346,10 +348,10 @@ def test_a_block_without_registers_has_no_cost_and_no_probe():
         found = measure(model, in_batches(*two_classes(model, 12)))
         assert [i for i, value in enumerate(found["probe"]["accuracy"]["registers"]) if value is None] == [absent]
         assert None not in found["probe"]["accuracy"]["cls"] and len(lines(found)) == 4
-        drawn = {axes.get_title(): axes for axes in page(found).axes}["registers:\ntop-1 lost (points)"]
+        drawn = {axes.get_title(): axes for axes in page(found, "a model").axes}["registers:\ntop-1 lost (points)"]
         assert [i for i, y in enumerate(drawn.get_lines()[0].get_ydata()) if np.isnan(y)] == [absent]  # a gap
-    rows = [[], [np.zeros((50, 5))], [], [np.zeros((50, 5))]]
+    rows = [None, np.zeros((50, 5)), None, np.zeros((50, 5))]
     assert causes.summary(rows, 1.0, 5)["harmless_until"] == 3
-    rows[3][0][:, 0] = 1
+    rows[3][:, 0] = 1
     values = causes.summary(rows, 1.0, 5)
     assert (values["harmless_until"], values["harmless_interval"]) == (1, [1, 1])

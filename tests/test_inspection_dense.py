@@ -145,7 +145,7 @@ def test_what_is_not_there_is_absent():
     assert found["hit_ratio"] is None and found["corloc"]["plain"] == 100 and found["segmentation"] is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert not any("CLS" in line for line in dense.lines(found))
-    no_overlaps(dense.page(found))
+    no_overlaps(dense.page(found, "a model"))
     with pytest.raises(BadInput, match="nothing to judge by"):
         dense.measure(model, annotated(images, None))
 

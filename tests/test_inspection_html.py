@@ -587,7 +587,7 @@ def test_a_size_that_is_too_large_is_refused_before_anything_is_computed(trained
     assert run(visualize_attention.main, argv, capsys)[0] == 0
     shutil.rmtree(tmp_path / "new")
     monkeypatch.setattr(html, "LIMIT", 2 * size - 1)
-    monkeypatch.setattr("inspection.maps.watched_pass", lambda *_, **__: pytest.fail("attention was computed"))
+    monkeypatch.setattr("inspection.maps.watch_calls", lambda *_, **__: pytest.fail("attention was computed"))
     monkeypatch.setattr(DynamicViT, "forward", lambda *_: pytest.fail("an image was classified"))
     status, _, err = run(visualize_attention.main, argv, capsys)
     assert status == 2

@@ -123,9 +123,9 @@ def test_batches_make_no_difference_and_a_page_is_drawn(tmp_path):
         assert any(result["all"]["sink"])
         assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert 1 <= len(sinks.lines(result)) <= 6
-        write_pdf([sinks.page(result)], tmp_path / "page.pdf")
+        write_pdf([sinks.page(result, "a model")], tmp_path / "page.pdf")
     none = sinks.measure(model, batches_of(images), attention=1.1)
-    assert sinks.lines(none) == ["Sinks: none"] and sinks.page(none)
+    assert sinks.lines(none) == ["Sinks: none"] and sinks.page(none, "a model")
 
 
 @pytest.mark.parametrize(("name", "entry"), [("vit_small_patch16_dinov3", 0), ("vit_base_patch16_siglip_224", None)])

@@ -164,7 +164,6 @@ def test_the_scripts(tmp_path, capsys):
 
 def test_nothing_to_do_and_what_cannot_be_done():
     model, images = planted(cls_pos=0)
-    assert add_registers(model, in_batches(images), count=0) is model
     for made, pictures, options, words in (
         (tiny(), noise(tiny(), 12), {}, "no patch of these images is an artefact"),
         (model, images[:4], {}, "at least 8 images"),

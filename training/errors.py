@@ -42,9 +42,8 @@ def confusion_figure(counts: np.ndarray, classes, about):
         (side + 3.2, side + 2.8), "What is taken for what", about,
         "Rows: true classes; columns: predicted. Colour: % of the images of the row; the diagonal, which is right, "
         + ("is grey. Numbers: images." if k <= NUMBERED else "is grey."),
-        layout="constrained",
+        rect=(0.01, 0.1, 0.98, 0.78),
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0.01, 0.1, 0.98, 0.78))
     axes = figure.subplots()
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     wrong = np.where(np.eye(k, dtype=bool), np.nan, shares)

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from pages import no_overlaps
 from sweep import cells, measures, pages, prediction, results
 from sweep.prediction import predictions
 from test_sweep import RECIPE, record, sweep
@@ -132,7 +132,7 @@ def test_tables_and_page():
     text = results.markdown(results.summarise(records) | {"prediction": found})
     assert "| 4 | 4 | 0 | 3 | -10.00 | -" in text and text.strip().endswith(found["verdict"])
     figure = pages.prediction_page(found, "")
-    FigureCanvasAgg(figure).draw()
+    no_overlaps(figure)
     words = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(words) == sorted("1234" * 3)
     assert "predicted" not in results.markdown(results.summarise(records))

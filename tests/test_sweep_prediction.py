@@ -133,8 +133,10 @@ def test_tables_and_page():
     assert "| 4 | 4 | 0 | 3 | -10.00 | -" in text and text.strip().endswith(found["verdict"])
     figure = pages.prediction_page(found, "")
     no_overlaps(figure)
-    words = [text.get_text() for text in figure.axes[0].texts]
-    assert sorted(words) == sorted("1234" * 3)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["CLS at 1", "CLS at 2", "CLS at 3", "CLS at 4", "4 registers at 0"]
+    points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1 and line.get_marker() == "o"]
+    assert len(points) == 12 and len({tuple(line.get_color()) for line in points}) == 4
     assert "predicted" not in results.markdown(results.summarise(records))
 
 

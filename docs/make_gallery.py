@@ -1,15 +1,18 @@
-"""A contact sheet of every kind of page, each drawn by the command under it: docs/gallery/contact_sheet.jpg.
+"""Every picture of docs/gallery: pages drawn by commands, and a contact sheet of all kinds of pages.
 
     make demo && make sweep
     python docs/make_gallery.py --weights dinov2_vits14.safetensors
+    python docs/make_gallery.py --only contact_sheet_before.jpg --code OLD --demo OLD/demo --sweep OLD/sweeps/digits
 
 Takes the models of the demo (--demo FOLDER) and of a sweep (--sweep FOLDER), and DINOv2's ViT-S/14, whose weights timm
 downloads where --weights names no file. Needs pdftoppm (poppler) and chromium. A picture whose source is missing is
-left out, and reported.
+left out, and reported; on a sheet its place is empty. --code: a checkout whose scripts draw, such as one before a
+change.
 """
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +21,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
-CELL, LINES, COLUMNS = (560, 420), 2, 4  # pixels of a picture on the sheet; lines of text under it
+CELL, TEXT, COLUMNS = (330, 250), 36, 4  # pixels of a picture on the sheet, and of the text under it
 DINO = "--model_path timm:vit_small_patch14_dinov2 --input_size 224"
-# What it shows; its command, where {o} is a folder for its pages; the file that is shown, and which page.
+ANALYSIS = "analyze_tokens.py {model} --ablate registers --num_images 360"
+# What it shows; its command, whose pages go to a folder; the file that is shown; its page, or the width of the window.
 KINDS = [
     ("heads of a block", f"visualize_attention.py {DINO} --image_path {{photo}} --layer_num 11", "*.pdf", 1),
     ("over the photo", f"visualize_attention.py {DINO} --image_path {{photo}} --layer_num 11 --overlay", "*.pdf", 1),
@@ -35,10 +39,7 @@ KINDS = [
     ("viewer, 390 pixels", "visualize_attention.py {model} --format html", "*.html", 390),
     ("viewer, two models", "visualize_attention.py --compare {file} {other} --format html", "*.html", 1400),
     ("objects", f"discover_objects.py {DINO} --image_path {{photos}}", "*.pdf", 1),
-    *(
-        (f"statistics, page {n}", "analyze_tokens.py {model} --ablate registers --num_images 200", "*.pdf", n)
-        for n in range(1, 7)
-    ),
+    *((f"statistics, page {n}", ANALYSIS, "*.pdf", n) for n in range(1, 7)),
     ("confusions", "cifar_test.py {model} --confusion --errors", "confusion.pdf", 1),
     ("surest errors", "cifar_test.py {model} --confusion --errors", "errors.pdf", 1),
     ("a sweep", "", "{sweep}/sweep.pdf", 1),
@@ -47,6 +48,19 @@ KINDS = [
     ("curves", "", "{demo}/training_curves.pdf", 1),
     ("a film", "", "{demo}/attention/attention.pdf", 1),
 ]
+# The file in docs/gallery; its command, file and page as above; its width in pixels (None: the file as it is).
+PICTURES = [
+    ("blocks.png", f"visualize_attention.py {DINO.replace('224', '224x336')} --image_path {{photo}} "
+     "--layer_num 2 5 8 11 --pages blocks", "*.pdf", 1, 950),
+    ("viewer.png", f"visualize_attention.py {DINO} --image_path {{photos}} --layer_num all --format html", "*.html",
+     1280, 1280),
+    ("where_attention_goes.png", ANALYSIS, "*.pdf", 5, 950),
+    ("read_outs.png", ANALYSIS, "*.pdf", 7, 950),
+    ("objects.png", f"discover_objects.py {DINO} --image_path {{photos}}", "*.pdf", 1, 1160),
+    ("positions.png", "", "{sweep}/sweep.pdf", 1, 1160),
+    ("film.gif", "", "{demo}/attention/attention_cls.gif", 1, None),
+    ("../attention_demo.png", "visualize_attention.py {model} --layer_num 5", "*.pdf", 1, 950),
+]  # fmt: skip
 
 
 def picture(file: Path, which, folder: Path) -> Image.Image:
@@ -57,44 +71,59 @@ def picture(file: Path, which, folder: Path) -> Image.Image:
         chromium = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", size, "--virtual-time-budget=5000"]
         subprocess.run([*chromium, f"--screenshot={shot}", file.resolve().as_uri()], check=True, capture_output=True)
         return Image.open(shot).convert("RGB")
-    subprocess.run(["pdftoppm", "-r", "110", "-png", file, folder / "page"], check=True)
+    subprocess.run(["pdftoppm", "-r", "150", "-png", file, folder / "page"], check=True)
     pages = sorted(folder.glob("page*.png"))
     return Image.open(pages[which - 1 if which > 0 else which]).convert("RGB")
 
 
-def drawn(kind, values, weights, pages: dict) -> Image.Image | None:
-    """The picture of one of `KINDS`, None where its source is missing; `pages`: {command: folder}, of what has run."""
-    title, command, name, which = kind
-    if command and command not in pages:
-        folder = pages[command] = Path(tempfile.mkdtemp())
-        words = [word.format(**values) for word in shlex.split(command)]
-        words += ["--weights", weights] if weights and "timm:" in command else []
-        run = [sys.executable, *words, "--output_dir", str(folder)]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{title}: {' '.join(words)}: {done.stderr.strip()}")
-    files = sorted(pages[command].glob(name) if command else [Path(name.format(**values))])
-    if not files or not files[0].exists():
-        print(f"left out: {title}")
-        return None
-    with tempfile.TemporaryDirectory() as scratch:
-        return picture(files[0], which, Path(scratch))
+class Pages:
+    """The files that commands write; each command runs once."""
+
+    def __init__(self, code, weights, values):
+        self.code, self.weights, self.values, self.folders = code, weights, values, {}
+
+    def file(self, command, name) -> Path | None:
+        """The first file of the command (where it is empty: the file) that is called so, None without one."""
+        if not command:
+            files = [Path(name.format(**self.values))]
+            return files[0] if files[0].exists() else None
+        if command not in self.folders:
+            folder = self.folders[command] = Path(tempfile.mkdtemp())
+            words = [word.format(**self.values) for word in shlex.split(command)]
+            words += ["--weights", self.weights] if self.weights and "timm:" in command else []
+            run = [sys.executable, *words, "--output_dir", str(folder)]
+            done = subprocess.run(run, cwd=self.code, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{' '.join(words)}: {done.stderr.strip()}")
+        return next(iter(sorted(self.folders[command].glob(name))), None)
+
+    def picture(self, title, command, name, which) -> Image.Image | None:
+        """The picture of one of `KINDS`, None where its source is missing."""
+        file = self.file(command, name)
+        if file is None:
+            print(f"left out: {title}")
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            return picture(file, which, Path(scratch))
 
 
-def sheet(pictures: list[tuple[str, str, Image.Image]]) -> Image.Image:
-    """(title, command, picture) in rows."""
-    font, text_h = ImageFont.load_default(14), 20 * LINES + 8
-    cell_w, cell_h = CELL[0] + 16, CELL[1] + text_h + 16
-    rows = -(-len(pictures) // COLUMNS)
-    page = Image.new("RGB", (COLUMNS * cell_w, rows * cell_h), "white")
+def sheet(pages: Pages) -> Image.Image:
+    """All kinds of pages in rows, each with its command; one that the code cannot draw is an empty place."""
+    font = ImageFont.load_default(12)
+    cell_w, cell_h = CELL[0] + 16, CELL[1] + TEXT + 16
+    page = Image.new("RGB", (COLUMNS * cell_w, -(-len(KINDS) // COLUMNS) * cell_h), "white")
     draw = ImageDraw.Draw(page)
-    for n, (title, command, image) in enumerate(pictures):
+    for n, kind in enumerate(KINDS):
         left, top = n % COLUMNS * cell_w + 8, n // COLUMNS * cell_h + 8
+        command = kind[1].replace(DINO, "...").format(**dict.fromkeys(pages.values, "..."))
+        image = pages.picture(*kind)
+        if image is None:
+            image, command = Image.new("RGB", CELL, "#eee"), "not there"
         image.thumbnail(CELL, Image.Resampling.LANCZOS)
         page.paste(image, (left, top))
         draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline="#bbb")
-        draw.text((left, top + CELL[1] + 4), title, "black", font)
-        draw.text((left, top + CELL[1] + 24), command[:84], "#666", font)
+        draw.text((left, top + CELL[1] + 3), kind[0], "black", font)
+        draw.text((left, top + CELL[1] + 19), command[:54], "#666", font)
     return page
 
 
@@ -104,9 +133,11 @@ def main():
     parser.add_argument("--other", help="a second model, for two side by side (default: the demo's)")
     parser.add_argument("--sweep", default="sweeps/digits")
     parser.add_argument("--photo", default="docs/cat.jpg")
-    parser.add_argument("--photos", default="docs/cat.jpg", help="a folder, for objects")
+    parser.add_argument("--photos", default="docs/cat.jpg", help="a folder, for objects and the viewer")
     parser.add_argument("--weights", help="file of DINOv2's ViT-S/14")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "gallery" / "contact_sheet.jpg"))
+    parser.add_argument("--code", default=ROOT, help="the checkout whose scripts draw (default: this one)")
+    parser.add_argument("--only", nargs="+", help="names of pictures, such as film.gif (default: all of this code)")
+    parser.add_argument("--output_dir", default=ROOT / "docs" / "gallery", type=Path)
     args = parser.parse_args()
     model = Path(args.demo, "best_model.pth").resolve()
     values = {
@@ -114,13 +145,19 @@ def main():
         "model": f"--model_path={model}", "other": Path(args.other or model).resolve(),
         "sweep": Path(args.sweep).resolve(), "demo": Path(args.demo).resolve(),
     }  # fmt: skip
-    pages, pictures = {}, []
-    for kind in KINDS:
-        image = drawn(kind, values, args.weights, pages)
-        if image is not None:
-            pictures.append((kind[0], kind[1].replace(DINO, "...").format(**dict.fromkeys(values, "...")), image))
-    sheet(pictures).save(args.output, quality=80)
-    print(f"wrote {args.output}: {len(pictures)} of {len(KINDS)} kinds")
+    pages = Pages(args.code, args.weights, values)
+    wanted = args.only or [*(name for name, *_ in PICTURES), "contact_sheet.jpg"]
+    for name, *source, width in PICTURES:
+        if name not in wanted:
+            continue
+        if width is None:
+            shutil.copyfile(pages.file(*source[:2]), args.output_dir / name)
+        elif (image := pages.picture(name, *source)) is not None:
+            image.thumbnail((width, 9999), Image.Resampling.LANCZOS)
+            image.quantize(128).save(args.output_dir / name, optimize=True)
+    for name in wanted:
+        if name.startswith("contact_sheet"):
+            sheet(pages).save(args.output_dir / name, quality=80)
 
 
 if __name__ == "__main__":

@@ -32,22 +32,24 @@ def draw_boxes_page(title, shown, annotated):
     from matplotlib.lines import Line2D
 
     page_w, cell_w, cell_h = 11.6, 2.85, 2.75  # inches
-    page_h = 0.5 + cell_h * math.ceil(len(shown) / COLUMNS)
-    figure, head = Figure(figsize=(page_w, page_h)), 1 - 0.25 / page_h
-    figure.text(0.15 / page_w, head, title, fontsize=10, weight="bold", va="center", parse_math=False)
+    page_h = 0.7 + cell_h * math.ceil(len(shown) / COLUMNS)
+    figure = Figure(figsize=(page_w, page_h))
+    figure.text(0.15 / page_w, 1 - 0.2 / page_h, title, fontsize=10, weight="bold", va="center", parse_math=False)
     lines = [Line2D([], [], color=BOX, lw=2, label="discovered box")]
     lines += [Line2D([], [], color=BOX, lw=2, ls=":", label="arbitrary")] * any(r["arbitrary"] for r, _ in shown)
     lines += [Line2D([], [], color=TRUTH, lw=2, ls="--", label="annotated box")] * annotated
     lines += [Line2D([], [], color=SEED, marker="s", ls="", mec="black", label="seed patch")]
-    figure.legend(handles=lines, loc="center right", bbox_to_anchor=(1, head), ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        handles=lines, loc="center left", bbox_to_anchor=(0, 1 - 0.42 / page_h), ncols=4, fontsize=8, frameon=False
+    )
     for i, (result, image) in enumerate(shown):
         row, column = divmod(i, COLUMNS)
-        left, bottom = 0.15 + column * cell_w, page_h - 0.4 - (row + 1) * cell_h
+        left, bottom = 0.15 + column * cell_w, page_h - 0.6 - (row + 1) * cell_h
         axes = figure.add_axes((left / page_w, bottom / page_h, 2.7 / page_w, 2.3 / page_h))
         draw_boxes(axes, result, image)
         score = "" if result["best_iou"] is None else f", IoU {result['best_iou']:.2f}"
-        words = short(result["name"]) + ": arbitrary" * result["arbitrary"]
-        words += f"\n{result['verdict']}{score}" * annotated
+        below = ["arbitrary"] * result["arbitrary"] + [result["verdict"] + score] * annotated
+        words = "\n".join(filter(None, (short(result["name"]), ": ".join(below))))
         axes.set_title(words, fontsize=7.5, loc="left", parse_math=False)
     return figure
 

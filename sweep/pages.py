@@ -1,5 +1,6 @@
 """The pages of a sweep: sweep.pdf, and its first page as sweep.png."""
 
+import math
 from pathlib import Path
 from textwrap import fill
 
@@ -19,6 +20,7 @@ from training.film import token_maps
 
 DIFFERENCES = ("#b35806", "0.88", "#542788")  # less, none, more: the ends of PuOr, and grey
 IMAGES = 3  # on the page of attention maps
+WIDEST, PANEL_GAP, PAGE_SIDES = 15.5, 0.75, 1.5  # inches of heat maps whose 8 points are 6 at A4
 MARKERS = "osD^vP*X<>dph8"
 
 
@@ -32,7 +34,7 @@ def draw_sweep(folder, data: ImageData, about: str, measure="accuracy", halved=N
     if not records:
         return
     summary = results.summarise(records, measure, halved)
-    figures = [heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
+    figures = [*heat_maps(summary, about), marginal_curves(records, about), accuracy_and_flops(summary, about)]
     figures = [figure for figure in figures if figure is not None]
     found = predictions(records)
     figures += [prediction_page(found, about)] if found["cells"] else []
@@ -42,44 +44,51 @@ def draw_sweep(folder, data: ImageData, about: str, measure="accuracy", halved=N
     utils.write_atomically(folder / "sweep.png", lambda file: figures[0].savefig(file, format="png", dpi=130))
 
 
-def heat_maps(summary, about):
+def heat_maps(summary, about) -> list:
     """The verdict's measure over cls_pos x reg_pos, for each number of registers: mean, standard deviation, seeds.
 
-    A cell's colour is its difference from 0/0, where that is beyond the noise; all others are grey.
+    A cell's colour is its difference from 0/0, where that is beyond the noise; all others are grey. Figures with as
+    many panels as can be read at A4.
     """
+    fell = [row | {"primary": None} for row in (summary["halving"] or {"fell": ()})["fell"]]
+    panels, sheets, width = {}, [], math.inf
+    for row in [*summary["groups"], *fell]:
+        panels.setdefault(results.panel_of(row), []).append(row)
+    for panel, rows in panels.items():
+        own = len({row["cls_pos"] for row in rows}) + PANEL_GAP
+        if width + own > WIDEST:
+            sheets.append({})
+            width = PAGE_SIDES
+        sheets[-1][panel], width = rows, width + own
+    pages = [f" ({n} of {len(sheets)})" if len(sheets) > 1 else "" for n in range(1, len(sheets) + 1)]
+    return [_heat_map(sheet, page, summary, about) for sheet, page in zip(sheets, pages)]
+
+
+def _heat_map(panels, page, summary, about):
+    """`panels`: {panel: its rows}."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    rows, accuracy = summary["groups"], summary["measure"] == "accuracy"
-    fell = [row | {"primary": None} for row in (summary["halving"] or {"fell": ()})["fell"]]
-    counts = list(dict.fromkeys(map(results.panel_of, [*rows, *fell])))  # panels
-    panels = {c: [row for row in [*rows, *fell] if results.panel_of(row) == c] for c in counts}
-    columns = {c: results.in_order(row["cls_pos"] for row in panels[c]) for c in counts}
-    lines = {c: results.in_order(row["reg_pos"] for row in panels[c]) for c in counts}
-    widths = [len(columns[c]) for c in counts]
-    width = max(8, sum(widths) + 0.75 * len(counts) + 1.5)  # inches
-    names = {c: fill(results.panel_name(c), max(14, 13 * len(columns[c]))) for c in counts}
+    columns = {c: results.in_order(row["cls_pos"] for row in rows) for c, rows in panels.items()}
+    lines = {c: results.in_order(row["reg_pos"] for row in rows) for c, rows in panels.items()}
+    widths = [len(columns[c]) for c in panels]
+    width = max(8, sum(widths) + PANEL_GAP * len(panels) + PAGE_SIDES)  # inches
+    names = {c: fill(results.panel_name(c), max(14, 13 * len(columns[c]))) for c in panels}
     titles = 0.14 * max(name.count("\n") for name in names.values())
-    name = "the accuracy" if accuracy else summary["measure"]
-    what = "Accuracy on the test images in %" if accuracy else f"{summary['measure']} (see docs/SWEEP.md)"
-    reading = (
-        f"{what}: mean over seeds ± standard deviation, number of seeds, and the difference from 0/0 with as many "
-        "registers. Grey: within the noise of seeds"
-        f"{' and test images' if accuracy else ''}, or too few seeds to know. Red frame: the best cell"
-        f"{' on the held-out images' if accuracy else ''}; dashed: tied with it. {summary['verdict']}"
-    )
+    accuracy = summary["measure"] == "accuracy"
+    name, reading = "the accuracy" if accuracy else summary["measure"], _reading(summary)
     reading_h = 0.16 * (1 + len(reading) // int(15.5 * width))
     height = 0.75 * max(map(len, lines.values())) + 2.1 + titles + reading_h
-    figure = headed_figure((width, height), f"Where the tokens enter, and {name}", about, reading)
+    figure = headed_figure((width, height), f"Where the tokens enter, and {name}{page}", about, reading)
     inside = dict(
         left=0.8 / width, right=1 - 0.3 / width, top=1 - (1.1 + titles) / height, bottom=(0.8 + reading_h) / height
     )
-    panes = figure.subplots(1, len(counts), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
+    panes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths, gridspec_kw=inside)[0]
     colours = LinearSegmentedColormap.from_list("differences", DIFFERENCES)
-    differences = [abs(row["against_0_0"]["mean"]) for row in rows if _beyond_noise(row)]
+    differences = [abs(row["against_0_0"]["mean"]) for row in summary["groups"] if _beyond_noise(row)]
     largest = max(differences, default=1)
-    for c, axes in zip(counts, panes):
+    for (c, rows), axes in zip(panels.items(), panes):
         shown = np.zeros((len(lines[c]), len(columns[c])))
-        for row in panels[c]:
+        for row in rows:
             x, y = columns[c].index(row["cls_pos"]), lines[c].index(row["reg_pos"])
             shown[y, x] = row["against_0_0"]["mean"] if _beyond_noise(row) else 0
             _write_cell(axes, x, y, row, summary, abs(shown[y, x]) > 0.6 * largest)
@@ -96,6 +105,17 @@ def heat_maps(summary, about):
     return figure
 
 
+def _reading(summary) -> str:
+    accuracy = summary["measure"] == "accuracy"
+    what = "Accuracy on the test images in %" if accuracy else f"{summary['measure']} (see docs/SWEEP.md)"
+    return (
+        f"{what}: mean over seeds ± standard deviation, number of seeds, and the difference from 0/0 with as many "
+        "registers. Grey: within the noise of seeds"
+        f"{' and test images' if accuracy else ''}, or too few seeds to know. Red frame: the best cell"
+        f"{' on the held-out images' if accuracy else ''}; dashed: tied with it. {summary['verdict']}"
+    )
+
+
 def _beyond_noise(row) -> bool:
     against = row.get("against_0_0")
     return against is not None and against["low"] is not None and not against["low"] <= 0 <= against["high"]
@@ -108,6 +128,8 @@ def _write_cell(axes, x, y, row, summary, dark):
     if "rung" in row:
         axes.text(x, y, f"fell at\nrung {row['rung']}", ha="center", va="center", fontsize=8, color="0.4")
     if not row["primary"]:
+        if "rung" not in row:  # such as a hit ratio without CLS
+            axes.text(x, y, "no such\nvalue", ha="center", va="center", fontsize=8, color="0.4")
         return
     words = results.mean_and_sd(row["primary"]).replace(" ", "\n", 1) + f"\nn = {row['primary']['n']}"
     against = row["against_0_0"]
@@ -141,7 +163,9 @@ def marginal_curves(records, about):
         return None
     figure = headed_figure((9.5, 5), "One position at a time", about, reading)
     axes = figure.subplots(1, len(found_along), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.08, right=0.97, top=0.8, bottom=0.27, wspace=0.08)
+    figure.subplots_adjust(left=0.08, right=0.79, top=0.8, bottom=0.27, wspace=0.08)
+    panels = list(dict.fromkeys(panel for found in found_along.values() for panel in found))
+    handles = {}
     for ax, (along, found) in zip(axes, found_along.items()):
         title = titles[along]
         order = results.in_order(x for curve in found.values() for x in curve)
@@ -149,21 +173,20 @@ def marginal_curves(records, about):
             xs = np.array([order.index(x) for x in curve]) + 0.06 * (i - (len(found) - 1) / 2)
             means = [point["mean"] for point in curve.values()]
             half = [0 if point["low"] is None else point["mean"] - point["low"] for point in curve.values()]
-            ax.errorbar(xs, means, yerr=half, marker="o", capsize=3, label=results.panel_name(count))
+            style = dict(marker="o", capsize=3, color=f"C{panels.index(count) % 10}")
+            handles[fill(results.panel_name(count), 26)] = ax.errorbar(xs, means, yerr=half, **style)
         ax.set_xticks(range(len(order)), map(utils.flag_value, order))
         ax.set(xlabel=f"{title} enter{'s' if title == 'class token' else ''} at block")
         ax.set_title(f"Over the position of the {title}", fontsize=10, loc="left")
         ax.grid(alpha=0.3)
-        if len(found) > 1:
-            ax.legend(fontsize=8)
+    if len(handles) > 1:
+        axes[-1].legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7)
     axes[0].set_ylabel("test accuracy (%)")
     return figure
 
 
 def accuracy_and_flops(summary, about):
     """Test accuracy over the FLOPs of a forward pass."""
-    from matplotlib import colormaps
-
     reading = (
         "Floating-point operations of the matrix products in a forward pass of one image (multiplications and "
         "additions). Bars: standard deviation over seeds. Up and to the left is better."
@@ -173,58 +196,68 @@ def accuracy_and_flops(summary, about):
     rows = summary["groups"]
     positions = results.in_order(row["cls_pos"] for row in rows)
     counts = list(dict.fromkeys(map(results.panel_of, rows)))
-    colours = colormaps["plasma"](np.linspace(0, 0.9, len(positions)))
+    colours = _colours(positions)
     for row in rows:
-        colour = colours[positions.index(row["cls_pos"])]
+        colour = colours[row["cls_pos"]]
         marker = MARKERS[counts.index(results.panel_of(row)) % len(MARKERS)]
         x, tested = row["flops"] / 1e6, row["test_top1"]
         ax.errorbar(x, tested["mean"], yerr=tested["sd"] or 0, marker=marker, color=colour, capsize=2)
-    handles = [ax.plot([], [], "o", color=c, label=describe_cls(p))[0] for p, c in zip(positions, colours)]
-    handles += [
-        ax.plot([], [], m, color="0.4", label=fill(results.panel_name(c), 28))[0] for c, m in zip(counts, MARKERS)
-    ]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7)
+    _legend(ax, colours, map(results.panel_name, counts))
     ax.set(xlabel="MFLOPs of a forward pass", ylabel="test accuracy (%)")
     ax.xaxis.get_major_locator().set_params(nbins=6)
     ax.grid(alpha=0.3)
     return figure
 
 
+def _colours(positions) -> dict:
+    """A colour for each position of CLS."""
+    from matplotlib import colormaps
+
+    return dict(zip(positions, colormaps["plasma"](np.linspace(0, 0.9, len(positions)))))
+
+
+def _legend(ax, colours, names):
+    """Right of the axes: the colour of each position of CLS, and the marker of each of `names`."""
+    handles = [ax.plot([], [], "o", color=colour, label=describe_cls(p))[0] for p, colour in colours.items()]
+    handles += [ax.plot([], [], m, color="0.4", label=fill(name, 28))[0] for name, m in zip(names, MARKERS)]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7)
+
+
 def prediction_page(found, about):
     """What the causal curve of CLS at 0 predicts for CLS at k, and the cell that was trained so. `found`: predictions.
 
-    A point a cell, with its k beside it.
+    A point a cell, in the colour of its k.
     """
     reading = (
         "Across: minus the top-1 that the cell with CLS at 0 (same registers, same seed) loses where CLS is replaced "
         "by its initial token at the output of block k - 1. Up: the accuracy of the cell trained with CLS at k (the "
-        "number) minus that of the cell with CLS at 0. Dashed, where in view: equal. Bars: 95 % over images, paired. "
+        "colour) minus that of the cell with CLS at 0. Dashed, where in view: equal. Bars: 95 % over images, paired. "
         + found["verdict"]
     )
     figure = headed_figure((9.5, 6.6), "Does a trained model say where CLS can enter?", about, reading)
     ax = figure.add_axes((0.08, 0.26, 0.7, 0.6))
-    groups = {}
+    registers = list(dict.fromkeys(map(_registers, found["cells"])))
+    colours = _colours(results.in_order(cell["cls_pos"] for cell in found["cells"]))
     for cell in found["cells"]:
-        registers = results.label(cell).partition(", ")[2]
-        groups.setdefault(registers, []).append(cell)
-    for i, (registers, cells) in enumerate(groups.items()):
-        x, y = (np.array([cell[name] for cell in cells]) for name in ("predicted", "measured"))
+        x, y = cell["predicted"], cell["measured"]
         bars = [
-            np.abs(np.array([cell[f"{name}_interval"] or [cell[name]] * 2 for cell in cells]) - values[:, None]).T
-            for name, values in (("predicted", x), ("measured", y))
+            np.abs(np.subtract(cell[f"{name}_interval"] or [cell[name]] * 2, cell[name]))[:, None]
+            for name in ("predicted", "measured")
         ]
-        style = dict(fmt=MARKERS[i % len(MARKERS)], color=f"C{i % 10}", markersize=4, elinewidth=0.6)
-        ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], label=registers, **style)
-        for cell in cells:
-            at = cell["predicted"], cell["measured"]
-            ax.annotate(str(cell["cls_pos"]), at, (4, 4), textcoords="offset points", fontsize=8)
+        marker = MARKERS[registers.index(_registers(cell)) % len(MARKERS)]
+        style = dict(marker=marker, color=colours[cell["cls_pos"]], markersize=4, elinewidth=0.6)
+        ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], **style)
     limits = ax.axis()  # those of the cells: the line may be far away
     ax.axline((0, 0), slope=1, color="0.5", linestyle="--", linewidth=1)
     ax.axis(limits)
     ax.set(xlabel="predicted change of top-1 (points)", ylabel="measured change of top-1 (points)")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    _legend(ax, colours, registers)
     ax.grid(alpha=0.3)
     return figure
+
+
+def _registers(cell) -> str:
+    return results.label(cell).partition(", ")[2]
 
 
 @utils.full_precision()

@@ -12,11 +12,13 @@ import utils
 from checkpoints.files import save_checkpoint
 from checkpoints.models import at_size
 from conftest import run, tiny
-from discover_objects import main
+from discover_objects import OTHER_SIZE, main
 from inspection import fitting, objects
 from inspection.annotations import entry_of, index_of, read_annotations
 from inspection.fitting import fitting_size
 from inspection.objects import lost
+from inspection.objects_pages import draw_boxes_page
+from pages import no_overlaps
 
 DATA = {"name": "FOLDER", "classes": list("abcde"), "input_size": (32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
 SCENES = {  # name: size of the image, box of the object
@@ -345,7 +347,7 @@ def test_features_and_bias(checkpoint, scenes, tmp_path, capsys):
     assert images["square.png"]["box"] == [0, 0, 64, 64]
     assert images["square.png"]["degree"] == 64 and images["square.png"]["arbitrary"]
     (page,) = PdfReader(tmp_path / "new" / "objects.pdf").pages
-    assert page.extract_text().count(": arbitrary") == 4
+    assert page.extract_text().count("arbitrary\n") == 4
     for more in (["--bias", "-25"], []):  # by hand, and by the rule: without what all patches share
         _, out, _ = run(main, [*argv, *more], capsys)
         assert ("there queries less their mean over patches" in out) == (not more) and "arbitrary" not in out
@@ -403,6 +405,17 @@ def test_pages_and_names(checkpoint, scenes, tmp_path, capsys):
     assert run(main, [*argv, "--max_drawn", "13"], capsys)[0] == 0
     assert len(PdfReader(tmp_path / "new" / "objects.pdf").pages) == 2
     assert len(result(tmp_path)[1]) == 22
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_no_text_of_a_page_is_cut_or_covered(count):
+    result = {
+        "name": "a_photograph_of_a_garden_on_a_morning_in_May_0001.jpeg", "size": (60, 40), "grid": (6, 4),
+        "seed": (1, 1), "box": (10, 10, 30, 30), "annotated": [(10, 10, 30, 30)], "verdict": OTHER_SIZE,
+        "best_iou": 0.25, "arbitrary": True,
+    }  # fmt: skip
+    title = "LOST on the keys, else values, of block 11, bias -20, timm:vit_small_patch14_reg4...nov2.lvd142m"
+    no_overlaps(draw_boxes_page(title, [(result, Image.new("RGB", (60, 40)))] * count, annotated=True))
 
 
 def test_the_data_set_of_the_checkpoint(trained, tmp_path, capsys):

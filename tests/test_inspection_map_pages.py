@@ -17,6 +17,7 @@ from datasets import eval_transform
 from inspection import fonts, inputs
 from inspection.map_pages import Look, draw_page, parts_of
 from inspection.pages import MapCell, Page, Row
+from pages import no_overlaps
 from visualize_attention import main
 
 MEAN = {"mean": [0.5, 0.25, 0], "std": [0.25] * 3}
@@ -44,6 +45,7 @@ def drawn(monkeypatch):
 
     def kept(page, *others):
         pages[page.key] = (page, draw_page(page, *others))
+        no_overlaps(pages[page.key][1])
         return pages[page.key][1]
 
     monkeypatch.setattr(visualize_attention, "draw_page", kept)
@@ -137,6 +139,7 @@ def test_many_rows_are_several_pages():
     assert parts[0].title == f"Class token (1 of {len(parts)})"
     for part in parts:
         figure = draw_page(part)
+        no_overlaps(figure)
         width, height = figure.get_size_inches()
         assert sorted((width, height)) < [8.28, 11.7] and max(width, height) <= 11.7
         sides = [axes.get_position().width * width for axes in figure.axes[1:]]

@@ -204,7 +204,7 @@ def test_the_tables_name_the_rung_and_the_verdict_counts_all_positions(tmp_path,
         assert f"| {cls} | 1 | 0 | 1 | 2 | {held_out} |" in out and (row["rung"], row["epochs"]) == (1, 2)
     assert "The verdict is on those that were" in (tmp_path / "results.md").read_text()
     summary = results.summarise(results.collect(tmp_path), halved=written["halving"])
-    words = [text.get_text() for text in pages.heat_maps(summary, "").axes[0].texts]
+    words = [text.get_text() for text in pages.heat_maps(summary, "")[0].axes[0].texts]
     assert len(words) == 4 and words.count("fell at\nrung 1") == 2
 
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from pages import no_overlaps
 from sweep import cells, measures, pages, prediction, results
 from sweep.prediction import predictions
 from test_sweep import RECIPE, record, sweep
@@ -132,9 +132,11 @@ def test_tables_and_page():
     text = results.markdown(results.summarise(records) | {"prediction": found})
     assert "| 4 | 4 | 0 | 3 | -10.00 | -" in text and text.strip().endswith(found["verdict"])
     figure = pages.prediction_page(found, "")
-    FigureCanvasAgg(figure).draw()
-    words = [text.get_text() for text in figure.axes[0].texts]
-    assert sorted(words) == sorted("1234" * 3)
+    no_overlaps(figure)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["CLS at 1", "CLS at 2", "CLS at 3", "CLS at 4", "4 registers at 0"]
+    points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1 and line.get_marker() == "o"]
+    assert len(points) == 12 and len({tuple(line.get_color()) for line in points}) == 4
     assert "predicted" not in results.markdown(results.summarise(records))
 
 

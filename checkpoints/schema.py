@@ -182,7 +182,7 @@ CELL_RESULT = dict.fromkeys(
 ) | dict.fromkeys(
     ("causal_depth?", "causal_depth_low?", "causal_depth_high?"), optional(whole(-1))
 ) | {
-    "causal_cost?": optional(several(optional(real(-100, 100)))),
+    "measure_seconds?": number, "causal_cost?": optional(several(optional(real(-100, 100)))),
     "causal_cost_interval?": optional(several(optional(several(real(-100, 100), 2)))),
 } | {"cls_pos": optional(whole()), "reg_pos": optional(whole()), "num_reg": whole(), "seed": whole()} | {
     "reg_end?": optional(whole()), "cls_mode?": one_of(*MODES), "reg_mode?": one_of(*MODES),

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -309,9 +310,11 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device, epoch
         raise BadInput(f"{error.problem}; {advice}") from None
     if epochs < args.epochs:
         return
+    start = time.monotonic()
     tested = test_model(mine.model_path, args.data_path, device, args.batch_size, max_pixels=args.max_pixels)
     write_film(mine)
     record = {**asdict(cell), **_scores(mine, best, tested), **measured(mine.model_path, data, device)}
+    record["measure_seconds"] = time.monotonic() - start
     utils.write_text(folder / "result.json", json.dumps(record, indent=1))
     for file in run_folder.checkpoints(folder):  # the largest files, and nothing is left to resume
         file.unlink()
@@ -348,9 +351,10 @@ def _scores(mine, best, tested) -> dict:
 
 
 def seconds_left(cells, args, data: ImageData, device) -> float:
-    """Seconds that the unfinished `cells` take one after another, from the seconds per FLOP of the finished ones.
+    """Seconds that the unfinished `cells` take one after another, from the finished ones: their seconds per FLOP of
+    training, and those of their test and measures.
 
-    If none is finished, from a few training steps of the first one.
+    If none is finished, of training alone, from a few steps of the first one.
     """
     left = [cell for cell in cells if not finished(cell, args)]
     if not left:
@@ -358,7 +362,10 @@ def seconds_left(cells, args, data: ImageData, device) -> float:
     records = [read_record(file) for file in Path(args.output_dir).glob("cells/*/result.json")]
     rates = [record["train_seconds"] / (record["flops"] * record["repeats"]) for record in records]
     work = sum(flops(cell, args) * cell_args(cell, args).repeats for cell in left)
-    return work * (sum(rates) / len(rates) if rates else _seconds_per_flop(left[0], args, data, device))
+    if not rates:
+        return work * _seconds_per_flop(left[0], args, data, device)
+    after = np.mean([record.get("measure_seconds", 0) for record in records])
+    return float(work * np.mean(rates) + len(left) * after)
 
 
 def _seconds_per_flop(cell, args, data, device, steps=4) -> float:

@@ -331,6 +331,20 @@ def test_shards_and_submitit(tmp_path, capsys):
     assert [text.count("Test accuracy") for text in said] == [1, 1]
 
 
+def test_the_seconds_that_are_left_by_hand(tmp_path):
+    """Two of four cells are finished: 6 and 10 s for each FLOP of training, and 3 s of measuring, of one of them."""
+    args = position_sweep.parse([*FOUR, "--repeats", "1", "--output_dir", str(tmp_path)])
+    grid = cells.grid(args)
+    for cell, rate, more in ((grid[0], 6, {"measure_seconds": 3}), (grid[1], 10, {})):
+        folder = cells.folder_of(cell, args)
+        folder.mkdir(parents=True)
+        work = {"flops": 10, "repeats": 2, "train_seconds": 20 * rate}
+        one = record(cell.cls_pos, cell.reg_pos, 1, 3, 90) | {"best_epoch": 1, "test_top5": 99, "test_loss": 0.5} | more
+        (folder / "result.json").write_text(json.dumps(one | work | {"artefacts_begin_at": None}))
+    work = sum(cells.flops(cell, args) for cell in grid[2:])
+    assert cells.seconds_left(grid, args, None, None) == work * 8 + 2 * 1.5
+
+
 @pytest.fixture
 def processes(monkeypatch):
     """What the processes of a sweep would be started with: (arguments, environment); `test_workers_of_a_sweep_...`

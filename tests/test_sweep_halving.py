@@ -132,7 +132,7 @@ def test_survivors_are_cells_that_were_never_stopped(tmp_path, capsys, monkeypat
     epochs = epochs_of(tmp_path / "halved")
     assert len(there) == 4 and sorted(epochs.values()) == [2] * 4 + [4] * 4
     sweep(capsys, tmp_path / "whole", *GRID)
-    whole, timed = records_in(tmp_path / "whole"), ("images_per_s", "train_seconds")
+    whole, timed = records_in(tmp_path / "whole"), ("images_per_s", "train_seconds", "measure_seconds")
     for name, one in there.items():
         here, other = weights(tmp_path / "halved", name), weights(tmp_path / "whole", name)
         assert here.keys() == other.keys() and all(torch.equal(here[key], other[key]) for key in here)

@@ -274,10 +274,7 @@ def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
         data.input_size, args.aa, args.color_jitter, args.hflip, args.interpolation, args.ThreeAugment, args.src,
         args.no_aug,
     )  # fmt: skip
-    share = dict(
-        batch_size=args.batch_size, device=device, workers=args.num_workers, rank=utils.rank(),
-        world_size=utils.world_size(),
-    )  # fmt: skip
+    share = dict(batch_size=args.batch_size, device=device, workers=args.num_workers, **utils.own_share())
     train = FileLoader(
         data.train, data.description(), transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
         seed=args.seed, balanced=args.balance == "sampler", **share,

@@ -20,6 +20,7 @@ from datasets import (
     eval_transform,
     find_parts,
     find_split,
+    full_batch,
     held_out,
 )
 from loading.augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
@@ -153,8 +154,7 @@ class MemoryLoader:
         self.epoch = self.first = 0
         self.drawn = max(world_size, int(passes * len(split)))  # in an epoch of training, by all processes
         self.count = self.drawn // world_size if transform else len(range(rank, len(split), world_size))
-        # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
-        self.batch_size = min(batch_size, max(self.count - self.count % 2, 1)) if transform else batch_size
+        self.batch_size = full_batch(batch_size, self.count) if transform else batch_size
 
     def __len__(self):
         return self.count // self.batch_size if self.transform else -(-self.count // self.batch_size)

@@ -110,8 +110,7 @@ class _Competing(nn.Module):
 
 def score_set(model, data, images: EvaluationSet, device, batch_size, workers=0) -> dict:
     """`evaluate` a model on its device. `data`: a description of its images, see `FileLoader`."""
-    share = dict(workers=workers, rank=utils.rank(), world_size=utils.world_size())
-    batches = FileLoader(images.split, data, batch_size, device, **share)
+    batches = FileLoader(images.split, data, batch_size, device, workers=workers, **utils.own_share())
     return evaluate(model if images.valid is None else _Competing(model, images.valid), batches)
 
 

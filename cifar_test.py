@@ -64,15 +64,6 @@ def test_model(
     return result
 
 
-def predict(args, device):
-    """Write what the model of `--model_path` takes the images in a folder for."""
-    model, checkpoint = load_model(args.model_path)
-    path = Path(args.predictions)
-    utils.writable_folder(path.parent)
-    count = write_predictions(model, checkpoint, args.predict, path, device, args.batch_size, args.max_pixels)
-    say(f"{path}: predictions for {count} images")
-
-
 def main(argv=None):
     parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its data set's test images.")
     parser.add_argument("--model_path", default="./models/best_model.pth", help="checkpoint")
@@ -92,7 +83,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
     if args.predict:
-        return predict(args, device)
+        model, checkpoint = load_model(args.model_path)
+        path = Path(args.predictions)
+        utils.writable_folder(path.parent)
+        count = write_predictions(model, checkpoint, args.predict, path, device, args.batch_size, args.max_pixels)
+        return say(f"{path}: predictions for {count} images")
     test_model(
         args.model_path, args.data_path, device, args.batch_size, args.per_class, args.confusion, args.max_pixels,
         args.errors, args.output_dir,

@@ -45,7 +45,7 @@ def train_model(model: DynamicViT, data: ImageData, args, device, resume=None, u
     utils.writable_folder(best_path.parent)
     model.to(device)
     description = data.description()
-    share = dict(batch_size=args.batch_size, rank=utils.rank(), world_size=utils.world_size())
+    share = dict(batch_size=args.batch_size, **utils.own_share())
     batches = MemoryLoader(
         data.train.to(device), description, transform=TrainTransform(description, args.aug, args.hflip, args.reprob),
         passes=args.repeats, seed=args.seed, balanced=args.balance == "sampler", **share,

@@ -26,7 +26,6 @@ ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIF
 TEST_SIZE = 0.1  # of class folders without train/
 MAX_PIXELS = 200_000_000  # of an image file that is read
 WHOLE_IMAGE = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of a description of data without these keys
-BAD_IMAGES = ("error", "skip")
 
 
 @dataclass
@@ -317,6 +316,11 @@ def balanced_draws(labels: Tensor, generator: torch.Generator) -> Tensor:
     labels = labels.cpu()
     weights = class_weights(labels, 0).double()[labels]  # in float32 the sum over a million images is too coarse
     return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+
+
+def full_batch(wanted, count) -> int:
+    """`wanted` images, or as many as there are, but for an odd one: Mixup pairs the images of a batch."""
+    return min(wanted, max(count - count % 2, 1))
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

@@ -195,7 +195,12 @@ def resolve(args, given):
         args.mixup = args.cutmix = args.reprob = 0.0
     flags.check_training(args)
     if not (args.eval or args.throughput):
-        check_distillation(args)
+        if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
+            raise BadInput(
+                "distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard"
+            )
+        if getattr(args, "dist_pos", None) is not None and args.distillation_type == "none":
+            raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
     if args.num_workers is None:
         args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not (args.eval and not args.finetune):  # else the checkpoint names its data set
@@ -207,14 +212,6 @@ def resolve(args, given):
         asked = {"crop_pct": given.eval_crop_ratio, "interpolation": given.interpolation}
         args.asked_crop = {name: value.replace("random", "bicubic") if isinstance(value, str) else value
                            for name, value in asked.items() if value is not None}  # fmt: skip
-
-
-def check_distillation(args):
-    """Raise BadInput unless there is a teacher where one is needed, and only there."""
-    if (args.distillation_type != "none") != bool(args.teacher_model or args.teacher_path):
-        raise BadInput("distillation takes a teacher and a kind: --teacher_path FILE --distillation_type soft, or hard")
-    if getattr(args, "dist_pos", None) is not None and args.distillation_type == "none":
-        raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
 
 
 def input_size(args) -> tuple[int, int]:
@@ -274,10 +271,7 @@ def make_loaders(args, data, device) -> tuple[FileLoader, FileLoader | None]:
         data.input_size, args.aa, args.color_jitter, args.hflip, args.interpolation, args.ThreeAugment, args.src,
         args.no_aug,
     )  # fmt: skip
-    share = dict(
-        batch_size=args.batch_size, device=device, workers=args.num_workers, rank=utils.rank(),
-        world_size=utils.world_size(),
-    )  # fmt: skip
+    share = dict(batch_size=args.batch_size, device=device, workers=args.num_workers, **utils.own_share())
     train = FileLoader(
         data.train, data.description(), transform=transform, repeats=3 if args.repeated_aug else 1, reprob=args.reprob,
         seed=args.seed, balanced=args.balance == "sampler", **share,

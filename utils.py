@@ -255,6 +255,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_share() -> dict:
+    """The arguments of a loader of batches that give this process its share."""
+    return {"rank": rank(), "world_size": world_size()}
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -90,7 +90,7 @@ def splits_of(path) -> dict[str, str]:
         words = {word for shard in _shards(rest) for word in _words(shard, rest)}
     elif kind == "torch":
         words = ("train", "validation")
-        utils.main_decides(lambda: any(_torch(str(path), word) is None for word in words))  # the first one downloads
+        utils.main_decides(lambda: [_torch(str(path), word) for word in words] and None)  # the first process downloads
     else:
         if kind == "hfids":
             utils.note_once(

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
 import utils
-from datasets import MAX_PIXELS, ImageData, Split, balanced_draws, channel_statistics, find_parts, held_out
+from datasets import MAX_PIXELS, ImageData, Split, balanced_draws, channel_statistics, find_parts, full_batch, held_out
 from loading.decode import failures, fit_image, joined, read_image, read_picture, without_errors
 from loading.folders import FOLDERS
 from loading.workers import WorkerLoader
@@ -222,9 +222,7 @@ class FileLoader:
         else:
             numbers, training = DistributedSampler(split, drop_last=True, **share), True
         self.draws = SeededSampler(numbers, seed, rank, split.labels if balanced else None)
-        # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
-        count = len(numbers)
-        self.batch_size = min(batch_size, max(count - count % 2, 1)) if training else batch_size
+        self.batch_size = full_batch(batch_size, len(numbers)) if training else batch_size
         loader = WorkerLoader(
             _ImageFiles(split, transform), self.batch_size, sampler=self.draws, num_workers=workers,
             collate_fn=partial(_collate, training=training), pin_memory=device.type == "cuda", drop_last=training,

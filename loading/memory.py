@@ -20,6 +20,7 @@ from datasets import (
     eval_transform,
     find_parts,
     find_split,
+    full_batch,
     held_out,
 )
 from loading.augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
@@ -45,7 +46,14 @@ def load_data(
     """
     parts, classes, origin = find_parts(name, path, val_size, test_size, max_pixels)
     if name in FOLDERS:
-        parts = _parts_in_memory(parts, classes, input_size, f"reading {path}", bad_images)
+        errors = {}
+        for part, split in parts.items():
+            parts[part], errors[part] = _in_memory(split, input_size, f"reading {path}")
+        strict = parts if bad_images == "error" else ("test",)
+        refused = [error for part in strict for error in errors[part].values()]
+        if refused:
+            raise joined(refused, training=len(refused) > len(errors["test"]))
+        parts = {part: without_errors(split, errors[part], part, classes) for part, split in parts.items()}
     train, val = held_out(name, parts, classes, val_size)
     mean, std = channel_statistics(train.images)
     return ImageData(name, classes, input_size, mean, std, train, val, parts["test"], origin=origin)
@@ -59,17 +67,6 @@ def read_split(name, path, train, input_size, about=None, max_pixels=MAX_PIXELS)
         if errors:
             raise joined(errors.values())
     return split, classes
-
-
-def _parts_in_memory(parts, classes, input_size, title, bad_images) -> dict[str, Split]:
-    """Raises BadInput that names all images that cannot be read and are not to be left out."""
-    errors = {}
-    for part, split in parts.items():
-        parts[part], errors[part] = _in_memory(split, input_size, title)
-    refused = [error for part in parts if part == "test" or bad_images == "error" for error in errors[part].values()]
-    if refused:
-        raise joined(refused, training=len(refused) > len(errors["test"]))
-    return {part: without_errors(split, errors[part], part, classes) for part, split in parts.items()}
 
 
 def _in_memory(split, input_size, title) -> tuple[Split, dict[int, BadInput]]:
@@ -153,8 +150,7 @@ class MemoryLoader:
         self.epoch = self.first = 0
         self.drawn = max(world_size, int(passes * len(split)))  # in an epoch of training, by all processes
         self.count = self.drawn // world_size if transform else len(range(rank, len(split), world_size))
-        # Mixup pairs the images of a batch, so a batch of fewer images than asked for must still be even.
-        self.batch_size = min(batch_size, max(self.count - self.count % 2, 1)) if transform else batch_size
+        self.batch_size = full_batch(batch_size, self.count) if transform else batch_size
 
     def __len__(self):
         return self.count // self.batch_size if self.transform else -(-self.count // self.batch_size)

@@ -96,23 +96,13 @@ def _reassessed(split, classes, path) -> Split:
     return split
 
 
-class _Competing(nn.Module):
-    """A model whose logits are those of some classes."""
-
-    def __init__(self, model, valid):
-        super().__init__()
-        self.model, self.valid = model, valid
-
-    def forward(self, images):
-        logits = self.model(images)
-        return logits[:, self.valid]
-
-
 def score_set(model, data, images: EvaluationSet, device, batch_size, workers=0) -> dict:
     """`evaluate` a model on its device. `data`: a description of its images, see `FileLoader`."""
-    share = dict(workers=workers, rank=utils.rank(), world_size=utils.world_size())
-    batches = FileLoader(images.split, data, batch_size, device, **share)
-    return evaluate(model if images.valid is None else _Competing(model, images.valid), batches)
+    batches = FileLoader(images.split, data, batch_size, device, workers=workers, **utils.own_share())
+    if images.valid is None:
+        return evaluate(model, batches)
+    with model.register_forward_hook(lambda module, args, logits: logits[:, images.valid]):
+        return evaluate(model, batches)
 
 
 def result_row(model, name, data, result) -> dict:

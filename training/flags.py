@@ -4,7 +4,7 @@ import sys
 from argparse import SUPPRESS
 
 import utils
-from datasets import BAD_IMAGES, DATA_SETS, DIGITS, TEST_SIZE, detect_data_set
+from datasets import DATA_SETS, DIGITS, TEST_SIZE, detect_data_set
 from loading.decode import add_max_pixels
 from models_dynamic import SIZES
 from tokens.blocks import STEMS
@@ -121,7 +121,8 @@ def add_data_flags(group):
         "--test_size", type=number(float, above=0), help="images to test on, a share or a number, where the class "
         f"folders lie in --data_path itself, without train/ and test/ (default: {TEST_SIZE})",
     )  # fmt: skip
-    flag("--bad_images", choices=BAD_IMAGES, default="error", help="those that cannot be read; skip: leave them out")
+    words = "those that cannot be read; skip: leave them out"
+    flag("--bad_images", choices=("error", "skip"), default="error", help=words)
     add_max_pixels(group)
     flag(
         "--balance", choices=("none", "sampler", "loss"), default="none", help="for classes of unequal size, all of "

@@ -32,8 +32,7 @@ def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_pred
         split, classes = find_split(data["name"], path, False, data, max_pixels)
     else:
         split, classes = read_split(data["name"], path, False, data["input_size"], data, max_pixels)
-    share = dict(rank=utils.rank(), world_size=utils.world_size())
-    batches = eval_batches(split, data, device, batch_size, workers, **share)
+    batches = eval_batches(split, data, device, batch_size, workers, **utils.own_share())
     check_classes(classes, data["classes"], "the test images", "the model")
     there = data.get("images", {}).get("test", len(split))
     if len(split) != there:

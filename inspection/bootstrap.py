@@ -40,4 +40,5 @@ def bootstrap(values, statistic=mean, level=0.95, resamples=1000, seed=0) -> np.
 
 def with_interval(values, statistic=mean) -> dict:
     """{"value", "interval": [lower, upper]} of a statistic that is a number; see `bootstrap`."""
+    values = np.asarray(values)
     return {"value": float(statistic(values)), "interval": bootstrap(values, statistic).tolist()}

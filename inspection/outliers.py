@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inspection.attention import trace
-from inspection.bootstrap import mean, with_interval
+from inspection.bootstrap import with_interval
 from inspection.statistics import Norms, artefact_bin, bin_edge
 
 KINDS = ("outlier", "normal")
@@ -52,8 +52,8 @@ def neighbour_cosine(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def pixels_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, 3, h, w) -> (B, P, 3 * ph * pw)."""
-    cells = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1))  # (B, 3, gh, ph, gw, pw)
-    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    patch = images.shape[2] // grid[0], images.shape[3] // grid[1]
+    return F.unfold(images, patch, stride=patch).transpose(1, 2)
 
 
 def draw(norms, threshold, values: dict[str, Tensor], most: int, chance: torch.Generator) -> dict | None:
@@ -95,9 +95,10 @@ def compare(images: list[dict], labels: list[int] | None, grid: tuple[int, int])
     found = {name: {} for name in ("position", "away", "class", "pixels", "error", "cosine")}
     for kind in KINDS:
         own = [image[kind] for image in images]
-        for name, rows, statistic in (*_places(own, grid), *_classes(own, labels), *_pixels(own)):
-            found[name][kind] = with_interval(rows, statistic)
-        found["cosine"][kind] = with_interval(np.array([image["cosine"].mean() for image in own]), mean)
+        cosine = with_interval([image["cosine"].mean() for image in own])
+        measured = _places(own, grid) | _classes(own, labels) | _pixels(own) | {"cosine": cosine}
+        for name, value in measured.items():
+            found[name][kind] = value
     return {name: kinds or None for name, kinds in found.items()}
 
 
@@ -133,17 +134,17 @@ def _places(images, grid):
         away = np.hypot(*wrong)
         rows.append((100 * (away == 0).mean(), away.mean()))
     right, away = np.array(rows).T
-    return ("position", right, mean), ("away", away, mean)
+    return {"position": with_interval(right), "away": with_interval(away)}
 
 
 def _classes(images, labels):
     from sklearn.linear_model import RidgeClassifierCV
 
     if labels is None or len(set(labels[::2])) < 2:
-        return ()
+        return {}
     ones = [image["tokens"][:1] for image in images]  # drawn at random
     probe = _taught(RidgeClassifierCV(ALPHAS), ones[::2], [[label] for label in labels[::2]])
-    return (("class", 100.0 * (probe.predict(np.concatenate(ones[1::2])) == labels[1::2]), mean),)
+    return {"class": with_interval(100.0 * (probe.predict(np.concatenate(ones[1::2])) == labels[1::2]))}
 
 
 def _pixels(images):
@@ -155,4 +156,4 @@ def _pixels(images):
     for image in images[1::2]:
         errors = (probe.predict(image["tokens"]) - image["pixels"], middle - image["pixels"])
         rows.append([*(float(np.square(error).sum()) for error in errors), image["pixels"].size])
-    return ("pixels", np.array(rows), _explained), ("error", np.array(rows), _root)
+    return {"pixels": with_interval(rows, _explained), "error": with_interval(rows, _root)}

@@ -29,7 +29,7 @@ from inspection.html import encode_image, write_viewer
 from inspection.pages import COLOURS
 from loading.memory import MemoryLoader, load_data
 from models_dynamic import DynamicViT
-from tokens.layout import blocks_with
+from tokens.layout import TokenLayout, blocks_with
 from utils import BadInput
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -184,6 +184,34 @@ return [canvas.height, canvas.width, ...d.getImageData(0, 0, canvas.width, canva
 def pixels(browser, selector):
     height, width, *values = browser.ask(PIXELS, selector)
     return np.array(values, np.uint8).reshape(height, width, 4)
+
+
+@needs_browser
+def test_an_attention_pooling_is_a_block_with_one_token(browser, tmp_path):
+    """Of 2 heads behind blocks of 3; the tokens before it have no rows there."""
+    model = tiny(cls_pos=0, num_register_tokens=0)
+    image = noise(model)[0]
+    attention = {3: model.attention(image[None], block=3)[0], 4: (2 * torch.randn(2, 1, 24)).softmax(-1)}
+    layouts = {3: model.token_layout(3), 4: TokenLayout(None, slice(0, 24), None, 24, pool=slice(0, 1))}
+    rollout = {4: attention[4].mean(dim=0)}
+    shown = torch.zeros(3, 16, 24, dtype=torch.uint8)
+    view = encode_image("x.jpg", "", shown, layouts, attention, model.grid_size, rollout)
+    write_viewer(tmp_path / "x.html", "x", [model_words(model) | {"pool_pos": 4}], [("x", [view])])
+    browser.open(tmp_path / "x.html")
+    assert browser.ask("return [viewer.state.block, viewer.state.token]") == [4, "pool"]
+    for head, expected in (("mean", attention[4].mean(dim=0)[0]), (1, attention[4][1, 0])):
+        out, into = browser.show(head=head)
+        assert into is None and np.abs(out - expected.numpy()).max() <= float(attention[4].max()) / 509
+    assert "attention pooling: nothing attends to it" in browser.text(".in .absent").lower()
+    assert browser.show(head=2) == (None, None) and browser.text(".out .absent").endswith("has no head 2")
+    assert browser.show(head="mean", token="patch0-0")[0] is None
+    assert browser.text(".out .absent").endswith("at block 4, only the attention pooling does")
+    out, _ = browser.show(token="pool", map="rollout")
+    assert np.abs(out - rollout[4][0].numpy()).max() <= float(rollout[4].max()) / 509
+    out, _ = browser.show(token="cls", block=3, map="attention")
+    assert np.abs(out - attention[3][:, 0, 1:].mean(dim=0).numpy()).max() <= float(attention[3].max()) / 509
+    assert browser.show(block=4)[0] is None and "left at block 4" in browser.text(".out .absent")
+    assert browser.driver.get_log("browser") == []
 
 
 @needs_browser

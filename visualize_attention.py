@@ -190,7 +190,8 @@ def _about(name, model) -> dict:
     there = [maps.blocks_of(model, f"reg{r}") for r in range(model.num_register_tokens)]
     return {
         "name": name, "depth": model.depth, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
-        "pool_pos": getattr(model, "pool_pos", None), "registers": [[blocks[0], blocks[-1] + 1] for blocks in there if blocks],
+        "pool_pos": getattr(model, "pool_pos", None),
+        "registers": [[blocks[0], blocks[-1] + 1] for blocks in there if blocks],
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import position_sweep
 from checkpoints.models import load_model
 from conftest import TINY
 from loading.memory import MemoryLoader, load_data
-from sweep import explorer, measures, pages, results
+from sweep import cells, explorer, measures, pages, results
 from test_inspection_html import browser, needs_browser  # noqa: F401  a fixture
 from training import run_log
 from training.film import token_maps
@@ -98,6 +98,30 @@ def test_clicks_fill_the_sides_and_colours_follow_the_measure(browser, swept):  
     assert browser.ask(shades) != before
     ends = [output.text for output in browser.driver.find_elements("css selector", "#scale output")]
     assert [float(end) for end in ends] == pytest.approx([min(flops), max(flops)], abs=0.01)
+
+
+@needs_browser
+def test_positions_that_fell_say_when(browser, swept, tmp_path):  # noqa: F811
+    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("cells/*/model.pth"):
+        file.unlink()
+    place = {**dict.fromkeys(cells.AXES), **cells.DESIGN, "num_reg": 2, "rung": 1}
+    fell = [
+        place | {"cls_pos": 1, "reg_pos": 0, "epochs": 2, "val_top1": {"mean": 61.25, "sd": 1.0, "n": 2}},
+        place | {"cls_pos": 2, "reg_pos": 1, "epochs": 1, "val_top1": None},
+    ]
+    halved = {"fell": fell, "eta": 3, "rungs": [(1, 2), (3, 1)], "positions": fell}
+    explorer.write_explorer(tmp_path, load_data("DIGITS", None, (32, 32)), "", halved)
+    content = opened(browser, tmp_path / "sweep.html")
+    assert len(content["cells"]) == 6
+    grid = browser.driver.find_elements("css selector", "#grids table")[1]
+    rows = [
+        [td.text.split("\n") for td in tr.find_elements("tag name", "td")]
+        for tr in grid.find_elements("tag name", "tr")
+    ]
+    assert len(rows[1]) == 4 and rows[1][1] == ["stopped after 2 epochs", "held-out 61.25 %"]  # CLS at 0, 1, 2, none
+    assert rows[2][2] == ["stopped after 1 epoch", "a cell failed"] and rows[2][0] == [""]
+    assert browser.driver.get_log("browser") == []
 
 
 @needs_browser

@@ -151,12 +151,8 @@ def write_html(args, loaded, found, failed):
 
 
 def _layouts(args, model) -> dict:
-    """The layout of each block to show; in an attention pooling, tokens have no rows."""
-    layouts = {i: model.token_layout(i) for i in inputs.chosen_blocks(model, args.layer_num)}
-    layouts = {i: layout for i, layout in layouts.items() if layout.pool is None}
-    if not layouts:
-        raise BadInput(f"--format html has no rows of attention pooling; give --layer_num 0..{model.depth - 1}, or all")
-    return layouts
+    """The layout of each block to show."""
+    return {i: model.token_layout(i) for i in inputs.chosen_blocks(model, args.layer_num)}
 
 
 def _model_names(args) -> list[str]:
@@ -187,6 +183,7 @@ def _about(name, model) -> dict:
     there = [maps.blocks_of(model, f"reg{r}") for r in range(model.num_register_tokens)]
     return {
         "name": name, "depth": model.depth, "cls_pos": model.cls_pos, "dist_pos": model.dist_pos,
+        "pool_pos": getattr(model, "pool_pos", None),
         "registers": [[blocks[0], blocks[-1] + 1] for blocks in there if blocks],
     }  # fmt: skip
 

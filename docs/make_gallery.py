@@ -46,7 +46,7 @@ KINDS = [
     ("a sweep, its maps", "", "{sweep}/sweep.pdf", -1),
     ("a sweep to explore", "", "{sweep}/sweep.html", 1400),
     ("curves", "", "{demo}/training_curves.pdf", 1),
-    ("a film", "", "{demo}/attention/attention.pdf", 1),
+    ("a film", "", "{demo}/attention/attention.pdf", -1),
 ]
 # The file in docs/gallery; its command, file and page as above; its width in pixels (None: the file as it is).
 PICTURES = [
@@ -115,7 +115,7 @@ def sheet(pages: Pages) -> Image.Image:
     draw = ImageDraw.Draw(page)
     for n, kind in enumerate(KINDS):
         left, top = n % COLUMNS * cell_w + 8, n // COLUMNS * cell_h + 8
-        command = kind[1].replace(DINO, "...").format(**dict.fromkeys(pages.values, "..."))
+        command = kind[1].replace(f"{DINO} --image_path", "").format(**dict.fromkeys(pages.values, "..."))
         image = pages.picture(*kind)
         if image is None:
             image, command = Image.new("RGB", CELL, "#eee"), "not there"

@@ -1,6 +1,8 @@
 """Fonts for names in any script: an installed one that has the characters, or the escaped name."""
 
 from functools import cache
+from textwrap import wrap
+from unicodedata import east_asian_width
 
 PLAIN = "DejaVu Sans"  # comes with matplotlib
 
@@ -11,6 +13,17 @@ def drawable(text: str) -> str:
         return text
     known = frozenset().union(*map(_glyphs, fonts_of(text)))
     return "".join(c if c == "\n" or ord(c) in known else ascii(c)[1:-1] for c in text)
+
+
+def letter_count(text: str) -> int:
+    """How many letters wide it is: Chinese ones and the like count as two."""
+    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The lines of what can be drawn of `text`, at most `width` letters wide."""
+    filled = "".join(c + "\0" * (letter_count(c) - 1) for c in drawable(text))
+    return [line.replace("\0", "") for line in wrap(filled, max(width, 2))]
 
 
 def fonts_of(text: str) -> list[str]:
@@ -37,14 +50,23 @@ def use_fonts(figure):
 
 @cache
 def _glyphs(family) -> frozenset[int]:
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.font_manager import FontProperties, findfont
 
-    return frozenset(get_font(findfont(FontProperties(family=[family]))).get_charmap())  # a name may have a "-"
+    return _glyphs_in(findfont(FontProperties(family=[family])))  # a name may have a "-"
+
+
+@cache
+def _glyphs_in(file) -> frozenset[int]:
+    from matplotlib.font_manager import get_font
+
+    return frozenset(get_font(file).get_charmap())
 
 
 @cache
 def _family_with(character) -> str | None:
     from matplotlib.font_manager import fontManager
 
-    names = (font.name for font in fontManager.ttflist if not font.name.startswith("Last Resort"))  # draws boxes
-    return next((name for name in names if character in _glyphs(name)), None)
+    fonts = (font for font in fontManager.ttflist if not font.name.startswith("Last Resort"))  # draws boxes
+    # By file: to look for a family that has no plain weight prints a warning.
+    fonts = sorted(fonts, key=lambda font: (font.style, font.stretch, font.weight) != ("normal", "normal", 400))
+    return next((font.name for font in fonts if character in _glyphs_in(font.fname)), None)

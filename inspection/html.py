@@ -11,6 +11,7 @@ import html
 import io
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,9 +33,18 @@ def packed_size(layouts: dict[int, TokenLayout], heads: int) -> int:
     """Bytes of the unpacked attention of one image in the browser."""
     total = 0
     for layout in layouts.values():
+        layout = _with_queries(layout)
         patches = layout.patches.stop - layout.patches.start
         total += heads * layout.length * (patches + 4 * (2 + layout.length - patches))
     return total
+
+
+def _with_queries(layout: TokenLayout) -> TokenLayout:
+    """In an attention pooling its queries are no tokens: they stand before the tokens, and get nothing."""
+    if layout.pool is None:
+        return layout
+    more, patches = layout.pool.stop, layout.patches
+    return replace(layout, patches=slice(patches.start + more, patches.stop + more), length=layout.length + more)
 
 
 def check_size(size: int):
@@ -56,14 +66,14 @@ def encode_image(
         about: of the header line: the file, and what of it the model sees.
         shown: (3, h, w) uint8, for display, the part that the model saw.
         layouts: of at least the blocks in `attention`.
-        attention: block -> (H, N, N), softmaxed, rows attend to columns.
+        attention: block -> (H, N, N), softmaxed, rows attend to columns; (H, M, N) of the queries of a pooling.
         grid: (gh, gw).
         rollout: block -> (N, P): the patches' shares in each token behind that block.
         classes: name -> (gh, gw): maps of classes.
 
     Raises BadInput if it is not finite.
     """
-    heads = next(iter(attention.values())).shape[0]
+    heads = max(len(each) for each in attention.values())
     rolled = {block: _among_tokens(layouts[block], shares) for block, shares in (rollout or {}).items()}
     size = packed_size({block: layouts[block] for block in attention}, heads + bool(rolled))
     _, height, width = shown.shape
@@ -89,7 +99,9 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
     so never further off than 1/510 of the row's largest. Registers often receive nearly all of a row: stored as levels
     too, they would round the patches to zero.
     """
-    attention, queries = attention.detach().float().cpu(), attention.shape[1]
+    attention, (heads, queries, keys) = attention.detach().float().cpu(), attention.shape
+    layout = _with_queries(layout)
+    attention = F.pad(attention, (layout.length - keys, 0))
     attention = F.pad(attention, (0, 0, 0, layout.length - queries))  # in class attention the others have no row
     if not attention.isfinite().all():
         raise BadInput(f"the attention at block {block} is not finite; these weights or this image are damaged")
@@ -101,11 +113,11 @@ def _encode_block(block: int, layout: TokenLayout, attention: Tensor) -> dict:
     levels = (on_patches / scales.clamp_min(1e-38)[..., None]).round_().clamp_(max=255).to(torch.uint8)
     arrays = (scales.numpy().astype("<f4"), shares.numpy().astype("<f4"), levels.numpy())
     packed = zlib.compress(b"".join(array.tobytes() for array in arrays))
-    places = {kind: part.start for kind in ("cls", "dist") if (part := getattr(layout, kind)) is not None}
+    places = {kind: part.start for kind in ("cls", "dist", "pool") if (part := getattr(layout, kind)) is not None}
     if layout.registers is not None:
         places |= {f"reg{r}": at for at, r in enumerate(layout.numbers, layout.registers.start)}
     return {
-        "tokens": layout.length, "first": layout.patches.start, "places": places, "queries": queries,
+        "tokens": layout.length, "first": layout.patches.start, "places": places, "queries": queries, "heads": heads,
         "data": base64.b64encode(packed).decode("ascii"),
     }  # fmt: skip
 
@@ -123,7 +135,8 @@ def write_viewer(path, title: str, models: list[dict], pictures: list[tuple[str,
     """Write the page, atomically, and return its size in bytes.
 
     Args:
-        models: "name", "depth", "cls_pos", "dist_pos" (None if absent), and "registers": entry block and end of each.
+        models: "name", "depth", "cls_pos", "dist_pos", "pool_pos" (None if absent), and "registers": entry block and
+            end of each.
         pictures: a name that tells it apart, and the `encode_image` of each of `models`.
 
     Raises BadInput if all images together are too large for a browser.

@@ -6,11 +6,11 @@ Several rows (blocks, tokens, models, images) have their label at the left, and 
 
 import math
 from dataclasses import dataclass, replace
-from textwrap import fill, wrap
+from textwrap import fill
 
 import torch
 
-from inspection.fonts import drawable
+from inspection.fonts import letter_count, wrapped
 from inspection.pages import COLOURS, Page, percentile_of
 
 SHEETS = ((8.27, 11.69), (11.69, 8.27))  # A4 in inches, upright and across
@@ -165,9 +165,9 @@ def _head_image(page) -> tuple[float, float]:
 def _head_lines(page, scaled) -> tuple[list[str], list[str]]:
     """The lines of the title (13 points), and those of what the page is of (7.5 points); on either sheet the same."""
     width = SHEETS[0][0] - 2 * MARGIN - _head_image(page)[1] - GAP
-    title = wrap(drawable(page.title), int(10 * (width - SCALE * scaled)))[:2]
+    title = wrapped(page.title, int(10 * (width - SCALE * scaled)))[:2]
     quiet = [] if len(page.rows) == 1 else page.caption.split("\n")
-    quiet = [line for text in (*quiet, page.about) for line in wrap(drawable(text), int(width / (LETTER * 7.5 / 7)))]
+    quiet = [line for text in (*quiet, page.about) for line in wrapped(text, int(width / (LETTER * 7.5 / 7)))]
     return title, quiet[:6]
 
 
@@ -209,11 +209,11 @@ def _write_foot(figure, page, vmax, scope, look):
 
 def _label_lines(row) -> list[str]:
     width = int((LABEL - GAP) / LETTER)
-    return [line for part in drawable(row.label).split("\n") for line in wrap(part, width)][:6]
+    return [line for part in row.label.split("\n") for line in wrapped(part, width)][:6]
 
 
 def _label_width(page) -> float:
-    longest = max(len(line) for row in page.rows for line in ("", *_label_lines(row)))
+    longest = max(letter_count(line) for row in page.rows for line in ("", *_label_lines(row)))
     return LABEL if not _same_image(page) else longest * LETTER + 2 * GAP
 
 
@@ -248,7 +248,7 @@ def _show_image(axes, shown):
 
 
 def _title(axes, text, letters, layout):
-    lines = [line for part in drawable(text).split("\n") for line in wrap(part, letters)]
+    lines = [line for part in text.split("\n") for line in wrapped(part, letters)]
     size = 7 if layout.map[1] > 0.8 else 6
     axes.set_title("\n".join(lines[: int(layout.title / 0.12)]), fontsize=size, loc="left", pad=3)
 

@@ -4,6 +4,8 @@ import math
 
 from tqdm import tqdm
 
+from inspection.fonts import letter_count
+
 COLUMNS, ROWS, SIDE = 4, 3, 320  # of a page, in images; pixels of an image's longer side on it
 BOX, TRUTH, SEED = "#ff2d55", "#00e5ff", "#ffd60a"  # colours
 
@@ -39,9 +41,8 @@ def draw_boxes_page(title, shown, annotated):
     lines += [Line2D([], [], color=BOX, lw=2, ls=":", label="arbitrary")] * any(r["arbitrary"] for r, _ in shown)
     lines += [Line2D([], [], color=TRUTH, lw=2, ls="--", label="annotated box")] * annotated
     lines += [Line2D([], [], color=SEED, marker="s", ls="", mec="black", label="seed patch")]
-    figure.legend(
-        handles=lines, loc="center left", bbox_to_anchor=(0, 1 - 0.42 / page_h), ncols=4, fontsize=8, frameon=False
-    )
+    below = (0.05 / page_w, 1 - 0.42 / page_h)
+    figure.legend(handles=lines, loc="center left", bbox_to_anchor=below, ncols=4, fontsize=8, frameon=False)
     for i, (result, image) in enumerate(shown):
         row, column = divmod(i, COLUMNS)
         left, bottom = 0.15 + column * cell_w, page_h - 0.6 - (row + 1) * cell_h
@@ -55,7 +56,8 @@ def draw_boxes_page(title, shown, annotated):
 
 
 def short(name) -> str:
-    return name if len(name) <= 40 else f"{name[:24]}...{name[-13:]}"
+    fit = 40 * len(name) // max(letter_count(name), 1)
+    return name if len(name) <= fit else f"{name[: round(0.6 * fit)]}...{name[-round(0.325 * fit) :]}"
 
 
 def draw_boxes(axes, result, image):

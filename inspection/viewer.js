@@ -12,6 +12,7 @@ for (const model of models) {
   model.tokens = [  // with the blocks that they enter and leave at
     ["cls", "Class token", model.cls_pos, model.depth],
     ["dist", "Distillation token", model.dist_pos, model.depth],
+    ["pool", "Attention pooling", model.pool_pos ?? null, model.pool_pos + 1],  // a block of its own
     ...model.registers.map(([enters, leaves], r) => [`reg${r}`, `Register ${r}`, enters, leaves]),
   ].filter(([, , enters]) => enters !== null).map(([key, name, enters, leaves]) => ({ key, name, enters, leaves }));
 }
@@ -66,10 +67,10 @@ function percent(share, maxError = 0) {  // with "± error" if that is visible
 // Attention --------------------------------------------------------------------------------------------------------
 
 // The attention of one image at one block, unpacked; `_encode_block` in inspection/html.py describes the packing.
-// A place is the index of a token in the sequence [CLS | distillation | patches | registers].
+// A place is the index of a token in the sequence [CLS | distillation | patches | registers], or [pooling | patches].
 class Attention {
-  constructor(bytes, about, heads, patches) {
-    const n = about.tokens, others = n - patches;
+  constructor(bytes, about, patches) {
+    const { tokens: n, heads } = about, others = n - patches;
     Object.assign(this, { n, patches, heads: count(heads), first: about.first, places: about.places,
       queries: about.queries, columns: 1 + others });
     this.scales = new Float32Array(bytes, 0, heads * n);
@@ -109,9 +110,8 @@ let held = 0;
 
 function attentionOf(kind, m, image, block) {
   const id = `${kind}-${m}-${image}-${block}`, view = pictures[image].views[m];
-  const heads = kind === "rollout" ? 1 : view.heads;
   if (!unpacked.has(id)) unpacked.set(id, unpack(id).then((bytes) =>
-    new Attention(bytes, view[kind][block], heads, view.grid[0] * view.grid[1])));
+    new Attention(bytes, view[kind][block], view.grid[0] * view.grid[1])));
   return unpacked.get(id);
 }
 

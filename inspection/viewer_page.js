@@ -67,8 +67,11 @@ function mapOf(direction, { view, model, here, all, token, place, head }) {
   if (place === undefined) return { title, absent: absence(model, token) };
   if (rolled && direction === "in" && !isPatch(token))
     return { title, absent: `${name}: brings nothing of the image when it enters` };
-  if (direction === "out" && place >= here.queries)
-    return { title, absent: `${name}: does not attend at block ${state.block}, only CLS does (class attention)` };
+  if (direction === "in" && token === "pool") return { title, absent: `${name}: nothing attends to it` };
+  if (direction === "out" && place >= here.queries) {
+    const only = here.places.pool === undefined ? "only CLS does (class attention)" : "only the attention pooling does";
+    return { title, absent: `${name}: does not attend at block ${state.block}, ${only}` };
+  }
   if (head !== "mean" && head >= here.heads.length) return { title, absent: `${model.name} has no head ${head}` };
   const places = all.map((at) => [at, at.placeOf(view, token)]).filter(([, its]) => its !== undefined);
   const others = !["heads", "blocks"].includes(state.scale) ? []
@@ -162,7 +165,7 @@ const isThere = (picture, key, block) =>
 
 function makeButtons(picture) {
   const there = allBlocks(picture), title = (b) => there.includes(b) ? "" : "not in this file";
-  find("#blocks").replaceChildren(...count(Math.max(...models.map(({ depth }) => depth))).map((b) =>
+  find("#blocks").replaceChildren(...count(Math.max(...models.map(({ depth }) => depth), there.at(-1) + 1)).map((b) =>
     button([`${b}`], "", { disabled: !there.includes(b), title: title(b), ariaLabel: `Block ${b}` },
       () => show({ block: b }))));
   find("#tokens").replaceChildren(
@@ -205,9 +208,9 @@ function drawHeads(section, map, { view, here, token, place }) {
     + (place === undefined ? "" : `: what ${nameOf(token, true)} attends to`);
   const list = section.querySelector(".heads");
   press(list, state.head === "mean" ? 0 : 1 + state.head);
-  ["mean", ...here.heads].forEach((head, i) => {
-    const canvas = list.childNodes[i].firstChild;
-    if (map.absent) return canvas.width = canvas.height = 1;  // empties it
+  list.childNodes.forEach(({ firstChild: canvas }, i) => {
+    const head = i === 0 ? "mean" : i - 1;
+    if (map.absent || i > here.heads.length) return canvas.width = canvas.height = 1;  // empties it
     const values = here.map(head, place, "out");
     paint(canvas, values, view.grid[1], ["map", "models"].includes(state.scale) ? rangeOf([values]) : map.range, 1);
   });

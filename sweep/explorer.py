@@ -45,7 +45,7 @@ def write_explorer(folder, data: ImageData, about: str, halved=None) -> int | No
         return None
     summary, source = results.summarise(records, halved=halved), data.val or data.test
     few = source.part(range(min(IMAGES, len(source))))
-    groups = results.grouped(records)
+    groups, fell = results.grouped(records), halved["fell"] if halved else []
     content = {
         "about": about, "verdict": summary["verdict"], "measures": MEASURES,
         "colours": colormaps["viridis"](range(256), bytes=True)[:, :3].tobytes().hex(),
@@ -53,12 +53,21 @@ def write_explorer(folder, data: ImageData, about: str, halved=None) -> int | No
             {"src": data_uri(image), "name": data.classes[int(label)]} for image, label in zip(few.images, few.labels)
         ],
         "cells": [_cell(folder, row, groups[results.key_of(row)], summary, few) for row in summary["groups"]],
+        "fell": [_place(row) | {"epochs": row["epochs"], "val_top1": row["val_top1"]} for row in fell],
     }  # fmt: skip
     # Class names may hold anything: without "<" none can end its script element.
     text = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("<!-- data -->", text)
     utils.write_text(Path(folder) / "sweep.html", page)
     return len(page.encode())
+
+
+def _place(row) -> dict:
+    """Where a position stands in the grids."""
+    return {
+        "label": results.label(row), "panel": results.panel_name(results.panel_of(row)),
+        "column": flag_value(row["cls_pos"]), "line": "-" if row["reg_pos"] is None else str(row["reg_pos"]),
+    }  # fmt: skip
 
 
 def _cell(folder, row, group, summary, few) -> dict:
@@ -69,10 +78,7 @@ def _cell(folder, row, group, summary, few) -> dict:
         log = path_of(folder, record).with_name("log.txt")
         epochs = [line for line in read_json_lines(log) if "epoch" in line] if log.is_file() else []
         curves[seed] = [epoch["val_top1"] for epoch in epochs if "val_top1" in epoch]
-    return {
-        "label": results.label(row), "panel": results.panel_name(results.panel_of(row)),
-        "column": flag_value(row["cls_pos"]),
-        "line": "-" if row["reg_pos"] is None else str(row["reg_pos"]),
+    return _place(row) | {
         "best": results.position_of(row) == summary["best"],
         "base": results.key_of(row) == results.baseline_of(results.key_of(row)),
         "seeds": sorted(group), "curves": curves,

@@ -14,6 +14,7 @@ import torch
 import faults
 import forked
 import utils
+from browser import browser  # noqa: F401  a fixture
 from checkpoints.files import save_checkpoint
 from cifar_main import main
 from models_dynamic import DynamicViT

@@ -166,7 +166,7 @@ def test_pooling_is_a_block_of_its_own():
     ("name", "blocks", "queries"), [("cait_xxs24_224", "01", 1), ("vit_base_patch16_siglip_224", "01", 196)]
 )
 def test_the_html_file_of_class_attention_and_of_pooling(name, blocks, queries, tmp_path, capsys, monkeypatch):
-    """Only CLS has rows in CaiT's blocks; a pooling is left out, since tokens have no rows there."""
+    """Only CLS has rows in CaiT's blocks; a pooling has one query, which stands before the patches."""
     monkeypatch.setattr(inputs, "create", lambda *_: make(name)[0])
     picture(size=(200, 160)).save(tmp_path / "photo.png")
     argv = ["--model_path", f"timm:{name}", "--image_path", tmp_path / "photo.png", "--format", "html"]
@@ -174,10 +174,11 @@ def test_the_html_file_of_class_attention_and_of_pooling(name, blocks, queries, 
     assert status == 0, err
     about = re.search('id="about">(.*)</script>', (tmp_path / "attention_photo.html").read_text())[1]
     (view,) = json.loads(about)["pictures"][0]["views"]
-    assert [(block, of["queries"]) for block, of in view["attention"].items()] == [(b, queries) for b in blocks]
+    rows = [(b, queries) for b in blocks] + [("2", 1)] * name.startswith("vit")
+    assert [(block, of["queries"]) for block, of in view["attention"].items()] == rows
     if name.startswith("vit"):
-        status, _, err = run(visualize_attention.main, [*argv, "--layer_num", 2], capsys)
-        assert status == 2 and "give --layer_num 0..1, or all" in err
+        pooling = view["attention"]["2"]
+        assert (pooling["places"], pooling["first"], pooling["tokens"]) == ({"pool": 0}, 1, 197)
     assert view["about"].startswith("photo.png, centre crop of 200 x 160") and view["grid"] == [14, 14]
 
 

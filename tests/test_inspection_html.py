@@ -14,11 +14,10 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.service import Service
 
 import visualize_attention
+from browser import needs_browser
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
@@ -29,74 +28,10 @@ from inspection.html import encode_image, write_viewer
 from inspection.pages import COLOURS
 from loading.memory import MemoryLoader, load_data
 from models_dynamic import DynamicViT
-from tokens.layout import blocks_with
+from tokens.layout import TokenLayout, blocks_with
 from utils import BadInput
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"
-)
 HOSTILE = '</script><script>window.hacked = 1</script><img src="https://example.org/x.png">&amp;"'
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,900"
-)
-
-
-class Browser:
-    def __init__(self, folder):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in [*FLAGS.split(), f"--user-data-dir={folder}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        self.driver.set_script_timeout(30)
-
-    def open(self, file):
-        self.driver.get(f"file://{file}")
-        self.ask("await viewer.ready")
-
-    def ask(self, words, *args):
-        """The value of an async function's body; `args` are its a, b, ..."""
-        names = ", ".join("abcd"[: len(args)])
-        call = f"(async ({names}) => {{ {words} }})(...Array.from(arguments).slice(0, -1))"
-        done = "const done = arguments[arguments.length - 1];"
-        answer = self.driver.execute_async_script(
-            f"{done} {call}.then((value) => done({{ value }}), (error) => done({{ error: String(error) }}))", *args
-        )
-        assert "error" not in answer, answer["error"]
-        return answer.get("value")
-
-    def show(self, **change):
-        self.ask("await viewer.show(a)", change)
-        return self.values("out"), self.values("in")
-
-    def values(self, direction):
-        values = self.ask("return viewer.values(a)", direction)
-        return None if values is None else np.array(values)
-
-    def settled(self):
-        """Wait for what a hand has begun."""
-        self.ask("while (document.body.dataset.status === 'loading') await new Promise((r) => setTimeout(r, 5))")
-
-    def text(self, selector):
-        return self.driver.find_element("css selector", selector).text
-
-    def point(self, selector, x, y, grid):
-        """Move the mouse to the middle of a patch; returns the chain to go on with."""
-        frame = self.driver.find_element("css selector", selector)
-        width, height = frame.size["width"], frame.size["height"]
-        dx, dy = round(((x + 0.5) / grid[1] - 0.5) * width), round(((y + 0.5) / grid[0] - 0.5) * height)
-        return ActionChains(self.driver, duration=0).move_to_element_with_offset(frame, dx, dy)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    made = Browser(tmp_path_factory.mktemp("browser"))
-    yield made
-    made.driver.quit()
 
 
 def model_words(model, name="late/best_model.pth"):
@@ -184,6 +119,34 @@ return [canvas.height, canvas.width, ...d.getImageData(0, 0, canvas.width, canva
 def pixels(browser, selector):
     height, width, *values = browser.ask(PIXELS, selector)
     return np.array(values, np.uint8).reshape(height, width, 4)
+
+
+@needs_browser
+def test_an_attention_pooling_is_a_block_with_one_token(browser, tmp_path):
+    """Of 2 heads behind blocks of 3; the tokens before it have no rows there."""
+    model = tiny(cls_pos=0, num_register_tokens=0)
+    image = noise(model)[0]
+    attention = {3: model.attention(image[None], block=3)[0], 4: (2 * torch.randn(2, 1, 24)).softmax(-1)}
+    layouts = {3: model.token_layout(3), 4: TokenLayout(None, slice(0, 24), None, 24, pool=slice(0, 1))}
+    rollout = {4: attention[4].mean(dim=0)}
+    shown = torch.zeros(3, 16, 24, dtype=torch.uint8)
+    view = encode_image("x.jpg", "", shown, layouts, attention, model.grid_size, rollout)
+    write_viewer(tmp_path / "x.html", "x", [model_words(model) | {"pool_pos": 4}], [("x", [view])])
+    browser.open(tmp_path / "x.html")
+    assert browser.ask("return [viewer.state.block, viewer.state.token]") == [4, "pool"]
+    for head, expected in (("mean", attention[4].mean(dim=0)[0]), (1, attention[4][1, 0])):
+        out, into = browser.show(head=head)
+        assert into is None and np.abs(out - expected.numpy()).max() <= float(attention[4].max()) / 509
+    assert "attention pooling: nothing attends to it" in browser.text(".in .absent").lower()
+    assert browser.show(head=2) == (None, None) and browser.text(".out .absent").endswith("has no head 2")
+    assert browser.show(head="mean", token="patch0-0")[0] is None
+    assert browser.text(".out .absent").endswith("at block 4, only the attention pooling does")
+    out, _ = browser.show(token="pool", map="rollout")
+    assert np.abs(out - rollout[4][0].numpy()).max() <= float(rollout[4].max()) / 509
+    out, _ = browser.show(token="cls", block=3, map="attention")
+    assert np.abs(out - attention[3][:, 0, 1:].mean(dim=0).numpy()).max() <= float(attention[3].max()) / 509
+    assert browser.show(block=4)[0] is None and "left at block 4" in browser.text(".out .absent")
+    assert browser.driver.get_log("browser") == []
 
 
 @needs_browser

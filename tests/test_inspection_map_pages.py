@@ -14,7 +14,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, model_from_checkpoint
 from conftest import run, saved_model, tiny
 from datasets import eval_transform
-from inspection import fonts, inputs
+from inspection import fonts, inputs, objects_pages
 from inspection.map_pages import Look, draw_page, parts_of
 from inspection.pages import MapCell, Page, Row
 from pages import no_overlaps
@@ -176,6 +176,15 @@ def test_characters_that_no_font_has_are_escaped(monkeypatch):
     monkeypatch.setattr(fonts, "_glyphs", lambda family: frozenset(map(ord, "猫")) if family == "Fake" else frozenset())
     assert fonts.fonts_of("猫犬") == [fonts.PLAIN, "Fake"]
     assert fonts.drawable("猫犬") == "猫\\u72ac"
+
+
+def test_wide_letters_count_as_two(monkeypatch):
+    monkeypatch.setattr(fonts, "drawable", lambda text: text)  # as if there were a font
+    assert fonts.letter_count("a猫é") == 4
+    assert fonts.wrapped("a cat 猫猫猫猫猫", 8) == ["a cat 猫", "猫猫猫猫"]
+    assert objects_pages.short("猫" * 19) == "猫" * 19
+    assert objects_pages.short("猫" * 30) == "猫" * 12 + "..." + "猫" * 6
+    assert objects_pages.short("a" * 50) == "a" * 24 + "..." + "a" * 13
 
 
 @pytest.mark.filterwarnings("error")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import position_sweep
+from browser import needs_browser
 from checkpoints.models import load_model
 from conftest import TINY
 from loading.memory import MemoryLoader, load_data
-from sweep import explorer, measures, pages, results
-from test_inspection_html import browser, needs_browser  # noqa: F401  a fixture
+from sweep import cells, explorer, measures, pages, results
 from training import run_log
 from training.film import token_maps
 
@@ -31,14 +31,14 @@ def swept(tmp_path_factory):
     return folder
 
 
-def opened(browser, file):  # noqa: F811
+def opened(browser, file):
     browser.driver.get_log("browser")
     browser.driver.get(f"file://{file}")
     return browser.ask("return explorer.file")
 
 
 @needs_browser
-def test_the_numbers_and_the_maps_of_every_cell(browser, swept):  # noqa: F811
+def test_the_numbers_and_the_maps_of_every_cell(browser, swept):
     content = opened(browser, swept / "sweep.html")
     records, data = results.collect(swept), load_data("DIGITS", None, (32, 32))
     assert len(content["cells"]) == 6 and len(records) == 12
@@ -73,7 +73,7 @@ def test_the_numbers_and_the_maps_of_every_cell(browser, swept):  # noqa: F811
 
 
 @needs_browser
-def test_clicks_fill_the_sides_and_colours_follow_the_measure(browser, swept):  # noqa: F811
+def test_clicks_fill_the_sides_and_colours_follow_the_measure(browser, swept):
     content = opened(browser, swept / "sweep.html")
     labels = [cell["label"] for cell in content["cells"]]
 
@@ -101,8 +101,32 @@ def test_clicks_fill_the_sides_and_colours_follow_the_measure(browser, swept):  
 
 
 @needs_browser
+def test_positions_that_fell_say_when(browser, swept, tmp_path):
+    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("cells/*/model.pth"):
+        file.unlink()
+    place = {**dict.fromkeys(cells.AXES), **cells.DESIGN, "num_reg": 2, "rung": 1}
+    fell = [
+        place | {"cls_pos": 1, "reg_pos": 0, "epochs": 2, "val_top1": {"mean": 61.25, "sd": 1.0, "n": 2}},
+        place | {"cls_pos": 2, "reg_pos": 1, "epochs": 1, "val_top1": None},
+    ]
+    halved = {"fell": fell, "eta": 3, "rungs": [(1, 2), (3, 1)], "positions": fell}
+    explorer.write_explorer(tmp_path, load_data("DIGITS", None, (32, 32)), "", halved)
+    content = opened(browser, tmp_path / "sweep.html")
+    assert len(content["cells"]) == 6
+    grid = browser.driver.find_elements("css selector", "#grids table")[1]
+    rows = [
+        [td.text.split("\n") for td in tr.find_elements("tag name", "td")]
+        for tr in grid.find_elements("tag name", "tr")
+    ]
+    assert len(rows[1]) == 4 and rows[1][1] == ["stopped after 2 epochs", "held-out 61.25 %"]  # CLS at 0, 1, 2, none
+    assert rows[2][2] == ["stopped after 1 epoch", "a cell failed"] and rows[2][0] == [""]
+    assert browser.driver.get_log("browser") == []
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [1400, 390])
-def test_nothing_is_cut_off_and_nothing_leaves_the_page(browser, swept, width):  # noqa: F811
+def test_nothing_is_cut_off_and_nothing_leaves_the_page(browser, swept, width):
     browser.driver.set_window_size(width, 900)
     opened(browser, swept / "sweep.html")
     browser.driver.execute_cdp_cmd(
@@ -112,6 +136,7 @@ def test_nothing_is_cut_off_and_nothing_leaves_the_page(browser, swept, width): 
         assert browser.ask("return document.documentElement.scrollWidth") <= width
     finally:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.driver.set_window_size(1280, 900)
     text = (swept / "sweep.html").read_text()
     assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
 

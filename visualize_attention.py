@@ -102,9 +102,6 @@ def page_maker(args, loaded, blocks):
 
 def draw(args, found, blocks, pages, failed):
     """Write the pages of all images that can be read; see `inputs.readable`."""
-    from matplotlib import rcParams
-
-    rcParams["text.parse_math"] = False  # names of classes and files are not TeX
     folder = utils.writable_folder(args.output_dir)
     shared, look = None, Look(args.overlay, args.log, args.percentile)
     if args.scale == "shared":

@@ -37,7 +37,10 @@ def fonts_of(text: str) -> list[str]:
 
 
 def use_fonts(figure):
-    """Give each text of a figure fonts that have its characters, and escape what none has; returns the figure."""
+    """Give each text of a figure fonts that have its characters, and escape what none has; returns the figure.
+
+    A name like `$a$` is drawn as it is; only matplotlib's own labels of logarithmic scales are TeX.
+    """
     from matplotlib.text import Text
 
     for artist in figure.findobj(Text):
@@ -45,6 +48,8 @@ def use_fonts(figure):
         if not text.isascii():
             artist.set_text(drawable(text))
             artist.set_fontfamily(fonts_of(text))
+        if "$" in text and r"\mathdefault" not in text:
+            artist.set_parse_math(False)
     return figure
 
 

@@ -271,15 +271,12 @@ def _draw_map(axes, page, cell, shown, vmax, look, letters, layout):
         _show_image(axes, grey)
     axes.imshow(
         values.numpy(), interpolation="nearest", extent=(0, width, height, 0), cmap=COLOURS, norm=norm,
-        alpha=OPAQUE * norm(values.numpy()).filled() if look.overlay else None,
+        alpha=OPAQUE * norm(values.numpy()).filled().clip(0, 1) if look.overlay else None,  # a logarithm is rounded
     )  # fmt: skip
     _frame_patch(axes, cell, shown)
-    total, name = (
-        f"{100 * float(cell.map.sum()):.0f}%",
-        cell.name,
-    )
+    total = f"{100 * float(cell.map.sum()):.0f}%"
     words = f"{total} on patches" if letters >= 26 else total
-    name = name if letters >= len(name) else name.split()[0]  # mean over heads
+    name = cell.name if letters >= len(cell.name) else cell.name.split()[0]  # mean over heads
     _title(axes, f"{name}\n{words}, max {100 * float(cell.map.max()):.2g}%", letters, layout)
     return top
 

@@ -36,7 +36,7 @@ def draw_boxes_page(title, shown, annotated):
     page_w, cell_w, cell_h = 11.6, 2.85, 2.75  # inches
     page_h = 0.7 + cell_h * math.ceil(len(shown) / COLUMNS)
     figure = Figure(figsize=(page_w, page_h))
-    figure.text(0.15 / page_w, 1 - 0.2 / page_h, title, fontsize=10, weight="bold", va="center", parse_math=False)
+    figure.text(0.15 / page_w, 1 - 0.2 / page_h, title, fontsize=10, weight="bold", va="center")
     lines = [Line2D([], [], color=BOX, lw=2, label="discovered box")]
     lines += [Line2D([], [], color=BOX, lw=2, ls=":", label="arbitrary")] * any(r["arbitrary"] for r, _ in shown)
     lines += [Line2D([], [], color=TRUTH, lw=2, ls="--", label="annotated box")] * annotated
@@ -51,7 +51,7 @@ def draw_boxes_page(title, shown, annotated):
         score = "" if result["best_iou"] is None else f", IoU {result['best_iou']:.2f}"
         below = ["arbitrary"] * result["arbitrary"] + [result["verdict"] + score] * annotated
         words = "\n".join(filter(None, (short(result["name"]), ": ".join(below))))
-        axes.set_title(words, fontsize=7.5, loc="left", parse_math=False)
+        axes.set_title(words, fontsize=7.5, loc="left")
     return figure
 
 

@@ -1,10 +1,12 @@
 """How pages of maps are laid out and coloured, how images are fitted, and names in any script."""
 
+import io
 import os
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from pypdf import PdfReader
@@ -14,7 +16,7 @@ from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, model_from_checkpoint
 from conftest import run, saved_model, tiny
 from datasets import eval_transform
-from inspection import fonts, inputs, objects_pages
+from inspection import fonts, inputs, map_pages, objects_pages
 from inspection.map_pages import Look, draw_page, parts_of
 from inspection.pages import MapCell, Page, Row
 from pages import no_overlaps
@@ -163,6 +165,13 @@ def test_a_default_model_where_training_writes_it(checkpoint, wide, tmp_path, ca
     assert "model: models/best_model.pth" in text
 
 
+def test_overlay_with_a_logarithmic_scale(checkpoint, wide, tmp_path, capsys, monkeypatch):
+    """Values below a tenth of the top are at the lower end, whose logarithm is rounded to a little less than 0."""
+    monkeypatch.setattr(map_pages, "DECADES", 1)
+    status, _, err = run(main, flags(checkpoint, wide, tmp_path, "--overlay", "--log", "--format", "png"), capsys)
+    assert status == 0, err
+
+
 def test_names_that_tell_models_apart():
     assert inputs.names_of(["a/best_model.pth"]) == ["a/best_model.pth"]
     assert inputs.names_of(["x/a/m.pth", "y/a/m.pth"]) == ["x/a/m.pth", "y/a/m.pth"]
@@ -185,6 +194,18 @@ def test_wide_letters_count_as_two(monkeypatch):
     assert objects_pages.short("猫" * 19) == "猫" * 19
     assert objects_pages.short("猫" * 30) == "猫" * 12 + "..." + "猫" * 6
     assert objects_pages.short("a" * 50) == "a" * 24 + "..." + "a" * 13
+
+
+def test_dollars_in_names_are_not_tex():
+    figure = Figure()
+    name, axes = figure.text(0, 0, r"a $\frac{$ b.png"), figure.add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(1, 100)
+    axes.set_xticks([0], ["$a_b$"])
+    words = fonts.use_fonts(figure).findobj(Text)
+    assert not name.get_parse_math() and not axes.get_xticklabels()[0].get_parse_math()
+    assert all(word.get_parse_math() for word in words if "mathdefault" in word.get_text())
+    figure.savefig(io.BytesIO())
 
 
 @pytest.mark.filterwarnings("error")

@@ -154,7 +154,8 @@ def main():
             shutil.copyfile(pages.file(*source[:2]), args.output_dir / name)
         elif (image := pages.picture(name, *source)) is not None:
             image.thumbnail((width, 9999), Image.Resampling.LANCZOS)
-            image.quantize(128).save(args.output_dir / name, optimize=True)
+            few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)  # others lose the colours of thin lines
+            image.quantize(palette=few).save(args.output_dir / name, optimize=True)
     for name in wanted:
         if name.startswith("contact_sheet"):
             sheet(pages).save(args.output_dir / name, quality=80)

@@ -261,32 +261,13 @@ def with_workers(args, argv, data, cells):
         raise RunFailed(f"{len(bad)} of {len(names)} processes failed; see the end of {logs}. The same command resumes")
 
 
-class Shard:
-    """A job of the array; submitit calls `checkpoint` before it stops the job."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __call__(self, part):
-        self.worker = subprocess.Popen([*self.command, *part])
-        if status := self.worker.wait():
-            raise RuntimeError(f"{Path(self.command[1]).name} failed with status {status}; see its message above")
-
-    def checkpoint(self, part):
-        from submitit.helpers import DelayedSubmission
-
-        self.worker.terminate()
-        self.worker.wait()  # until its step is saved
-        return DelayedSubmission(Shard(self.command), part)
-
-
 def submit(args, argv):
     logs = Path(args.output_dir).resolve() / "submitit"
     executor = slurm.executor(
         logs, args.cluster, name="position-sweep", cpus_per_task=args.num_threads or 4,
         gpus_per_node=int(args.device != "cpu"), timeout_min=args.timeout, slurm_partition=args.partition,
     )  # fmt: skip
-    task = Shard(command(argv, {"launcher", "jobs", "cluster", "partition", "timeout"}))
+    task = slurm.Command(command(argv, {"launcher", "jobs", "cluster", "partition", "timeout"}))
     parts = [[] if args.halving else ["--shard", f"{part}/{args.jobs}"] for part in range(args.jobs)]
     jobs = executor.map_array(task, parts)
     slurm.say_where(jobs, logs)

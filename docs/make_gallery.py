@@ -155,7 +155,7 @@ def main():
         elif (image := pages.picture(name, *source)) is not None:
             image.thumbnail((width, 9999), Image.Resampling.LANCZOS)
             few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)  # others lose the colours of thin lines
-            image.quantize(palette=few).save(args.output_dir / name, optimize=True)
+            image.quantize(palette=few, dither=Image.Dither.NONE).save(args.output_dir / name, optimize=True)
     for name in wanted:
         if name.startswith("contact_sheet"):
             sheet(pages).save(args.output_dir / name, quality=80)

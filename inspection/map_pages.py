@@ -162,9 +162,9 @@ def _head_image(page) -> tuple[float, float]:
     return HEAD_IMAGE * h / max(h, w), HEAD_IMAGE * w / max(h, w)
 
 
-def _head_lines(page, scaled) -> tuple[list[str], list[str]]:
-    """The lines of the title (13 points), and those of what the page is of (7.5 points); on either sheet the same."""
-    width = SHEETS[0][0] - 2 * MARGIN - _head_image(page)[1] - GAP
+def _head_lines(page, scaled, page_w=SHEETS[0][0]) -> tuple[list[str], list[str]]:
+    """The lines of the title (13 points), and those of what the page is of (7.5 points)."""
+    width = page_w - 2 * MARGIN - _head_image(page)[1] - GAP
     title = wrapped(page.title, int(10 * (width - SCALE * scaled)))[:2]
     quiet = [] if len(page.rows) == 1 else page.caption.split("\n")
     quiet = [line for text in (*quiet, page.about) for line in wrapped(text, int(width / (LETTER * 7.5 / 7)))]
@@ -172,6 +172,7 @@ def _head_lines(page, scaled) -> tuple[list[str], list[str]]:
 
 
 def _head_height(page, scaled) -> float:
+    """Inches; of the narrower sheet, also where the page is the other one."""
     title, quiet = _head_lines(page, scaled)
     return max(0.35 + 0.23 * len(title) + 0.135 * len(quiet), _head_image(page)[0] + 0.4)
 
@@ -185,7 +186,7 @@ def _write_head(figure, page, vmax, look):
         axes.set_axis_off()
         _show_image(axes, page.rows[0].shown)
         _frame_patch(axes, page.rows[0].cells[0], page.rows[0].shown)
-    title, quiet = _head_lines(page, vmax is not None)
+    title, quiet = _head_lines(page, vmax is not None, page_w)
     figure.text(left / page_w, 1 - 0.17 / page_h, "\n".join(title), fontsize=13, weight="bold", va="top")
     below = 0.22 + 0.23 * len(title)
     words = dict(fontsize=7.5, color="0.35", va="top", linespacing=1.15)

@@ -29,7 +29,7 @@ RECIPES = {
     ),
     # Ten minutes on two cores; what was tried is in docs/RESULTS.md.
     "quick": dict(
-        epochs=11, repeats=1, batch_size=128, opt="nmuon", lr=5e-3, weight_decay=0.05, aug="none", drop_path=0.0,
+        epochs=9, repeats=1, batch_size=128, opt="nmuon", lr=5e-3, weight_decay=0.05, aug="none", drop_path=0.0,
         smoothing=0.1, reprob=0.0, mixup=0.0, cutmix=0.0, mix_prob=0.5,
         embed_dim=96, depth=6, num_heads=3, stem="deep",
     ),

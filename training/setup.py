@@ -144,7 +144,7 @@ def plain_attention_on_cpu(model, device, dtype):
 
 
 def on_channels_last(model):
-    """Convolutions are faster with the channels last; a DynamicViT has only one of them."""
+    """Convolutions are faster with the channels last; a DynamicViT has few of them."""
     return model if isinstance(model, DynamicViT) else model.to(memory_format=torch.channels_last)
 
 

@@ -1,6 +1,7 @@
 """Jobs of submitit: on a SLURM cluster, or as processes of this machine (pip install submitit)."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import utils
@@ -39,3 +40,22 @@ def wait(jobs, folder: Path):
 
 def say_where(jobs, folder: Path):
     utils.say(f"job {', '.join(job.job_id for job in jobs)}; logs in {folder}")
+
+
+class Command:
+    """A command line as a job of an array; submitit calls `checkpoint` before it stops the job."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __call__(self, more):
+        self.process = subprocess.Popen([*self.command, *more])
+        if status := self.process.wait():
+            raise RuntimeError(f"{Path(self.command[1]).name} failed with status {status}; see its message above")
+
+    def checkpoint(self, more):
+        from submitit.helpers import DelayedSubmission
+
+        self.process.terminate()
+        self.process.wait()  # until its step is saved
+        return DelayedSubmission(Command(self.command), more)

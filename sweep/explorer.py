@@ -26,7 +26,7 @@ IMAGES = 4
 MEASURES = {  # of a record: what they are called, and their unit
     "test_top1": ("test accuracy", "%"), "val_top1": ("held-out accuracy", "%"), "test_loss": ("test loss", ""),
     "flops": ("a forward pass", "MFLOPs"), "images_per_s": ("training", "images/s"),
-    "causal_depth": ("CLS can be replaced up to block", ""), "artefact_share": ("artefact patches", "%"),
+    "causal_depth": ("CLS can be replaced up to block (-1: none)", ""), "artefact_share": ("artefact patches", "%"),
     "cls_to_registers": ("attention of CLS to registers", "%"), "sinks_on_cls": ("sinks on CLS", "%"),
     "sinks_on_registers": ("sinks on registers", "%"), "sinks_on_patches": ("sinks on patches", "%"),
     "hit_ratio": ("patch most like CLS is in the box", "%"), "corloc": ("CorLoc of LOST", "%"),

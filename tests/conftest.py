@@ -1,5 +1,6 @@
 """Small models and small runs, shared by the tests. CPU only, no network."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,13 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 # The first backward pass decides whether autograd may be forked; after a torch.export it would decide against it.
 torch.ones(1, requires_grad=True).sum().backward()
+
+
+def pytest_collection_finish():
+    """Garbage collections skip what is imported by now, and so forks share its memory: a tenth of their time."""
+    gc.collect()
+    gc.freeze()
+
 
 # A model of a few thousand parameters, trained for seconds.
 TINY = "--embed_dim 24 --depth 3 --num_heads 3 --num_reg 2 --patch_size 8 --device cpu --num_threads 1".split()

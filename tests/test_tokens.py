@@ -245,3 +245,13 @@ def test_a_run_of_the_scripts(tmp_path, capsys):
     what.remove("dense") if "dense" in what else None
     status, out, err = run(analyze_tokens.main, ["--model_path", model, "--output_dir", tmp_path, *what], capsys)
     assert status == 0 and "linear:" in out, err
+
+
+@pytest.mark.parametrize(("stem", "strides"), [("patch", [4]), ("conv", [2, 2, 1]), ("deep", [2, 1, 1, 2, 1, 1, 1])])
+def test_the_convolutions_of_a_stem(stem, strides):
+    """The last one is the projection; the widths double up to the model's, 24."""
+    model = tiny(stem=stem)
+    convs = [module for module in model.patch_embed.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert [conv.stride[0] for conv in convs] == strides
+    assert [conv.out_channels for conv in convs] == [12] * (len(strides) // 2) + [24] * (len(strides) // 2 + 1)
+    assert model.patch_embed(noise(model)).shape == (2, 24, 24)

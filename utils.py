@@ -3,6 +3,7 @@ and devices, files that are written whole.
 """
 
 import argparse
+import functools
 import gc
 import hashlib
 import json
@@ -48,14 +49,19 @@ class Stopped(Exception):
         self.number, self.status = number, 128 + number
 
 
+@functools.cache  # once in a process
+def _freeze_imports():
+    """Garbage collections skip what is imported: a second less for a picture."""
+    gc.freeze()
+
+
 def run_script(main, *args):
     """Call `main(*args)` and end the program as a script here does: one line and a status, no traceback.
 
     Under torchrun the error is also written where torchrun looks for the first cause of a job's end. After an error
     the process group is not destroyed: that would wait for peers that may be waiting for this process.
     """
-    if not gc.get_freeze_count():
-        gc.freeze()  # garbage collections skip what is imported: a second less for a picture
+    _freeze_imports()
     try:
         main(*args)
     except (BadInput, RunFailed, Stopped) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share two cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+gc.disable()  # until everything is imported
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def pytest_collection_finish():
     """Garbage collections skip what is imported by now, and so forks share its memory: a tenth of their time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 # A model of a few thousand parameters, trained for seconds.

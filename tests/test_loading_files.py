@@ -305,15 +305,15 @@ def test_stopped_then_resumed_to_the_end(start, tmp_path, photos, method):
     assert err == "" and out.splitlines()[-3].startswith("Accuracy: top-1"), out + err
 
 
-def test_broken_images_end_the_run(tmp_path, photos):
+def test_broken_images_end_the_run(start, tmp_path, photos):
     """One line names all that a batch has."""
     bad = shutil.copytree(photos, tmp_path / "bad")
     broken = [bad / "train" / name for name in ("blue/1.png", "blue/3.png", "red/0.png", "red/2.png", "red/5.png")]
     for file in broken:
         file.write_bytes(file.read_bytes()[:60])
-    argv = [*WORKERS, "--data_path", bad, *"--epochs 2 --batch_size 18 --val_size 2 --no-repeated-aug".split()]
-    _, err = typed(ROOT / "main_distillation.py", *argv, cwd=tmp_path, status=2)
-    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
+    child = start(*"--epochs 2 --batch_size 18 --val_size 2 --no-repeated-aug".split(), data=bad)
+    status, _, err = child.end(SOON)
+    assert status == 2 and len(err.splitlines()) == 1 and "Traceback" not in err, err
     assert sum(str(file) in err for file in broken) >= 3 and err.count("error:") == 1
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,9 +155,8 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, how, cause):
 
 
 def test_what_all_processes_refuse_is_printed_once(tmp_path):
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     argv = ["--distributed", "--data_path", "nowhere"]
-    _, err = typed(*torchrun, ROOT / "main_distillation.py", *argv, cwd=tmp_path, status=1)
+    _, err = in_processes(2, forked.script("main_distillation.py"), *argv, cwd=tmp_path, status=1)
     words = "there is no folder nowhere/train; give --data_path"
     assert err.count(f"main_distillation.py: error: {words}") == 1
     assert "BadInput" not in err  # no traceback of ours, also in torchrun's summary
@@ -196,7 +196,7 @@ def test_broken_images_end_all_processes(tmp_path, photos):
 
 def test_submitit(tmp_path, capsys, monkeypatch):
     """Two tasks of its local executor get submitit's signal in training, as SLURM sends it: they save, are requeued,
-    resume, and test the model. The same job again, with another model, is refused."""
+    resume, and test the model."""
     pytest.importorskip("submitit")
     folder, wait = tmp_path / "job", slurm.wait
     log, logs = folder / "log.txt", folder / "submitit"
@@ -222,8 +222,25 @@ def test_submitit(tmp_path, capsys, monkeypatch):
     out, err = (next(logs.glob(f"*_0_log.{kind}")).read_text() for kind in ("out", "err"))
     assert "stopped by SIGUSR2" in err and "this job is" in out
     assert "resuming after epoch" in out and "Accuracy: top-1" in out
-    logs.rename(tmp_path / "first")
-    status, _, err = run(run_with_submitit.main, [*argv, "--ngpus", "1", *more, "--depth", "2"], capsys)
-    assert status == 1 and "failed; its messages are in" in err
-    err = next(logs.glob("*_0_log.err")).read_text()
+
+
+def test_a_submitted_job_that_fails(tmp_path, capsys, monkeypatch):
+    """The folder of another model is refused in the job, whose messages the submitting process points to."""
+    pytest.importorskip("submitit")
+    argv = [*STUDENT, *"--epochs 1 --batch_size 64 --no_aug --max_steps 1".split()]
+    assert run(main_distillation.main, [*argv, "--output_dir", tmp_path], capsys)[0] == 0
+    here = SimpleNamespace(export=lambda **_: None)  # one process, which torchrun's agent has started instead
+    monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: here)
+
+    def task(argv):
+        run_with_submitit.Task(tmp_path, argv)()
+
+    _, err = in_processes(1, task, *argv, "--depth", "2", cwd=tmp_path, status=1)
     assert "the model of" in err and "depth is 3 there, 2 here" in err
+    assert "main_distillation.py ended with status 2; its message is above" in err
+
+    def failed():
+        raise RuntimeError("submitit's own words")
+
+    with pytest.raises(utils.RunFailed, match=r"job 7 failed; its messages are in .*7_\*_log\.err"):
+        slurm.wait([SimpleNamespace(job_id=7, results=failed)], tmp_path)

@@ -151,7 +151,7 @@ def alone_in(folder, argv):
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_stopped_in_validation(runs, tmp_path, turn):
-    """Of the model (1) and of its EMA (2), while every process has all of its weights."""
+    """Of the model (1) and of its EMA (2), while every process has all of its weights: in the second epoch."""
 
     def main(argv):
         evaluate, calls = loop.evaluate, []
@@ -166,7 +166,8 @@ def test_stopped_in_validation(runs, tmp_path, turn):
         main_distillation.main(argv)
 
     argv = [*RUN, "--fsdp", "--output_dir", "run"]
-    _, err = in_two(main, *argv, cwd=tmp_path, status=1)
+    begun = ["--resume", runs / "fsdp_stopped" / "checkpoint.pth", "--overwrite"]
+    _, err = in_two(main, *argv, *begun, cwd=tmp_path, status=1)
     assert "stopped by SIGTERM" in err
     in_two(main_distillation.main, *argv, "--resume", cwd=tmp_path)
     assert not differences(checkpoint_of(runs / "fsdp")["model"], checkpoint_of(tmp_path / "run")["model"])

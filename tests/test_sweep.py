@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from conftest import TINY, noise, run, shell, tiny
 from sweep import cells, results
 from sweep.cells import GridCell
 from tokens.layout import MODES
-from training import loop
+from training import loop, slurm
 from training.run_log import read_json_lines
 from utils import BadInput
 
@@ -321,14 +322,25 @@ def test_two_workers_on_one_folder_do_each_cell_once(tmp_path):
     assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == 4
 
 
-def test_shards_and_submitit(tmp_path, capsys):
-    """Two jobs of the local executor, a shard each."""
+def test_shards_and_submitit(tmp_path, capsys, monkeypatch):
+    """A shard by hand; the other cell by a job of the local executor; two jobs take a shard each."""
     pytest.importorskip("submitit")
     argv = [*RECIPE, *"--epochs 1 --cls_pos 0 1 --reg_pos 0 --num_reg 0 --seeds 0".split()]
-    out = sweep(capsys, tmp_path, *argv, *"--launcher submitit --cluster local --jobs 2".split())
+    sweep(capsys, tmp_path, *argv, "--shard", "1/2")
+    assert set(records_in(tmp_path)) == {"cls1_x0_seed0"}
+    submitted = "--launcher submitit --cluster local --jobs".split()
+    out = sweep(capsys, tmp_path, *argv, *submitted, "1")
     assert set(records_in(tmp_path)) == {"cls0_x0_seed0", "cls1_x0_seed0"} and "Best on the held-out images" in out
-    said = [file.read_text() for file in sorted((tmp_path / "submitit").glob("*_log.out"))]
-    assert [text.count("Test accuracy") for text in said] == [1, 1]
+    (said,) = (tmp_path / "submitit").glob("*_log.out")
+    assert said.read_text().count("Test accuracy") == 1
+    given = []
+    executor = SimpleNamespace(
+        map_array=lambda task, parts: given.extend([*task.command, *part] for part in parts) or []
+    )
+    monkeypatch.setattr(slurm, "executor", lambda *_, **__: executor)
+    sweep(capsys, tmp_path, *argv, *submitted, "2")
+    assert [command[-2:] for command in given] == [["--shard", "0/2"], ["--shard", "1/2"]]
+    assert not any("--launcher" in command or "--jobs" in command for command in given)
 
 
 def test_the_seconds_that_are_left_by_hand(tmp_path):

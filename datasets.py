@@ -195,6 +195,7 @@ def _read_cifar(name, path, train):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes
 
 
+@cache
 def read_digits(train):
     """As 32 x 32 RGB."""
     digits, labels = scans(train)

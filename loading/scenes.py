@@ -4,6 +4,8 @@ One clear digit of some size, place and colour on a textured background, among p
 of takes finding the digit. The same in every process: the draws are seeded, and Pillow blends in whole numbers.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +30,7 @@ def scans(train) -> tuple[np.ndarray, np.ndarray]:
     return digits.images[chosen], digits.target[chosen]
 
 
+@cache
 def scenes(train) -> tuple[Tensor, Tensor, Tensor]:
     """(images (M, 3, 64, 64) uint8, labels (M,) int64, masks (M, 64, 64) uint8: 0 background, 1 + class), in order."""
     chance, (digits, labels) = np.random.default_rng([18, train]), scans(train)

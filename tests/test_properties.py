@@ -22,7 +22,6 @@ import analyze_tokens
 import cifar_main
 import cifar_test
 import cifar_train
-import datasets
 import discover_objects
 import main_distillation
 import position_sweep
@@ -366,7 +365,6 @@ def contained(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
     monkeypatch.setattr(setup, "make_deterministic", lambda: None)
-    monkeypatch.setattr(datasets, "read_digits", cache(datasets.read_digits))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from inspection.fonts import use_fonts
 from models_dynamic import AttentionMaps
 
 COLOURS = "viridis"
+PDF = {"pdf.fonttype": 42}  # TrueType: journals refuse matplotlib's Type 3, other programs cannot edit it
 PERCENTILE = 99  # of the values, at the top of a scale: a single patch would leave the others dark
 ATTENTION = "share of the token's attention on each patch, in %, after softmax over all tokens"
 TIMES_PATCHES = (
@@ -124,7 +125,7 @@ def write_pdf(figures, file):
     from matplotlib.backends.backend_pdf import PdfPages
 
     def write(out):
-        with rc_context({"pdf.fonttype": 42}), PdfPages(out) as pdf:
+        with rc_context(PDF), PdfPages(out) as pdf:
             for figure in figures:
                 pdf.savefig(use_fonts(figure), dpi=200)
 

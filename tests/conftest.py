@@ -19,6 +19,7 @@ import utils
 from browser import browser  # noqa: F401  a fixture
 from checkpoints.files import save_checkpoint
 from cifar_main import main
+from inspection import pages
 from models_dynamic import DynamicViT
 from training import loop, run_log
 
@@ -125,11 +126,19 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def fonts():
+    """PDFs of this test have the fonts that users get."""
+
+
 @pytest.fixture(autouse=True)
-def _no_curves(monkeypatch, request):
-    """Those of other tests do not, since that takes longer than a tiny run. Those of `trained` are there."""
+def _quick_pictures(monkeypatch, request):
+    """Other tests draw no curves, which takes longer than a tiny run (those of `trained` are there), and their PDFs
+    have fonts that are embedded in a tenth of the time."""
     if "curves" not in request.fixturenames:
         monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
+    if "fonts" not in request.fixturenames:
+        monkeypatch.setitem(pages.PDF, "pdf.fonttype", 3)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import run, saved_model, tiny
 from datasets import eval_transform
 from inspection import fonts, inputs, map_pages, objects_pages
 from inspection.map_pages import Look, draw_page, parts_of
-from inspection.pages import MapCell, Page, Row
+from inspection.pages import MapCell, Page, Row, write_pdf
 from pages import no_overlaps
 from visualize_attention import main
 
@@ -214,3 +214,15 @@ def test_a_page_with_such_names(checkpoint, wide, tmp_path, capsys):
     wide = wide.rename(tmp_path / "猫" / "犬.png")
     status, _, err = run(main, flags(checkpoint, wide, tmp_path / "new", "--format", "png"), capsys)
     assert status == 0, err
+
+
+@pytest.mark.usefixtures("fonts")
+def test_fonts_of_a_pdf(tmp_path):
+    """TrueType, whose letters other programs can search, copy and edit."""
+    figure = Figure()
+    figure.text(0.1, 0.5, "Block 3")
+    write_pdf([figure], tmp_path / "page.pdf")
+    (page,) = PdfReader(tmp_path / "page.pdf").pages
+    (font,) = page["/Resources"]["/Font"].values()
+    assert "/FontFile2" in font.get_object()["/DescendantFonts"][0].get_object()["/FontDescriptor"].get_object()
+    assert page.extract_text() == "Block 3"

@@ -13,7 +13,7 @@ Letters: B batch, H heads, M queries, N tokens, P patches, R registers, D width,
 """
 
 import copy
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -154,9 +154,9 @@ def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=No
             raise _Enough
         return result
 
-    recorder, handles = Recorder(seen), []
+    recorder = Recorder(seen)
 
-    def watch(i, block):
+    def watch(i, block, hooks):
         def before(_, args):
             recorder.block = i
             new = None if tokens is None else tokens(i, args[0])
@@ -169,18 +169,14 @@ def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=No
                 raise _Enough
             return new
 
-        handles.extend([block.register_forward_pre_hook(before), block.register_forward_hook(after)])
+        hooks.enter_context(block.register_forward_pre_hook(before))
+        hooks.enter_context(block.register_forward_hook(after))
 
-    try:
+    with suppress(_Enough), ExitStack() as hooks:
         for i, block in enumerate(blocks_of(model)):
-            watch(i, block)
+            watch(i, block, hooks)
         with as_evaluated(model), recorder:
             return model(images)
-    except _Enough:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

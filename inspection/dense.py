@@ -89,11 +89,8 @@ def _outputs(model, images) -> dict[str, Tensor]:
         x = x.flatten(1, 2) if x.ndim == 4 else x  # some of timm's keep the grid
         found["cosine"] = outliers.neighbour_cosine(x, model.grid_size)
 
-    handle = own_model(model).patch_embed.register_forward_hook(embedded)
-    try:
+    with own_model(model).patch_embed.register_forward_hook(embedded):
         watch_calls(model, images, see, output=output)
-    finally:
-        handle.remove()
     found["pixels"] = outliers.pixels_of(images, model.grid_size)
     return {name: x for name, x in found.items() if x is not None}
 

@@ -103,11 +103,8 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
     x = seen["skip"].repeat_interleave(len(parts), dim=0)  # (B * parts, 1, D): CLS alone, once for each part
     with as_evaluated(model), recorder:
         whole = block(x)
-        silent = block.mlp.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
-        try:
+        with block.mlp.register_forward_hook(lambda module, args, y: torch.zeros_like(y)):
             added = block(x) - x
-        finally:
-            silent.remove()
     whole, added = (values.unflatten(0, (-1, len(parts)))[:, :, 0] for values in (whole, added))  # (B, parts, D)
     added, outputs = ({name: values[:, n] for n, name in enumerate(parts)} for values in (added, whole))
     if not torch.allclose(outputs["attention"], cls[last], rtol=1e-3, atol=1e-3 * float(cls[last].abs().max())):

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from inspection.bootstrap import bootstrap
@@ -23,9 +24,7 @@ def patch_labels(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     gh, gw = grid
     cells = mask.long().unflatten(0, (gh, -1)).unflatten(2, (gw, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
-    counts = np.zeros((gh * gw, 256), np.int64)
-    np.add.at(counts, (np.arange(gh * gw)[:, None], cells.cpu().numpy()), 1)
-    return torch.from_numpy(counts.argmax(axis=1))
+    return torch.from_numpy(stats.mode(cells.cpu().numpy(), axis=1).mode)
 
 
 def draw(tokens: Tensor, mask: Tensor, grid, most: int, chance: torch.Generator) -> tuple[np.ndarray, np.ndarray]:

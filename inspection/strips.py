@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
 
 from inspection.pages import COLOURS, PERCENTILE, headed_figure, percentile_of
 
@@ -13,14 +13,14 @@ LABEL, GAP, HEAD = 1.45, 0.06, 0.26  # of the text beside a row, between maps, o
 @dataclass
 class Strip:
     label: str  # of at most two lines
-    maps: list[Tensor | None]  # (gh, gw) shares, one for each column
+    maps: np.ndarray  # (columns, gh, gw) shares; NaN where the token is absent
     top: float  # the share of the brightest colour, see `top_of`
 
 
 @dataclass
 class Group:
     caption: str
-    picture: Tensor  # (3, h, w) uint8; those of a page have one shape
+    picture: np.ndarray  # (3, h, w) uint8; those of a page have one shape
     strips: list[Strip]
 
 
@@ -59,12 +59,11 @@ def draw_strips(title, about, columns: list[str], groups: list[Group]):
         for n, strip in enumerate(group.strips):
             y -= cell[0] + GAP
             if n == 0:
-                picture = group.picture.permute(1, 2, 0).numpy()
-                axes_at(0.33, y).imshow(picture, aspect="auto", interpolation="nearest")
+                axes_at(0.33, y).imshow(np.moveaxis(group.picture, 0, 2), aspect="auto", interpolation="nearest")
             words = f"{strip.label}\nto {100 * strip.top:.3g}%"
             figure.text((first - LABEL) / width, (y + cell[0] / 2) / height, words, fontsize=7.5, va="center")
             for c, shares in enumerate(strip.maps):
-                if shares is not None:
+                if not np.isnan(shares).any():
                     shown = dict(cmap=COLOURS, vmin=0, vmax=strip.top, aspect="auto", interpolation="nearest")
-                    axes_at(first + c * (cell[1] + GAP), y).imshow(shares.numpy(), **shown)
+                    axes_at(first + c * (cell[1] + GAP), y).imshow(shares, **shown)
     return figure

@@ -6,6 +6,7 @@ them, the register neurons, are silent on all patches from then on; the largest 
 an image goes to an added token that enters as zeros. New here: it enters at a block of your choice.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -124,12 +125,10 @@ def rank_neurons(model, batches, block: int, threshold: float) -> list[tuple[int
 
     for images, _ in batches():
         trace(model, images, output=norms, last=block)
-        handles = [_on_hidden(model.blocks[i], partial(add, i)) for i in range(block + 1)]
-        try:
+        with ExitStack() as hooks:
+            for i in range(block + 1):
+                hooks.enter_context(_on_hidden(model.blocks[i], partial(add, i)))
             trace(model, images, output=lambda i, x: None, last=block)  # to the end of that block
-        finally:
-            for handle in handles:
-                handle.remove()
     numbered = [(i, n) for i, each in enumerate(sums) for n in range(len(each))]
     return [numbered[k] for k in torch.cat(sums).argsort(descending=True, stable=True).tolist()]
 

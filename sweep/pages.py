@@ -279,11 +279,8 @@ def attention_page(folder, records, summary, data: ImageData):
     ]
     names = [results.label(record).replace(", ", ",\n", 1) for record in pair]
     for i in range(len(few)):
-        strips = [
-            Strip(name, [None if np.isnan(m).any() else torch.from_numpy(m) for m in maps[i]], top_of(maps))
-            for name, maps in zip(names, of_cells)
-        ]
-        groups_of_maps.append(Group(f"class: {data.classes[int(few.labels[i])]}", few.images[i], strips))
+        strips = [Strip(name, maps[i], top_of(maps)) for name, maps in zip(names, of_cells)]
+        groups_of_maps.append(Group(f"class: {data.classes[int(few.labels[i])]}", few.images[i].numpy(), strips))
     columns = [f"block {b}" for b in range(of_cells[0].shape[1])]
     title = "The class token in the best cell, and with all tokens from block 0"
     return draw_strips(title, f"held-out images, seed {seeds[0]}", columns, groups_of_maps)

@@ -4,8 +4,6 @@ Groups are cells that differ only in their seed. The best one is chosen on held-
 that on the test images. Groups are compared seed by seed and image by image.
 """
 
-import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -17,6 +15,7 @@ import utils
 from sweep.cells import AXES, DESIGN, describe_design, describe_positions, describe_registers, hits_of, read_record
 from sweep.measures import PRIMARY
 from sweep.prediction import predictions
+from training.run_log import write_csv
 from utils import counted, flag_value
 
 COLUMNS = (
@@ -304,13 +303,9 @@ def write_tables(folder, about: dict, measure="accuracy", halved=None) -> dict:
     """Write results.csv (a line per cell), results.json (with the statistics) and .md; returns the statistics."""
     folder, records = Path(folder), collect(folder)
     summary = summarise(records, measure, halved) | {"prediction": predictions(records)}
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(record | {"cls_pos": flag_value(record["cls_pos"])} for record in records)
-    everything = json.dumps({"about": about, "cells": records, **summary}, indent=1)
-    for name, text in (("csv", lines.getvalue()), ("json", everything), ("md", markdown(summary))):
-        utils.write_text(folder / f"results.{name}", text)
+    write_csv(folder / "results.csv", COLUMNS, [r | {"cls_pos": flag_value(r["cls_pos"])} for r in records])
+    utils.write_text(folder / "results.json", json.dumps({"about": about, "cells": records, **summary}, indent=1))
+    utils.write_text(folder / "results.md", markdown(summary))
     return summary
 
 
@@ -323,25 +318,32 @@ def markdown(summary) -> str:
         "against 0/0 (95 % interval)", "MFLOPs", "images/s", "artefacts", "CLS to registers", "CLS harmless until",
         "sinks: CLS, registers, patches", *(["hit ratio, CorLoc, kNN IoU"] if judged else ()),
     )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for row in summary["groups"]:
-        is_best = position_of(row) == summary["best"]
         primary = [mean_and_sd(row["primary"]) if row["primary"] else "-"] if other else []
-        cells = [
+        rows.append([
             *_where(row), str(len(row["seeds"])), f"{row['val_top1']['mean']:.2f}", mean_and_sd(row["test_top1"]),
             *primary, _difference(row["against_0_0"]), f"{row['flops'] / 1e6:.2f}", f"{row['images_per_s']:.0f}",
             f"{row['artefact_share']:.2f} %", _number(row["cls_to_registers"], " %"), _number(row["causal_depth"]),
             ", ".join(_number(row[f"sinks_on_{kind}"], " %") for kind in ("cls", "registers", "patches")),
             *([", ".join(_number(row[name], " %") for name in JUDGED)] if judged else ()),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(f"**{cell}**" if is_best else cell for cell in cells) + " |")
+        ])  # fmt: skip
+        if position_of(row) == summary["best"]:
+            rows[-1] = [f"**{cell}**" for cell in rows[-1]]
     note = (
         f"Intervals: of {measure}, 95 % for all {counted(summary['comparisons'], 'comparison')} together, over seeds"
         f"{'' if other else ' and test images'}, paired; from {MIN_SEEDS} common seeds on. All other measures are "
         "exploratory."
     )
     parts = [*([note, ""] if summary["comparisons"] else []), summary["verdict"], ""]
-    return "\n".join([*lines, "", *parts, *_fell(summary["halving"]), *_predicted(summary.get("prediction"))])
+    more = [*_fell(summary["halving"]), *_predicted(summary.get("prediction"))]
+    return "\n".join([*_table(heads, rows), "", *parts, *more])
+
+
+def _table(heads, rows) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 
 
 def _fell(halved) -> list[str]:
@@ -349,16 +351,16 @@ def _fell(halved) -> list[str]:
     if not halved or not halved["fell"]:
         return []
     heads = ("CLS at", "registers", "at", "fell at rung", "after epoch", "held-out % so far")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for row in halved["fell"]:
         held_out = "failed" if row["val_top1"] is None else mean_and_sd(row["val_top1"])
-        lines.append(f"| {' | '.join([*_where(row), str(row['rung']), str(row['epochs']), held_out])} |")
+        rows.append([*_where(row), str(row["rung"]), str(row["epochs"]), held_out])
     last = len(halved["rungs"])
     note = (
         f"Successive halving, {last} rungs, about one of {halved['eta']} positions survives each: these were not "
         "trained whole. The verdict is on those that were; its intervals are corrected for all of the grid."
     )
-    return [*lines, "", note, ""]
+    return [*_table(heads, rows), "", note, ""]
 
 
 def _where(row) -> list[str]:
@@ -372,12 +374,11 @@ def _predicted(prediction) -> list[str]:
     if not prediction or not prediction["cells"]:
         return []
     heads = ("CLS at", "registers", "at", "seeds", "predicted change", "measured change (points of test top-1)")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for group in grouped(prediction["cells"]).values():
         means = (np.mean([cell[name] for cell in group.values()]) for name in ("predicted", "measured"))
-        words = [*_where(next(iter(group.values()))), str(len(group)), *(f"{value:+.2f}" for value in means)]
-        lines.append(f"| {' | '.join(words)} |")
-    return [*lines, "", prediction["verdict"], ""]
+        rows.append([*_where(next(iter(group.values()))), str(len(group)), *(f"{value:+.2f}" for value in means)])
+    return [*_table(heads, rows), "", prediction["verdict"], ""]
 
 
 def _number(value, unit="") -> str:

@@ -18,6 +18,7 @@ from engine import evaluate
 from loading.files import FileLoader
 from loading.folders import class_folders, find_folders, note_left_out
 from loading.labels import timm_info
+from training.run_log import write_csv
 from utils import BadInput
 
 FILES = {  # the names of timm's results/
@@ -122,9 +123,5 @@ def write_results(folder, name, row) -> Path:
         if rows and set(rows[0]) != set(COLUMNS):
             raise BadInput(f"{path} has other columns; give another --output_dir")
     rows = [row, *(other for other in rows if other["model"] != row["model"])]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda each: -float(each["top1"])))
-    utils.write_text(path, text.getvalue())
+    write_csv(path, COLUMNS, sorted(rows, key=lambda each: -float(each["top1"])))
     return path

@@ -169,12 +169,8 @@ def _page(saved, tops, images, epochs):
     """A figure of one epoch: a row for each token of `tops` ({key: brightest share}) below each of `images`."""
     registers, groups = sum(token.startswith("reg") for token in _tokens(saved)), []
     for i in images:
-        strips = []
-        for key, top in tops.items():
-            maps = [None if np.isnan(m).any() else torch.from_numpy(m) for m in saved[key][i]]
-            strips.append(Strip(token_name(key, registers), maps, top))
-        caption = str(saved["captions"][i]).replace("\n", ", ")
-        groups.append(Group(caption, torch.from_numpy(saved["pictures"][i]), strips))
+        strips = [Strip(token_name(key, registers), saved[key][i], top) for key, top in tops.items()]
+        groups.append(Group(str(saved["captions"][i]), saved["pictures"][i], strips))
     columns = [f"block {b}" for b in range(saved[next(iter(tops))].shape[1])]
     return draw_strips(f"Epoch {int(saved['epoch'])} of {epochs}", str(saved["about"]), columns, groups)
 

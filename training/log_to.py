@@ -4,8 +4,6 @@ Each of these is a context manager that has (folder of the run, its id, its flag
 and gives a function that takes one epoch's metrics.
 """
 
-import csv
-import io
 import os
 import secrets
 from contextlib import ExitStack, contextmanager
@@ -13,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import utils
-from training.run_log import plain_args, read_json_lines
+from training.run_log import plain_args, read_json_lines, write_csv
 from utils import BadInput
 
 PROJECT = "vit-token-entry"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
@@ -74,11 +72,7 @@ def to_csv(folder, name, config, epoch):
 
     def add(_):
         records = [record for record in read_json_lines(folder / "log.txt") if "epoch" in record]
-        text = io.StringIO()
-        table = csv.DictWriter(text, dict.fromkeys(key for record in records for key in record), lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
-        utils.write_text(path, text.getvalue())
+        write_csv(path, dict.fromkeys(key for record in records for key in record), records)
 
     yield add
 

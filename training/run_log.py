@@ -1,5 +1,7 @@
 """What a run writes for a reader: lines of JSON, curves."""
 
+import csv
+import io
 import json
 import math
 import platform
@@ -124,6 +126,15 @@ def read_json_lines(path) -> list[dict]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def write_csv(path, columns, rows):
+    """A table with a column for each name in `columns`, from dictionaries; what they lack stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    utils.write_text(path, text.getvalue())
 
 
 def selection_key(metrics):

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inspection.attention import trace
 from inspection.bootstrap import with_interval
-from inspection.statistics import Norms, artefact_bin, bin_edge
+from inspection.statistics import TokenStatistics
 
 KINDS = ("outlier", "normal")
 ALPHAS = np.logspace(-1, 5, 7)  # of the ridge, chosen by generalised cross-validation
@@ -23,18 +22,11 @@ FEWEST = 20  # images with outliers
 
 def find_threshold(model, batches) -> dict:
     """{"threshold": the norm from which a patch is an outlier, "share" of the patches that are}, over all images."""
-    last, (gh, gw) = model.depth - 1, model.grid_size
-    norms, patches = Norms(gh * gw), model.token_layout(last).patches
-
-    def output(i, x):
-        if i == last:
-            norms.add(x[:, patches].norm(dim=-1))
-
+    statistics = TokenStatistics(model, probe_images=0, attention=False)
     for images, *_ in batches():
-        trace(model, images, output=output)
-    counts = norms.counts.sum(dim=0)
-    first, _ = artefact_bin(counts)
-    return {"threshold": bin_edge(first), "share": int(counts[first:].sum()) / int(counts.sum())}
+        statistics.add(images)
+    last = statistics.result()["artefacts"]["blocks"][-1]
+    return {name: last[name] for name in ("threshold", "share")}
 
 
 def neighbour_cosine(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -32,10 +32,14 @@ FOLDS, NEIGHBOURS = 5, 5
 
 
 class TokenStatistics:
-    """See the module. `probe_images`: the tokens of at most so many images are kept for `probe_accuracies`."""
+    """See the module. `probe_images`: the tokens of at most so many images are kept for `probe_accuracies`.
 
-    def __init__(self, model: DynamicViT, probe_images=1000):
+    `attention`: False leaves it out, for norms and artefacts alone.
+    """
+
+    def __init__(self, model: DynamicViT, probe_images=1000, attention=True):
         self.model, self.probe_images = model, probe_images
+        self.see = self._add_attention if attention else None
         self.layouts = [model.token_layout(i) for i in range(model.depth)]
         self.images = 0
         self.norms, self.moments = {}, defaultdict(Moments)
@@ -46,7 +50,7 @@ class TokenStatistics:
         """Add (B, 3, h, w) normalised images, and labels (B,) for `probe_accuracies`; returns their logits (B, K)."""
         self.keep = 0 if labels is None else max(0, self.probe_images - self.images)
         self.labels += [] if labels is None else labels[: self.keep].tolist()
-        logits = trace(self.model, images, attention=self._add_attention, output=self._add_output)
+        logits = trace(self.model, images, attention=self.see, output=self._add_output)
         self.images += len(images)
         return logits
 

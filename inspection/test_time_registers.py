@@ -99,7 +99,7 @@ def lasting(shares) -> int | None:
 
 @torch.no_grad()
 def _artefacts(model, batches) -> dict:
-    statistics = TokenStatistics(model, probe_images=0)
+    statistics = TokenStatistics(model, probe_images=0, attention=False)
     for images, _ in batches():
         try:
             statistics.add(images)

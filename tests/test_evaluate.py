@@ -136,9 +136,9 @@ def test_real(weights, scored, tmp_path):
 def test_v2_has_numbers_for_names(tmp_path):
     for number in (0, 10, 2):
         noise_image(tmp_path / str(number) / "x.png", number)
-    images = read_set("v2", tmp_path, SYNSETS, 10**6)
-    assert images.valid == [0, 2, 10]
-    assert images.split.labels.tolist() == [0, 2, 1]  # of folders 0, 10, 2
+    split, valid = read_set("v2", tmp_path, SYNSETS, 10**6)
+    assert valid == [0, 2, 10]
+    assert split.labels.tolist() == [0, 2, 1]  # of folders 0, 10, 2
 
 
 def test_own_folders_of_an_own_checkpoint(tmp_path, capsys):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,18 +27,7 @@ FILES = {  # the names of timm's results/
 COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
 
 
-@dataclass
-class EvaluationSet:
-    """`split.labels`: places in `valid`, (M,), or with several right answers (M, L), filled up with -1.
-
-    `valid`: numbers of the model's classes that compete, None: all of them.
-    """
-
-    split: Split
-    valid: list[int] | None
-
-
-def read_set(name, path, classes, max_pixels) -> EvaluationSet:
+def read_set(name, path, classes, max_pixels) -> tuple[Split, list[int] | None]:
     """The images of a set (one of FILES, or any other name), from its class folders, or those of val/ or test/ in it.
 
     Where it has only some of the model's classes (ImageNet-A and R have 200), only these compete, as in timm. Folders
@@ -47,6 +35,10 @@ def read_set(name, path, classes, max_pixels) -> EvaluationSet:
 
     Args:
         classes: of the model.
+
+    Returns:
+        The images, and numbers of the model's classes that compete (None: all). Labels are places among these, (M,),
+        or with several right answers (M, L), filled up with -1.
 
     Raises:
         BadInput: no such images, or classes that the model does not have.
@@ -57,11 +49,11 @@ def read_set(name, path, classes, max_pixels) -> EvaluationSet:
     note_left_out(path, left_out)
     split = Split(images, labels, max_pixels)
     if name == "real":
-        return EvaluationSet(_reassessed(split, classes, path), None)
+        return _reassessed(split, classes, path), None
     numbers = _numbers(own, labels, classes, path)
     valid = sorted(numbers)
     split.labels = torch.tensor([valid.index(number) for number in numbers])[labels]
-    return EvaluationSet(split, valid if len(valid) < len(classes) else None)
+    return split, valid if len(valid) < len(classes) else None
 
 
 def _numbers(own, labels, classes, path) -> list[int]:
@@ -97,12 +89,12 @@ def _reassessed(split, classes, path) -> Split:
     return split
 
 
-def score_set(model, data, images: EvaluationSet, device, batch_size, workers=0) -> dict:
-    """`evaluate` a model on its device. `data`: a description of its images, see `FileLoader`."""
-    batches = FileLoader(images.split, data, batch_size, device, workers=workers, **utils.own_share())
-    if images.valid is None:
+def score_set(model, data, split, valid, device, batch_size, workers=0) -> dict:
+    """`evaluate` a model on its device. `data`: a description of its images, see `FileLoader`; the set: `read_set`."""
+    batches = FileLoader(split, data, batch_size, device, workers=workers, **utils.own_share())
+    if valid is None:
         return evaluate(model, batches)
-    with model.register_forward_hook(lambda module, args, logits: logits[:, images.valid]):
+    with model.register_forward_hook(lambda module, args, logits: logits[:, valid]):
         return evaluate(model, batches)
 
 

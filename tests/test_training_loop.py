@@ -1,12 +1,15 @@
 """The epochs of a run: what is trained, validated, chosen and saved, as the command lines run them."""
 
+from argparse import Namespace
+from types import SimpleNamespace
+
 import torch
 
 import cifar_main
 import cifar_test
 import engine
 from checkpoints.files import load_checkpoint
-from conftest import DIGITS, TINY, run
+from conftest import DIGITS, TINY, noise, run, tiny
 from training import loop
 from training.run_log import read_json_lines
 
@@ -126,3 +129,15 @@ def test_images_of_ones_own(photos, tmp_path, capsys):
     assert "on 6 images of FOLDER" in out
     assert load_checkpoint(tmp_path / "m.pth")["model_args"]["img_size"] == (16, 24)
     assert run(cifar_test.main, ["--model_path", tmp_path / "m.pth", "--device", "cpu"], capsys)[1] in out
+
+
+def test_more_models_than_torch_compiles_of_one_function(monkeypatch):
+    """The cells of a sweep have one forward pass between them."""
+    graphs, compiled = [], torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend=lambda g, _: graphs.append(g) or g))
+    for cls_pos in range(3):
+        model = tiny(cls_pos=cls_pos)
+        loop.wrap(step := SimpleNamespace(model=model), Namespace(fsdp=False, compile=True), (16, 24))
+        step.model(noise(model))
+        assert len(graphs) == cls_pos + 1

@@ -1,6 +1,7 @@
 """What a checkpoint of training holds, and that a resumed run ends as one that was never stopped."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -15,7 +16,7 @@ from conftest import DIGITS, STUDENT, killed_in_epoch_3, run
 from forked import TWO_EPOCHS, differences, light_curves
 from training import loop, run_folder
 from training.run_log import read_json_lines
-from training.state import TrainingState
+from training.state import TrainingState, random_states
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -128,3 +129,21 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatc
             assert one[key] == other[key]
     bests = [load_checkpoint(tmp_path / run / "checkpoint.pth")["best"]["epoch"] for run in "ab"]
     assert bests[0] == bests[1]
+
+
+def test_a_card_that_is_full_is_no_damaged_checkpoint(trained, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+
+    def fails(state, path, saved):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(TrainingState, "_restore", fails)
+    argv = [*DIGITS, "--epochs", "3", "--model_path", folder / "model.pth", "--resume"]
+    status, _, err = run(cifar_main.main, argv, capsys)
+    assert status == 1 and "out of memory (CUDA out of memory." in err and "damaged" not in err
+
+
+def test_a_run_on_the_cpu_leaves_the_card_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert random_states()["cuda"] is None

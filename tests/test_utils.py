@@ -34,6 +34,25 @@ def test_advice_names_flags_that_the_script_has(monkeypatch, capsys, main, argv,
     assert status == 1 and word in err and "--batch_size" not in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_device_without_memory_is_one_line(monkeypatch, capsys, words):
+    """Not all of torch's errors for that have a class of their own."""
+
+    def fails(_):
+        raise RuntimeError(f"{words}\nmore lines")
+
+    monkeypatch.setattr(visualize_attention, "visualize", fails)
+    status, _, err = run(visualize_attention.main, ["--model_path", "x"], capsys)
+    assert status == 1 and len(err.splitlines()) == 1 and f"out of memory ({words})" in err
+
+
 def test_nobody_waits_while_a_folder_is_decoded(monkeypatch, photos, tmp_path):
     """NCCL waits ten minutes for the first process: that is for downloads."""
 

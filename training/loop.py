@@ -176,6 +176,7 @@ def wrap(step: TrainingStep, args, input_size, ema: ModelEmaV3 | None = None):
         step.model = DistributedDataParallel(step.model, gradient_as_bucket_view=True)
         rebuild_ddp_buckets(step, input_size)
     if args.compile:
+        torch.compiler.reset()  # of a sweep's cells, whose forward pass is one function, torch compiles eight, no more
         step.model = torch.compile(step.model)
 
 

@@ -103,6 +103,8 @@ class TrainingState:
                 raise ValueError(f"{wrong} is missing or wrong")
             self._check(path, saved)
             self._restore(path, saved)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
         self.kept = self._words(path)
@@ -186,7 +188,7 @@ def random_states() -> dict:
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the process's own GPU
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # of the process's own GPU
     }
 
 

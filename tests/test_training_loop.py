@@ -141,3 +141,16 @@ def test_more_models_than_torch_compiles_of_one_function(monkeypatch):
         loop.wrap(step := SimpleNamespace(model=model), Namespace(fsdp=False, compile=True), (16, 24))
         step.model(noise(model))
         assert len(graphs) == cls_pos + 1
+
+
+def test_averaged_batch_statistics_are_shared(monkeypatch):
+    """Or the images of other processes would be scored with others than those that are saved."""
+    shared, ema = [], Namespace(module=tiny())
+    monkeypatch.setattr(loop.utils, "world_size", lambda: 2)
+    monkeypatch.setattr(loop, "distribute_bn", lambda model, processes: shared.append(model))
+    run = Namespace(model=tiny(), device=torch.device("cpu"), val_batches=None)
+    step = Namespace(optimizer=torch.optim.SGD(run.model.parameters()))
+    trained = dict.fromkeys(("step", "loss", "grad_norm", "seconds", "images", "data_wait", "skipped"), 1)
+    loop.epoch_metrics(1, trained, step, run, ema, hooks=None)
+    loop.epoch_metrics(1, trained, step, run, None, hooks=None)
+    assert shared == [run.model, ema.module, run.model]

@@ -240,8 +240,8 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     }  # fmt: skip
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
-    if utils.world_size() > 1:
-        distribute_bn(run.model, utils.world_size())  # from the first process: each has its own statistics
+    for model in (run.model, *([] if ema is None else [ema.module])) if utils.world_size() > 1 else ():
+        distribute_bn(model, utils.world_size())  # from the first process: each has its own statistics
 
     def validated(model):
         with gathered(model):

@@ -5,6 +5,7 @@ and maps run on a GPU that is not there (`fake_cuda`).
 """
 
 import inspect
+from argparse import Namespace
 from unittest import mock
 
 import pytest
@@ -128,9 +129,18 @@ def test_mps_is_waited_for(monkeypatch):
     assert [text.count("non_blocking") for text in sources] == [1, 0, 0, 0]
 
 
-def test_a_loader_moves_its_batches_itself():
-    split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
-    loader = workers.WorkerLoader([*zip(split.images, split.labels)], 2)
+def test_files_on_mps(monkeypatch):
+    """Batches are moved before they are prefetched; the noise of erasing is drawn where it is seeded, on the CPU."""
+    prefetched = Namespace(random_erasing=Namespace())
+    monkeypatch.setattr(
+        files, "PrefetchLoader", lambda loader, *_, **__: setattr(prefetched, "loader", loader) or prefetched
+    )
+    for kind, to, draws in (("cuda", None, "cuda"), ("mps", "mps", "cpu"), ("cpu", None, "cpu")):
+        prefetched.random_erasing = erasing = Namespace()
+        data = Split(torch.zeros(4), torch.zeros(4))
+        files.FileLoader(data, DATA, 2, torch.device(kind), transform=lambda image: image, reprob=0.5)
+        assert prefetched.loader.to == (to and torch.device(to)) and erasing.device == torch.device(draws)
+    loader = workers.WorkerLoader([(torch.zeros(3), 1), (torch.ones(3), 2)], 2)
     assert {x.device.type for batch in loader for x in batch} == {"cpu"}
     loader.to = torch.device("meta")
     assert {x.device.type for batch in loader for x in batch} == {"meta"}

@@ -16,7 +16,7 @@ from conftest import DIGITS, STUDENT, killed_in_epoch_3, run
 from forked import TWO_EPOCHS, differences, light_curves
 from training import loop, run_folder
 from training.run_log import read_json_lines
-from training.state import TrainingState, random_states
+from training.state import TrainingState, random_states, set_random_states
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -147,3 +147,15 @@ def test_a_card_that_is_full_is_no_damaged_checkpoint(trained, tmp_path, monkeyp
 def test_a_run_on_the_cpu_leaves_the_card_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert random_states()["cuda"] is None
+
+
+def test_random_states_of_mps(monkeypatch):
+    """Stochastic depth draws there."""
+    given, state = [], torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", given.append)
+    states = random_states()
+    set_random_states(states)
+    set_random_states({name: value for name, value in states.items() if name != "mps"})
+    assert given == [state]

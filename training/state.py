@@ -189,6 +189,7 @@ def random_states() -> dict:
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # of the process's own GPU
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -200,3 +201,5 @@ def set_random_states(states):
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    if states.get("mps") is not None and torch.backends.mps.is_available():  # older checkpoints have none
+        torch.mps.set_rng_state(states["mps"])

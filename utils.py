@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import signal
 import sys
@@ -75,8 +74,8 @@ def run_script(main, *args):
         _fail(f"{error.filename}: {error.strerror}; give another path, or fix that one", 2)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        no_memory = re.search("out of memory|STATUS_ALLOC_FAILED|can't allocate memory", str(error))  # MPS, cuBLAS, CPU
-        if no_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        full = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, a CPU
+        if any(words in str(error) for words in full) or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             flags = " or ".join(f for f in ("--batch_size", "--input_size") if f in ArgumentParser.flags)
             _fail(f"out of memory ({first_line})" + f"; a smaller {flags} takes less" * bool(flags), 1)
         if first_line.startswith("DataLoader worker"):  # torch raises it wherever this process is at that moment

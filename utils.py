@@ -210,7 +210,8 @@ def position(text):
 
 def pick_device(name="auto") -> torch.device:
     """'auto' is CUDA, else MPS, else the CPU; under torchrun, CUDA means the process's own GPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # Gloo takes no tensors of it
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     try:

@@ -131,17 +131,18 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatc
     assert bests[0] == bests[1]
 
 
-def test_a_card_that_is_full_is_no_damaged_checkpoint(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. 2"), RuntimeError("MPS out of memory")])
+def test_a_card_that_is_full_is_no_damaged_checkpoint(trained, tmp_path, monkeypatch, capsys, error):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
 
     def fails(state, path, saved):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise error
 
     monkeypatch.setattr(TrainingState, "_restore", fails)
     argv = [*DIGITS, "--epochs", "3", "--model_path", folder / "model.pth", "--resume"]
     status, _, err = run(cifar_main.main, argv, capsys)
-    assert status == 1 and "out of memory (CUDA out of memory." in err and "damaged" not in err
+    assert status == 1 and f"out of memory ({error})" in err and "damaged" not in err
 
 
 def test_a_run_on_the_cpu_leaves_the_card_alone(monkeypatch):

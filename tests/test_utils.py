@@ -104,3 +104,13 @@ def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, capsys):
 
     assert run(fails, [[]], capsys)[0] == 1 and not destroyed
     assert run(lambda _: None, [[]], capsys)[0] == 0 and destroyed
+
+
+def test_processes_of_a_mac_are_on_the_cpu(monkeypatch):
+    """Gloo, which connects them, takes no tensors of MPS."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.pick_device().type == "mps"
+    monkeypatch.setenv("RANK", "0")
+    assert utils.pick_device().type == "cpu"
+    with pytest.raises(utils.BadInput, match="--device mps: there is no mps here; use --device cpu"):
+        utils.pick_device("mps")

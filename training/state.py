@@ -103,9 +103,9 @@ class TrainingState:
                 raise ValueError(f"{wrong} is missing or wrong")
             self._check(path, saved)
             self._restore(path, saved)
-        except torch.OutOfMemoryError:
-            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if "out of memory" in str(error):  # of a GPU
+                raise
             raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
         self.kept = self._words(path)
         if self.epoch >= self.args.epochs:

@@ -113,11 +113,11 @@ def test_every_model_is_compiled_for_its_own_size(monkeypatch):
         graphs.append(all(isinstance(value, torch.Tensor) for value in inputs))  # else a size is one of them
         return graph
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", lambda model, mode: whole(model, backend=backend))
-    for side in (16, 24, 32):
-        model = tiny(img_size=(side, side), depth=2)
-        bench.inference(model, noise(model), torch.device("cpu"), mode="default")()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for side in (16, 24, 32):
+            model = tiny(img_size=(side, side), depth=2)
+            bench.inference(model, noise(model), torch.device("cpu"), mode="default")()
     assert graphs == [True] * 3
 
 

@@ -134,13 +134,13 @@ def test_images_of_ones_own(photos, tmp_path, capsys):
 def test_more_models_than_torch_compiles_of_one_function(monkeypatch):
     """The cells of a sweep have one forward pass between them."""
     graphs, compiled = [], torch.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend=lambda g, _: graphs.append(g) or g))
-    for cls_pos in range(3):
-        model = tiny(cls_pos=cls_pos)
-        loop.wrap(step := SimpleNamespace(model=model), Namespace(fsdp=False, compile=True), (16, 24))
-        step.model(noise(model))
-        assert len(graphs) == cls_pos + 1
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for cls_pos in range(3):
+            model = tiny(cls_pos=cls_pos)
+            loop.wrap(step := SimpleNamespace(model=model), Namespace(fsdp=False, compile=True), (16, 24))
+            step.model(noise(model))
+            assert len(graphs) == cls_pos + 1
 
 
 def test_averaged_batch_statistics_are_shared(monkeypatch):

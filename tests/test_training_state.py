@@ -1,5 +1,6 @@
 """What a checkpoint of training holds, and that a resumed run ends as one that was never stopped."""
 
+import copy
 import os
 import shutil
 import signal
@@ -160,3 +161,26 @@ def test_random_states_of_mps(monkeypatch):
     set_random_states(states)
     set_random_states({name: value for name, value in states.items() if name != "mps"})
     assert given == [state]
+
+
+def test_moments_lie_in_memory_as_their_weights():
+    """Those of --fsdp are contiguous, and without it the convolutions of timm's models have their channels last."""
+    weights = torch.nn.Conv2d(3, 8, 4).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(weights.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        weights(images).square().sum().backward()
+        optimizer.step()
+
+    step()
+    saved, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(weights.state_dict())
+    step()
+    expected = weights.weight.clone()
+    for state in saved["state"].values():
+        state.update({name: value.contiguous() for name, value in state.items()})
+    weights.load_state_dict(before)
+    TrainingState(weights, optimizer, None, None, {}, None)._load_optimizer(saved)
+    step()
+    assert torch.equal(weights.weight, expected)

@@ -166,7 +166,12 @@ class TrainingState:
 
     def _load_optimizer(self, saved):
         if not isinstance(self.model, FSDPModule):
-            return self.optimizer.load_state_dict(saved)
+            self.optimizer.load_state_dict(saved)
+            for parameter, state in self.optimizer.state.items():  # fused kernels pair values by their place in memory
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:  # FSDP's are contiguous
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            return
         names = self._parameters()
         state = {names[i]: of_parameter for i, of_parameter in saved["state"].items()}
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]

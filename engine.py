@@ -198,8 +198,8 @@ class Watch:
             return False
         answered = None
         if bad.is_cuda:
-            bad, answered = bad.to("cpu", non_blocking=True), torch.cuda.Event()
-            answered.record()
+            stream = torch.cuda.current_stream(bad.device)
+            bad, answered = bad.to("cpu", non_blocking=True), stream.record_event()
         self.waiting.append((bad, answered, about))
         self.look(LAG)
         return True

@@ -74,7 +74,8 @@ def run_script(main, *args):
         _fail(f"{error.filename}: {error.strerror}; give another path, or fix that one", 2)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        full = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")  # MPS, cuBLAS, a CPU
+        if any(words in str(error) for words in full) or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             flags = " or ".join(f for f in ("--batch_size", "--input_size") if f in ArgumentParser.flags)
             _fail(f"out of memory ({first_line})" + f"; a smaller {flags} takes less" * bool(flags), 1)
         if first_line.startswith("DataLoader worker"):  # torch raises it wherever this process is at that moment
@@ -209,7 +210,8 @@ def position(text):
 
 def pick_device(name="auto") -> torch.device:
     """'auto' is CUDA, else MPS, else the CPU; under torchrun, CUDA means the process's own GPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # Gloo takes no tensors of it
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     try:

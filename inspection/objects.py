@@ -61,7 +61,7 @@ def lost(features: Tensor, grid: tuple[int, int], k_patches=100, bias=0.0) -> Fo
     return Found(
         seed=(column, row), degree=int(degrees[seed]), similar=len(similar), component=len(rows),
         box=(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1),
-        quartile=float(products.flatten().kthvalue(math.ceil(products.numel() / 4)).values) - bias,
+        quartile=float(products.flatten().cpu().kthvalue(math.ceil(products.numel() / 4)).values) - bias,
         arbitrary=int(degrees[seed]) <= 1 or int(degrees[seed]) == len(features),
     )  # fmt: skip
 

@@ -51,9 +51,9 @@ def measure(model, batches) -> dict:
         outputs = {name: readout.normalised(x[:, None])[:, 0] for name, x in outputs.items()}
         cka["output"].add(outputs, outputs.pop("attention"))
         norms = {"skip": skip, **parts, "bias": bias, "attention": whole, "rest": whole - bias - sum(parts.values())}
-        found = {("norm", name): values.norm(dim=-1).double() for name, values in norms.items()}
+        found = {("norm", name): values.norm(dim=-1).cpu().double() for name, values in norms.items()}
         last = cls[model.depth - 1]
-        return found | {("cosine", i): F.cosine_similarity(x, last, dim=-1).double() for i, x in cls.items()}
+        return found | {("cosine", i): F.cosine_similarity(x, last, dim=-1).cpu().double() for i, x in cls.items()}
 
     rows = gather(batches, "outputs", of_batch)
     cosines, rest = [rows.get(("cosine", i)) for i in range(model.depth)], rows.pop(("norm", "rest"))

@@ -83,7 +83,8 @@ def sinks(attn: Tensor, value: Tensor, weight: Tensor, queries=0.9, attention=0.
     given = attn.gather(3, column[..., None].expand(-1, -1, M, 1)).squeeze(3)
     has = (given >= attention).sum(dim=2) >= math.ceil(queries * M - 1e-9)
     of_heads = weight.unflatten(1, (H, value.shape[-1])).transpose(0, 1)  # (H, D, d)
-    triangles = torch.linalg.qr(of_heads.float(), mode="r").R  # the same norms from d numbers as from D
+    # The same norms from d numbers as from D. On the CPU: not every MPS has it, and none is faster.
+    triangles = torch.linalg.qr(of_heads.float().cpu(), mode="r").R.to(value.device)
     norms = (value.float() @ triangles.mT).norm(dim=-1)  # (B, H, N)
     others = norms.scatter(2, column, 0).sum(dim=2) / max(N - 1, 1)
     return column.squeeze(2).where(has, -1), norms.gather(2, column).squeeze(2), others

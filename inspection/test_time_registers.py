@@ -121,7 +121,7 @@ def rank_neurons(model, batches, block: int, threshold: float) -> list[tuple[int
 
     def add(i, hidden):
         on_patches = hidden[:, model.token_layout(i).patches]
-        sums[i] = sums[i] + on_patches[outliers[block]].abs().double().sum(dim=0)
+        sums[i] = sums[i] + on_patches[outliers[block]].abs().cpu().double().sum(dim=0)
 
     for images, _ in batches():
         trace(model, images, output=norms, last=block)

@@ -11,10 +11,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 
+def moved(values: Tensor, device) -> Tensor:
+    """A CPU tensor on `device`, without waiting; but MPS may read what is free by then (pytorch issue 189690)."""
+    return values.to(device, non_blocking=device.type != "mps")
+
+
 def draw(generator, like: Tensor, low=0.0, high=1.0) -> Tensor:
     """(B,) uniform numbers on the device of the images `like`."""
     numbers = torch.rand(len(like), generator=generator) * (high - low) + low
-    return numbers.to(like.device, non_blocking=True)
+    return moved(numbers, like.device)
 
 
 def crop_and_flip(images: Tensor, generator, pad, hflip) -> Tensor:
@@ -78,8 +83,8 @@ def random_operation(images: Tensor, generator, policy: dict, level: int | None)
         magnitude = levels[chosen] * (largest / 30)
         if name not in ("posterize", "solarize"):
             magnitude = magnitude * sign[chosen]
-        magnitude = magnitude.to(images.device, non_blocking=True)[:, None, None, None]
-        chosen = chosen.to(images.device, non_blocking=True)
+        magnitude = moved(magnitude, images.device)[:, None, None, None]
+        chosen = moved(chosen, images.device)
         images[chosen] = apply_operation(name, images[chosen], magnitude)
     return images
 

@@ -228,8 +228,11 @@ class FileLoader:
             collate_fn=partial(_collate, training=training), pin_memory=device.type == "cuda", drop_last=training,
             persistent_workers=workers > 0, generator=torch.Generator(),  # else it draws from the global one
         )  # fmt: skip
+        mps = device.type == "mps"
+        loader.to = device if mps else None  # PrefetchLoader's copy would not wait: see `moved`
         self.batches = PrefetchLoader(loader, data["mean"], data["std"], device=device, re_prob=reprob, re_mode="pixel")
         if reprob:
+            self.batches.random_erasing.device = torch.device("cpu") if mps else device  # `_seeded` seeds no MPS
             self.batches.random_erasing = SeededErasing(self.batches.random_erasing, self.draws, device)
         self.first = 0
 

@@ -23,7 +23,7 @@ from datasets import (
     full_batch,
     held_out,
 )
-from loading.augment import RAND, TRIVIAL, crop_and_flip, erase, random_operation
+from loading.augment import RAND, TRIVIAL, crop_and_flip, erase, moved, random_operation
 from loading.decode import failures, fit_image, joined, read_picture, without_errors
 from loading.folders import FOLDERS
 from utils import BadInput
@@ -171,7 +171,7 @@ class MemoryLoader:
             before = self.first - start // self.batch_size  # batches of this piece that are not wanted
             if before * self.batch_size >= chunk:
                 continue
-            index = order[start : start + chunk].to(device, non_blocking=True)
+            index = moved(order[start : start + chunk], device)
             images, labels = self.split.images.index_select(0, index), self.split.labels[index]
             images = self.transform(images, draws) if self.transform else eval_transform(images, self.data)
             batches = zip(images.split(self.batch_size), labels.split(self.batch_size))

@@ -32,7 +32,12 @@ def signals_blocked():
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader whose worker processes ignore signals and end with the main process, however that ends."""
+    """A DataLoader whose worker processes ignore signals and end with the main process, however that ends.
+
+    Its batches are moved to the device `to`, if that is not None.
+    """
+
+    to = None
 
     def __iter__(self):
         if self.num_workers and self._iterator is None:
@@ -47,7 +52,7 @@ class WorkerLoader(DataLoader):
         for batch in batches:
             if isinstance(batch, BadInput):
                 raise batch
-            yield batch
+            yield batch if self.to is None else [part.to(self.to) for part in batch]
 
 
 _with_workers = weakref.WeakSet()

@@ -4,6 +4,10 @@ A whole training step runs on the meta device, where a value that is read and a 
 and maps run on a GPU that is not there (`fake_cuda`).
 """
 
+import inspect
+from argparse import Namespace
+from unittest import mock
+
 import pytest
 import torch
 from timm.utils import ModelEmaV3
@@ -19,7 +23,7 @@ from images import DATA
 from inspection import sinks
 from inspection.attention import attention_maps, attention_rollout, attention_rows
 from inspection.statistics import Norms, TokenStatistics
-from loading import memory
+from loading import augment, files, memory, workers
 from loading.memory import MemoryLoader, TrainTransform
 from training import flags
 from training.setup import build_model, make_step
@@ -99,6 +103,47 @@ def test_a_cpu_tensor_in_training_raises(train):
 
     with pytest.raises(RuntimeError, match="device"):
         train(change=mixes)
+
+
+def test_an_answer_is_awaited_on_the_card_of_the_loss(monkeypatch):
+    """Which need not be the current one."""
+    asked, card = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: asked.append(device) or mock.Mock())
+    monkeypatch.setattr(engine.Watch, "look", lambda watch, lag: None)
+    with FakeCuda(strict=False):
+        loss = torch.zeros((), device=card)
+        optimizer = torch.optim.SGD([torch.zeros(1, device=card)])
+        watch = engine.Watch("", optimizer, skip_bad=0)
+        assert watch.allows(0, [(0, 4, loss)], loss, overflow_is_usual=False)
+    assert asked == [card] and watch.waiting[0][0].device.type == "cpu"
+
+
+def test_mps_is_waited_for(monkeypatch):
+    """It reads what it copies when its time comes, and that may be free by then."""
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **how: copies.append((device.type, how)) or x)
+    for kind in ("cuda", "mps"):
+        augment.draw(torch.Generator(), mock.MagicMock(device=torch.device(kind), __len__=lambda _: 3))
+    assert copies == [("cuda", {"non_blocking": True}), ("mps", {"non_blocking": False})]
+    sources = [inspect.getsource(module) for module in (augment, memory, files, workers)]
+    assert [text.count("non_blocking") for text in sources] == [1, 0, 0, 0]
+
+
+def test_files_on_mps(monkeypatch):
+    """Batches are moved before they are prefetched; the noise of erasing is drawn where it is seeded, on the CPU."""
+    prefetched = Namespace(random_erasing=Namespace())
+    monkeypatch.setattr(
+        files, "PrefetchLoader", lambda loader, *_, **__: setattr(prefetched, "loader", loader) or prefetched
+    )
+    for kind, to, draws in (("cuda", None, "cuda"), ("mps", "mps", "cpu"), ("cpu", None, "cpu")):
+        prefetched.random_erasing = erasing = Namespace()
+        data = Split(torch.zeros(4), torch.zeros(4))
+        files.FileLoader(data, DATA, 2, torch.device(kind), transform=lambda image: image, reprob=0.5)
+        assert prefetched.loader.to == (to and torch.device(to)) and erasing.device == torch.device(draws)
+    loader = workers.WorkerLoader([(torch.zeros(3), 1), (torch.ones(3), 2)], 2)
+    assert {x.device.type for batch in loader for x in batch} == {"cpu"}
+    loader.to = torch.device("meta")
+    assert {x.device.type for batch in loader for x in batch} == {"meta"}
 
 
 # Forward passes, on a GPU that is not there ----------------------------------------------------------------------

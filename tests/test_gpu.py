@@ -1,6 +1,8 @@
 """`make gpu` where there is no card: its code on the CPU, and what it reports."""
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,19 @@ def test_an_error_or_the_end_of_the_time_spoils_no_other_check(tmp_path, capsys,
     ]  # fmt: skip
     assert record["verdict"] == "1 checks passed, 2 failed, 4 rows; failed: breaks: it failed; second"
     assert "| **FAILED** | no such kernel |" in page
+
+
+def test_rows_of_a_bench_that_failed_are_kept(tmp_path, capsys, monkeypatch):
+    def fails(command, **_):
+        row = {"name": "a race", "ours": 2.0, "unit": "s", "ratio": 0.5, "target": ""}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": [row]}))
+        return Namespace(returncode=1, stderr="bench.py: error: planted\n")
+
+    monkeypatch.setattr(gpu_checks.subprocess, "run", fails)
+    monkeypatch.setattr(gpu, "environment", lambda device: {})
+    status, record, _ = reported(tmp_path, capsys, "--checks", "racing")
+    assert status == 1 and [row["what"] for row in record["rows"]] == ["a race", "racing: it failed"]
+    assert record["rows"][1]["note"] == "bench.py: status 1: bench.py: error: planted"
 
 
 def test_the_killed_run_has_what_it_patches():

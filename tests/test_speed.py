@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from argparse import Namespace
 from unittest import mock
 
 import pytest
@@ -95,6 +96,29 @@ def test_bench(tmp_path, capsys, monkeypatch):
     assert bench.met({"target": ">= 2", "ratio": 1.9}) == "MISSED"
     assert bench.met({"target": "<= 2", "ratio": 1.9}) == "met"
     assert "there is no nonsense" in run(bench.main, ["--rows", "nonsense"], capsys)[2]
+
+
+@pytest.mark.parametrize(("gib", "batch"), [(79, 256), (23.6, 256), (15.7, 128), (7.6, 64)])
+def test_batches_fit_a_smaller_card(monkeypatch, gib, batch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(total_memory=gib * 2**30))
+    assert bench.sizes_here(Namespace(batch=None), torch.device("cuda", 0))[bench.SMALL] == batch
+    assert bench.sizes_here(Namespace(batch=3), torch.device("cuda", 0))[bench.SMALL] == 3
+
+
+def test_every_model_is_compiled_for_its_own_size(monkeypatch):
+    """Not for images of any size after the first one's, nor left as it is after a few models."""
+    graphs, whole = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(all(isinstance(value, torch.Tensor) for value in inputs))  # else a size is one of them
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode: whole(model, backend=backend))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for side in (16, 24, 32):
+            model = tiny(img_size=(side, side), depth=2)
+            bench.inference(model, noise(model), torch.device("cpu"), mode="default")()
+    assert graphs == [True] * 3
 
 
 def test_verdict():

@@ -1,6 +1,7 @@
 """position_sweep.py: the statistics against figures by hand, and whole sweeps of tiny models on digits."""
 
 import csv
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -539,6 +541,29 @@ def test_a_damaged_result_is_refused_and_one_of_an_earlier_revision_is_not(tmp_p
     del record["test_hits"]
     file.write_text(json.dumps(record))
     assert "Best on the held-out images" in sweep(capsys, tmp_path, *ONE, "--epochs", "1")
+
+
+def test_a_cell_leaves_nothing_in_the_memory(tmp_path, capsys, monkeypatch):
+    """Its images are on the GPU, and something, such as a frame that an error keeps, may hold them in a circle."""
+    left, alive = [], []
+
+    class Images:
+        pass
+
+    def trains(*_):
+        alive.append([there for there in left if there() is not None])
+        images = Images()
+        images.circle = images
+        left.append(weakref.ref(images))
+        raise utils.RunFailed("planted")
+
+    monkeypatch.setattr(cells, "train_from_flags", trains)
+    gc.disable()
+    try:
+        sweep(capsys, tmp_path, *FOUR, status=1)
+    finally:
+        gc.enable()
+    assert alive == [[]] * 4
 
 
 def test_a_cell_whose_loss_is_not_finite_does_not_stop_the_others(tmp_path, capsys, monkeypatch):

@@ -1,12 +1,15 @@
 """The epochs of a run: what is trained, validated, chosen and saved, as the command lines run them."""
 
+from argparse import Namespace
+from types import SimpleNamespace
+
 import torch
 
 import cifar_main
 import cifar_test
 import engine
 from checkpoints.files import load_checkpoint
-from conftest import DIGITS, TINY, run
+from conftest import DIGITS, TINY, noise, run, tiny
 from training import loop
 from training.run_log import read_json_lines
 
@@ -126,3 +129,28 @@ def test_images_of_ones_own(photos, tmp_path, capsys):
     assert "on 6 images of FOLDER" in out
     assert load_checkpoint(tmp_path / "m.pth")["model_args"]["img_size"] == (16, 24)
     assert run(cifar_test.main, ["--model_path", tmp_path / "m.pth", "--device", "cpu"], capsys)[1] in out
+
+
+def test_more_models_than_torch_compiles_of_one_function(monkeypatch):
+    """The cells of a sweep have one forward pass between them."""
+    graphs, compiled = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend=lambda g, _: graphs.append(g) or g))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for cls_pos in range(3):
+            model = tiny(cls_pos=cls_pos)
+            loop.wrap(step := SimpleNamespace(model=model), Namespace(fsdp=False, compile=True), (16, 24))
+            step.model(noise(model))
+            assert len(graphs) == cls_pos + 1
+
+
+def test_averaged_batch_statistics_are_shared(monkeypatch):
+    """Or the images of other processes would be scored with others than those that are saved."""
+    shared, ema = [], Namespace(module=tiny())
+    monkeypatch.setattr(loop.utils, "world_size", lambda: 2)
+    monkeypatch.setattr(loop, "distribute_bn", lambda model, processes: shared.append(model))
+    run = Namespace(model=tiny(), device=torch.device("cpu"), val_batches=None)
+    step = Namespace(optimizer=torch.optim.SGD(run.model.parameters()))
+    trained = dict.fromkeys(("step", "loss", "grad_norm", "seconds", "images", "data_wait", "skipped"), 1)
+    loop.epoch_metrics(1, trained, step, run, ema, hooks=None)
+    loop.epoch_metrics(1, trained, step, run, None, hooks=None)
+    assert shared == [run.model, ema.module, run.model]

@@ -1,6 +1,8 @@
 """What a checkpoint of training holds, and that a resumed run ends as one that was never stopped."""
 
+import copy
 import os
+import shutil
 import signal
 
 import pytest
@@ -15,7 +17,7 @@ from conftest import DIGITS, STUDENT, killed_in_epoch_3, run
 from forked import TWO_EPOCHS, differences, light_curves
 from training import loop, run_folder
 from training.run_log import read_json_lines
-from training.state import TrainingState
+from training.state import TrainingState, random_states, set_random_states
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
@@ -128,3 +130,57 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path, monkeypatc
             assert one[key] == other[key]
     bests = [load_checkpoint(tmp_path / run / "checkpoint.pth")["best"]["epoch"] for run in "ab"]
     assert bests[0] == bests[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. 2"), RuntimeError("MPS out of memory")])
+def test_a_card_that_is_full_is_no_damaged_checkpoint(trained, tmp_path, monkeypatch, capsys, error):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+
+    def fails(state, path, saved):
+        raise error
+
+    monkeypatch.setattr(TrainingState, "_restore", fails)
+    argv = [*DIGITS, "--epochs", "3", "--model_path", folder / "model.pth", "--resume"]
+    status, _, err = run(cifar_main.main, argv, capsys)
+    assert status == 1 and f"out of memory ({error})" in err and "damaged" not in err
+
+
+def test_a_run_on_the_cpu_leaves_the_card_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert random_states()["cuda"] is None
+
+
+def test_random_states_of_mps(monkeypatch):
+    """Stochastic depth draws there."""
+    given, state = [], torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", given.append)
+    states = random_states()
+    set_random_states(states)
+    set_random_states({name: value for name, value in states.items() if name != "mps"})
+    assert given == [state]
+
+
+def test_moments_lie_in_memory_as_their_weights():
+    """Those of --fsdp are contiguous, and without it the convolutions of timm's models have their channels last."""
+    weights = torch.nn.Conv2d(3, 8, 4).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(weights.parameters(), fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        weights(images).square().sum().backward()
+        optimizer.step()
+
+    step()
+    saved, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(weights.state_dict())
+    step()
+    expected = weights.weight.clone()
+    for state in saved["state"].values():
+        state.update({name: value.contiguous() for name, value in state.items()})
+    weights.load_state_dict(before)
+    TrainingState(weights, optimizer, None, None, {}, None)._load_optimizer(saved)
+    step()
+    assert torch.equal(weights.weight, expected)

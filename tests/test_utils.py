@@ -34,6 +34,25 @@ def test_advice_names_flags_that_the_script_has(monkeypatch, capsys, main, argv,
     assert status == 1 and word in err and "--batch_size" not in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_device_without_memory_is_one_line(monkeypatch, capsys, words):
+    """Not all of torch's errors for that have a class of their own."""
+
+    def fails(_):
+        raise RuntimeError(f"{words}\nmore lines")
+
+    monkeypatch.setattr(visualize_attention, "visualize", fails)
+    status, _, err = run(visualize_attention.main, ["--model_path", "x"], capsys)
+    assert status == 1 and len(err.splitlines()) == 1 and f"out of memory ({words})" in err
+
+
 def test_nobody_waits_while_a_folder_is_decoded(monkeypatch, photos, tmp_path):
     """NCCL waits ten minutes for the first process: that is for downloads."""
 
@@ -85,3 +104,13 @@ def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, capsys):
 
     assert run(fails, [[]], capsys)[0] == 1 and not destroyed
     assert run(lambda _: None, [[]], capsys)[0] == 0 and destroyed
+
+
+def test_processes_of_a_mac_are_on_the_cpu(monkeypatch):
+    """Gloo, which connects them, takes no tensors of MPS."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.pick_device().type == "mps"
+    monkeypatch.setenv("RANK", "0")
+    assert utils.pick_device().type == "cpu"
+    with pytest.raises(utils.BadInput, match="--device mps: there is no mps here; use --device cpu"):
+        utils.pick_device("mps")

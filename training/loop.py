@@ -176,6 +176,7 @@ def wrap(step: TrainingStep, args, input_size, ema: ModelEmaV3 | None = None):
         step.model = DistributedDataParallel(step.model, gradient_as_bucket_view=True)
         rebuild_ddp_buckets(step, input_size)
     if args.compile:
+        torch.compiler.reset()  # of a sweep's cells, whose forward pass is one function, torch compiles eight, no more
         step.model = torch.compile(step.model)
 
 
@@ -239,8 +240,8 @@ def epoch_metrics(epoch, trained, step: TrainingStep, run: Run, ema, hooks) -> d
     }  # fmt: skip
     if trained["skipped"]:
         metrics["skipped"] = trained["skipped"]
-    if utils.world_size() > 1:
-        distribute_bn(run.model, utils.world_size())  # from the first process: each has its own statistics
+    for model in (run.model, *([] if ema is None else [ema.module])) if utils.world_size() > 1 else ():
+        distribute_bn(model, utils.world_size())  # from the first process: each has its own statistics
 
     def validated(model):
         with gathered(model):

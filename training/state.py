@@ -104,6 +104,8 @@ class TrainingState:
             self._check(path, saved)
             self._restore(path, saved)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if "out of memory" in str(error):  # of a GPU
+                raise
             raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint") from None
         self.kept = self._words(path)
         if self.epoch >= self.args.epochs:
@@ -164,7 +166,12 @@ class TrainingState:
 
     def _load_optimizer(self, saved):
         if not isinstance(self.model, FSDPModule):
-            return self.optimizer.load_state_dict(saved)
+            self.optimizer.load_state_dict(saved)
+            for parameter, state in self.optimizer.state.items():  # fused kernels pair values by their place in memory
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:  # FSDP's are contiguous
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            return
         names = self._parameters()
         state = {names[i]: of_parameter for i, of_parameter in saved["state"].items()}
         groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
@@ -186,7 +193,8 @@ def random_states() -> dict:
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the process's own GPU
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # of the process's own GPU
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -198,3 +206,5 @@ def set_random_states(states):
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    if states.get("mps") is not None and torch.backends.mps.is_available():  # older checkpoints have none
+        torch.mps.set_rng_state(states["mps"])

@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+
 import utils
 from gpu_checks import CHECKS, Machine, Row
 from training.run_log import environment
@@ -69,6 +71,7 @@ def main(argv=None):
             found = [Row(f"{check}: left out, the time is over", args.minutes, "minutes")]
             if machine.left() > 0:
                 found = perform(CHECKS[check], machine)
+                torch.cuda.empty_cache()  # the next one may start processes, which need the memory
             rows += found
             for row in found:
                 print(f"{row.what}: {row.value:,.4g} {row.unit} {row.note}{' FAILED' * (row.ok is False)}", flush=True)

@@ -35,7 +35,7 @@ from inspection.attention import attention_rows, set_fused_attention
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import SIZES, DynamicViT
 from training.run_log import environment, peak_memory, reset_peak_memory
-from training.setup import amp_dtype, plain_attention_on_cpu
+from training.setup import amp_dtype, fast_kernels, plain_attention_on_cpu
 
 DATA = {"input_size": (32, 32), "mean": [0.49, 0.48, 0.45], "std": [0.25, 0.24, 0.26]}
 SMALL, CIFAR = "dynamic_vit_small_patch16_224", "dynamic_vit_cifar"
@@ -356,6 +356,7 @@ def main(argv=None):
     flag("--json", metavar="FILE", help="also write the rows there, after each one")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)
+    fast_kernels(device)  # as training does
     unknown = set(args.rows.split(",")) - set(ROWS)
     if unknown:
         raise utils.BadInput(f"--rows: there is no {', '.join(sorted(unknown))}; choose of {','.join(ROWS)}")

@@ -103,11 +103,17 @@ def start(args) -> torch.device:
         torch.set_num_threads(args.num_threads)
     if args.deterministic:
         make_deterministic()
-    elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32; not in `evaluate`
+    else:
+        fast_kernels(device)
     amp_dtype(args.amp, device)  # raises BadInput now rather than after the data are read
     return device
+
+
+def fast_kernels(device):
+    """On CUDA, the fastest convolutions, and TF32 for what autocast leaves in float32; not in `evaluate`."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
 
 def make_deterministic():

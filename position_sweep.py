@@ -185,7 +185,7 @@ def write_results(args, data, cells, pictures=True):
     if not pictures:
         return
     pages.draw_sweep(folder, data, words, args.measure, halved)
-    explorer.write_explorer(folder, data, words, halved)
+    explorer.write_explorer(folder, data, words, args.measure, halved)
     if summary["groups"]:
         say(f"\n{results.markdown(summary)}\nwrote results.csv, .json, .md and sweep.pdf, .png, .html in {folder}")
 

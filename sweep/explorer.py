@@ -16,6 +16,7 @@ from datasets import ImageData
 from inspection.html import data_uri
 from loading.memory import MemoryLoader
 from sweep import results
+from sweep.measures import PRIMARY
 from sweep.pages import path_of
 from training.film import token_maps
 from training.run_log import read_json_lines
@@ -25,6 +26,7 @@ TEMPLATE = Path(__file__).with_name("explorer.html")
 IMAGES = 4
 MEASURES = {  # of a record: what they are called, and their unit
     "test_top1": ("test accuracy", "%"), "val_top1": ("held-out accuracy", "%"), "test_loss": ("test loss", ""),
+    "test_top5": ("test accuracy, top-5", "%"),
     "flops": ("a forward pass", "MFLOPs"), "images_per_s": ("training", "images/s"),
     "causal_depth": ("CLS can be replaced up to block (-1: none)", ""), "artefact_share": ("artefact patches", "%"),
     "cls_to_registers": ("attention of CLS to registers", "%"), "sinks_on_cls": ("sinks on CLS", "%"),
@@ -36,18 +38,23 @@ MEASURES = {  # of a record: what they are called, and their unit
 
 @utils.full_precision()
 @torch.no_grad()
-def write_explorer(folder, data: ImageData, about: str, halved=None) -> int | None:
-    """Write sweep.html from the finished cells in `folder`; returns its size in bytes, None without any cell."""
+def write_explorer(folder, data: ImageData, about: str, measure="accuracy", halved=None) -> int | None:
+    """Write sweep.html from the finished cells in `folder`; returns its size in bytes, None without any cell.
+
+    `measure`: what the verdict and the differences are of, see `measures.PRIMARY`.
+    """
     from matplotlib import colormaps
 
     records = results.collect(folder)
     if not records:
         return None
-    summary, source = results.summarise(records, halved=halved), data.val or data.test
+    summary, source = results.summarise(records, measure, halved), data.val or data.test
+    compared, unit = MEASURES[PRIMARY[measure][0]]
     few = source.part(range(min(IMAGES, len(source))))
     groups, fell = results.grouped(records), halved["fell"] if halved else []
     content = {
         "about": about, "verdict": summary["verdict"], "measures": MEASURES,
+        "compared": {"name": compared, "unit": " points" if unit == "%" else unit},
         "colours": colormaps["viridis"](range(256), bytes=True)[:, :3].tobytes().hex(),
         "images": [
             {"src": data_uri(image), "name": data.classes[int(label)]} for image, label in zip(few.images, few.labels)

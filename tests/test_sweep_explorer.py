@@ -101,6 +101,20 @@ def test_clicks_fill_the_sides_and_colours_follow_the_measure(browser, swept):
 
 
 @needs_browser
+def test_the_verdict_on_another_measure(browser, swept, tmp_path):
+    shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
+    explorer.write_explorer(tmp_path, load_data("DIGITS", None, (32, 32)), "", "loss")
+    content = opened(browser, tmp_path / "sweep.html")
+    assert "by loss (less is better)" in content["verdict"]
+    cell = next(cell for cell in content["cells"] if cell["against"])
+    base = next(one for one in content["cells"] if one["base"] and one["panel"] == cell["panel"])
+    browser.ask("explorer.show({ cell: a, side: 0 })", content["cells"].index(cell))
+    mean = np.mean(cell["values"]["test_loss"]) - np.mean(base["values"]["test_loss"])
+    assert cell["against"]["mean"] == pytest.approx(mean)
+    assert f"Against 0/0: test loss {mean:+.2f}." in browser.text("section")  # two seeds have no interval
+
+
+@needs_browser
 def test_positions_that_fell_say_when(browser, swept, tmp_path):
     shutil.copytree(swept, tmp_path, dirs_exist_ok=True)
     for file in tmp_path.glob("cells/*/model.pth"):
@@ -111,7 +125,7 @@ def test_positions_that_fell_say_when(browser, swept, tmp_path):
         place | {"cls_pos": 2, "reg_pos": 1, "epochs": 1, "val_top1": None},
     ]
     halved = {"fell": fell, "eta": 3, "rungs": [(1, 2), (3, 1)], "positions": fell}
-    explorer.write_explorer(tmp_path, load_data("DIGITS", None, (32, 32)), "", halved)
+    explorer.write_explorer(tmp_path, load_data("DIGITS", None, (32, 32)), "", halved=halved)
     content = opened(browser, tmp_path / "sweep.html")
     assert len(content["cells"]) == 6
     grid = browser.driver.find_elements("css selector", "#grids table")[1]

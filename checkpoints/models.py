@@ -103,7 +103,7 @@ def model_from_checkpoint(checkpoint: dict, img_size=None, weights_key=None, **g
             raise ValueError(f"the checkpoint itself says how its model is built; leave out {names}")
         build = validated_builder(checkpoint["model_args"], checkpoint["model"])
     elif "num_heads" not in given:
-        raise ValueError("a bare state dict does not tell the number of heads: give num_heads (--num_heads)")
+        raise ValueError("the shapes of a bare state dict do not say how many heads it has; give --num_heads")
     else:
         checkpoint = find_weights(checkpoint, weights_key)
         build = partial(DynamicViT, **(_args_from_shapes(checkpoint, img_size) | given))

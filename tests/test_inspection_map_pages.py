@@ -158,9 +158,8 @@ def test_a_default_model_where_training_writes_it(checkpoint, wide, tmp_path, ca
     argv = flags(checkpoint, wide, "pages")[2:]
     assert run(main, argv, capsys)[0] == 2
     os.renames(checkpoint, tmp_path / "models" / "best_model.pth")
-    status, out, err = run(main, argv, capsys)
+    status, _, err = run(main, argv, capsys)
     assert status == 0, err
-    assert "there is no best_model.pth here: taking models/best_model.pth" in out
     text = " ".join(PdfReader(tmp_path / "pages" / "attention_wide_block2.pdf").pages[0].extract_text().split())
     assert "model: models/best_model.pth" in text
 

@@ -83,12 +83,13 @@ def main(argv=None):
     sets = {name: read_set(name, path, data["classes"], args.max_pixels) for name, path in args.sets}
     model, folder = model.to(device), utils.writable_folder(args.output_dir)
     say(f"{name}\n{'set':12} {'images':>8} {'top-1':>7} {'top-5':>7}")
+    files = []
     for each, (split, valid) in sets.items():
         result = score_set(model, data, split, valid, device, args.batch_size, args.num_workers)
         say(f"{each:12} {result['images']:8,} {result['top1']:7.2f} {result['top5']:7.2f}")
         if utils.is_main():
-            write_results(folder, each, result_row(model, name, data, result))
-    say(f"wrote results-NAME.csv of {utils.counted(len(sets), 'set')} to {folder}")
+            files.append(write_results(folder, each, result_row(model, name, data, result)))
+    say(f"wrote {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":

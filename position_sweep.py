@@ -112,6 +112,10 @@ def parse(argv=None):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.val_size == 0:
         raise BadInput("--val_size 0 holds nothing out, but the best cell is chosen on held-out images; leave it out")
+    if args.measure in results.JUDGED and args.data_set != "DIGITS_SCENES":
+        raise BadInput(
+            f"--measure {args.measure} needs boxes and masks, which only DIGITS_SCENES has; give another one"
+        )
     for name in ("shard", "mix", "max_steps"):
         if args.halving and getattr(args, name):
             raise BadInput(f"--halving compares all cells after whole epochs of the same training; leave out --{name}")

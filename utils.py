@@ -193,8 +193,8 @@ def number(kind, low=None, high=None, above=None):
 
 def image_size(text):
     """An argparse type: '224' -> (224, 224), '96x128' -> (96, 128), height first."""
-    height, _, width = text.lower().partition("x")
-    return number(int, 1)(height), number(int, 1)(width or height)
+    height, x, width = text.lower().partition("x")
+    return number(int, 1)(height), number(int, 1)(width if x else height)
 
 
 def flag_value(value) -> str:

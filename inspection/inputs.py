@@ -179,6 +179,10 @@ def _foreign(model, name, args, data=None) -> tuple[DynamicViT | ForeignViT, dic
         model = ForeignViT(model, name, size)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    patch = model.model_args["patch_size"]
+    if args.input_size and any(n * p != side for n, p, side in zip(model.grid_size, patch, size)):
+        words = "{} x {} pixels is not divisible into patches of {} x {}"  # timm leaves out the rest; maps would be off
+        raise BadInput(f"--input_size: an image of {words.format(*size, *patch)}")
     if model.hidden:
         utils.say(
             f"note: {name}: the attention of its first {model.hidden} blocks is not torch's own and cannot be seen; "

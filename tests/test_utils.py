@@ -126,6 +126,12 @@ def test_help_shows_each_default_as_the_command_line_takes_it(capsys):
     assert "share of it (default: 0.9 0.5)" in words and words.count("default") == 3
 
 
+def test_a_size_that_was_typed_half_is_refused():
+    assert utils.image_size("32") == (32, 32) and utils.image_size("32X48") == (32, 48)
+    with pytest.raises(utils.argparse.ArgumentTypeError, match="not a whole number"):
+        utils.image_size("32x")
+
+
 def test_a_misspelt_flag_gets_the_one_that_was_meant(capsys):
     parser = utils.ArgumentParser(prog="x")
     parser.add_argument("--layer_num")

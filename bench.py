@@ -349,7 +349,7 @@ def main(argv=None):
     parser = utils.ArgumentParser(description="Race this project against timm and PIL on this machine.")
     flag = parser.add_argument
     flag("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
-    flag("--rounds", type=utils.number(int, 1), default=9)
+    flag("--rounds", type=utils.number(int, 1), default=9, help="of each race, at most")
     flag("--batch", type=utils.number(int, 1), help="images in training and inference (default: 8 to 1024)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     flag("--minutes", type=utils.number(float, above=0), default=5.0, help="begin no row after this time")

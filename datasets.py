@@ -3,6 +3,7 @@
 import math
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -177,7 +178,7 @@ def _read_cifar(name, path, train):
     path = path or f"./data/{name}"
     kind = getattr(torchvision.datasets, name)
     folder = Path(path) / kind.base_folder
-    there = folder.is_dir()
+    there, made = folder.is_dir(), not Path(path).exists()
     if not there and set(visible(path)) - {*ARCHIVES, *CIFAR.values()}:
         raise BadInput(
             f"there is no {name} in {path} ({listing(path)}), and nothing is downloaded to where other files are; "
@@ -188,6 +189,9 @@ def _read_cifar(name, path, train):
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a cut archive is a RuntimeError
         if there:
             raise BadInput(f"{folder} is damaged ({error}); remove it to download again") from None
+        if made:  # by torchvision
+            with suppress(OSError):  # not empty: something was downloaded
+                Path(path).rmdir()
         raise BadInput(
             f"no {name} under {path}, and it cannot be downloaded ({getattr(error, 'reason', error)}); "
             "put it there, or try --data_set DIGITS, which needs no download"

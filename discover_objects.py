@@ -92,8 +92,8 @@ def report(args, results, records):
     if centred:
         kinds = " and ".join(sorted({r["features"] for r in records if r["centred"]}))
         utils.say(
-            f"note: in {centred} of {len(records)} images all products of the features have one sign; there {kinds} "
-            f"less their mean over patches were taken"
+            f"note: in {centred} of {len(records)} images all products of the features have one sign; the "
+            f"{kinds} less their mean over patches are used there"
         )
     if arbitrary:
         quartile = sum(r["quartile"] for r in records) / len(records)

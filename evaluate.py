@@ -17,6 +17,7 @@ import utils
 from checkpoints.models import load_model
 from datasets import WHOLE_IMAGE
 from inspection.foreign import SOURCES, create, data_of
+from inspection.inputs import DEFAULT_MODEL, model_file
 from loading.decode import THREADS, add_max_pixels
 from training.evaluation_sets import FILES, read_set, result_row, score_set, write_results
 from training.setup import on_channels_last
@@ -34,8 +35,9 @@ def named_set(text):
 def get_parser():
     parser = utils.ArgumentParser(description="Score a model on sets of images, in the columns of timm's results.")
     parser.add_argument(
-        "--model_path", default="best_model.pth", metavar="MODEL", help="checkpoint of this project, or a model of "
-        "timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER",
+        "--model_path", default=DEFAULT_MODEL, type=model_file, metavar="MODEL", help="checkpoint of this project, or "
+        "a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER (default: best_model.pth, or else "
+        "models/best_model.pth)",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="FILE", help="for timm:NAME, in place of the weights that timm downloads")
     parser.add_argument(
@@ -49,7 +51,7 @@ def get_parser():
         "--eval_crop_ratio", type=number(float, 0, 1, above=0), help="share of the shorter side (default: the model's)"
     )
     parser.add_argument("--batch_size", type=number(int, 1), default=128, help="images at a time, in each process")
-    parser.add_argument("--num_workers", type=number(int, 0, 1024), default=THREADS)
+    parser.add_argument("--num_workers", type=number(int, 0, 1024), default=THREADS, help="reading processes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add_max_pixels(parser)
     return parser
@@ -81,12 +83,13 @@ def main(argv=None):
     sets = {name: read_set(name, path, data["classes"], args.max_pixels) for name, path in args.sets}
     model, folder = model.to(device), utils.writable_folder(args.output_dir)
     say(f"{name}\n{'set':12} {'images':>8} {'top-1':>7} {'top-5':>7}")
+    files = []
     for each, (split, valid) in sets.items():
         result = score_set(model, data, split, valid, device, args.batch_size, args.num_workers)
         say(f"{each:12} {result['images']:8,} {result['top1']:7.2f} {result['top5']:7.2f}")
         if utils.is_main():
-            write_results(folder, each, result_row(model, name, data, result))
-    say(f"wrote results-NAME.csv of {utils.counted(len(sets), 'set')} to {folder}")
+            files.append(write_results(folder, each, result_row(model, name, data, result)))
+    say(f"wrote {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def write_onnx(model, size, file):
 
 
 def main(argv=None):
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = utils.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of this project")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--onnx", action="store_true", help="also write OUT/model.onnx, and check it")

@@ -155,7 +155,7 @@ def add_model_and_training_flags(parser):
     flag(
         "--teacher_path", metavar="FILE", help="its weights, or a checkpoint of this project (default: timm's download)"
     )
-    flag("--distillation_type", choices=("none", "soft", "hard"), default="none")
+    flag("--distillation_type", choices=("none", "soft", "hard"), default="none", help="how it teaches")
     flag("--distillation_alpha", type=number(float, 0, 1), default=0.5, help="weight of the teacher")
     flag("--distillation_tau", type=number(float, above=0), default=1.0, help="temperature, for soft")
 

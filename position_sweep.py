@@ -54,8 +54,10 @@ def get_parser():
     )
     group = parser.add_argument_group("grid")
     flags.add_small_image_flags(parser)
-    group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK", help="or none")
-    group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK")
+    group.add_argument("--cls_pos", type=utils.position, nargs="+", default=[0, 2, 4], metavar="BLOCK",
+                       help="blocks that CLS enters at, or none")  # fmt: skip
+    group.add_argument("--reg_pos", type=number(int, 0), nargs="+", default=[0, 2], metavar="BLOCK",
+                       help="blocks that the registers enter at")  # fmt: skip
     group.add_argument("--num_reg", type=number(int, 0), nargs="+", default=[4], metavar="R", help="register tokens")
     group.add_argument("--reg_end", type=utils.position, nargs="+", default=[None], metavar="BLOCK", help="that the "
                        "registers leave at, or none (default: none)")  # fmt: skip
@@ -70,7 +72,8 @@ def get_parser():
         metavar="K",
         help="in the last K blocks only CLS is updated (default: 0)",
     )
-    group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1, 2], dest="seeds")
+    group.add_argument("--seeds", "--seed", type=number(int, 0, 2**31), nargs="+", default=[0, 1, 2], dest="seeds",
+                       help="each position is trained with each seed")  # fmt: skip
     group.add_argument("--equal_flops", action="store_true", help="cells with cheaper blocks train on more images, "
                        "up to the FLOPs of 0/0")  # fmt: skip
     group.add_argument("--from", "--finetune", dest="finetune", metavar="FILE", help="start each cell from these "
@@ -109,6 +112,10 @@ def parse(argv=None):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if args.val_size == 0:
         raise BadInput("--val_size 0 holds nothing out, but the best cell is chosen on held-out images; leave it out")
+    if args.measure in results.JUDGED and args.data_set != "DIGITS_SCENES":
+        raise BadInput(
+            f"--measure {args.measure} needs boxes and masks, which only DIGITS_SCENES has; give another one"
+        )
     for name in ("shard", "mix", "max_steps"):
         if args.halving and getattr(args, name):
             raise BadInput(f"--halving compares all cells after whole epochs of the same training; leave out --{name}")

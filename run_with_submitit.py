@@ -52,7 +52,7 @@ class Task:
 def main(argv=None):
     parser = utils.ArgumentParser(description="Submit main_distillation.py to SLURM; other flags are passed on to it.")
     parser.add_argument("--job_dir", required=True, help="a folder of its own, that all nodes see: checkpoints, logs")
-    parser.add_argument("--nodes", type=number(int, 1), default=1)
+    parser.add_argument("--nodes", type=number(int, 1), default=1, help="machines")
     parser.add_argument("--ngpus", type=number(int, 1), default=8, help="GPUs, and so processes, on each node")
     parser.add_argument("--cpus", type=number(int, 1), default=10, help="CPU cores for each process")
     parser.add_argument("--timeout", type=number(int, 1), default=4320, help="minutes")

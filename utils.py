@@ -3,6 +3,7 @@ and devices, files that are written whole.
 """
 
 import argparse
+import difflib
 import functools
 import gc
 import hashlib
@@ -133,12 +134,13 @@ def _is_first_to_print(line) -> bool:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help where there is one to tell."""
+    """Adds the default to a flag's help, as the command line takes it."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+        default = action.default
+        if default is None or default is False or default in (argparse.SUPPRESS, []) or "default" in action.help:
             return action.help
-        return f"{action.help or ''} (default: %(default)s)".strip()
+        return f"{action.help} (default: {flag_value(list(default) if isinstance(default, tuple) else default)})"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -161,7 +163,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(spelled, namespace)
 
     def error(self, message):
-        _fail(f"{message} (see {self.prog} --help)", 2)
+        flag = str(message).removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75) if flag.startswith("--") else []
+        _fail(f"{message}{''.join(f'; did you mean {name}?' for name in near)} (see {self.prog} --help)", 2)
 
 
 def number(kind, low=None, high=None, above=None):
@@ -189,8 +193,8 @@ def number(kind, low=None, high=None, above=None):
 
 def image_size(text):
     """An argparse type: '224' -> (224, 224), '96x128' -> (96, 128), height first."""
-    height, _, width = text.lower().partition("x")
-    return number(int, 1)(height), number(int, 1)(width or height)
+    height, x, width = text.lower().partition("x")
+    return number(int, 1)(height), number(int, 1)(width if x else height)
 
 
 def flag_value(value) -> str:

@@ -189,8 +189,9 @@ def _about(name, model) -> dict:
 def visualize(args):
     loaded = load_all(args)
     model, data, checkpoint = loaded[0]
-    least_depth = min((model for model, _, _ in loaded), key=lambda model: model.depth)
-    blocks = inputs.chosen_blocks(least_depth, args.layer_num)
+    named = zip((model for model, _, _ in loaded), _model_names(args) if args.compare else [""])
+    least_depth, name = min(named, key=lambda pair: pair[0].depth)
+    blocks = inputs.chosen_blocks(least_depth, args.layer_num, name)
     found, failed = inputs.find_images(args, data, checkpoint, args.img_num), []
     model = test_time_registers.from_flags(args, model, data, found, checkpoint)
     loaded[0] = model, data, checkpoint

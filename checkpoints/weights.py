@@ -73,16 +73,13 @@ def match_to_model(model: nn.Module, checkpoint: dict, weights_key=None) -> tupl
     left_out = [n for n in state if n not in own and (n in optional or _UNUSED.match(n))]
     left_out += [n for n in heads if n in state and n in own and state[n].shape != own[n].shape]
     state = {n: t for n, t in state.items() if n not in left_out}
-    misfits = [f"{n} {shape_text(t)} is unknown here" for n, t in state.items() if n not in own]
-    misfits += [
-        f"{n} is {shape_text(t)}, here {shape_text(own[n])}"
-        for n, t in state.items()
-        if n in own and t.shape != own[n].shape
-    ]
+    differ = [n for n, t in state.items() if n in own and t.shape != own[n].shape]
+    misfits = [f"{n} is {shape_text(state[n])}, here {shape_text(own[n])}" for n in differ]  # the width, the patch size
+    misfits += [f"{n} {shape_text(t)} is unknown here" for n, t in state.items() if n not in own]
     new = [n for n in own if n not in state]
     misfits += [f"{n} {shape_text(own[n])} is missing" for n in new if n not in optional]
     if misfits:
-        raise ValueError(f"these weights do not fit the model: {listed(misfits, 20, '; ')}")
+        raise ValueError(f"these weights do not fit the model: {listed(misfits, 6, '; ')}")
     return state, LoadReport([n for n in state if n not in resampled], resampled, left_out, new)
 
 

@@ -224,7 +224,8 @@ def harmless_until(costs, epsilon) -> int:
 
 def lines(result) -> list[str]:
     """A line for each kind of token: up to which block each replacement is harmless."""
-    what, found = "points of top-1" if result["labelled"] else "% of predictions", []
+    points = f"point{'s' * (result['epsilon'] != 1)} of top-1"
+    what, found = points if result["labelled"] else "% of predictions", []
     for kind, by_name in result["tokens"].items():
         words = []
         for name, values in by_name.items() if by_name["zero"]["cost"] else ():

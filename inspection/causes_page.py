@@ -22,7 +22,7 @@ def page(result, about):
         "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
         "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent."
-        + " Probe: ridge regression on the unchanged token; dotted: chance. Decodable is not used." * bool(probed),
+        + " Probe: ridge regression on the unchanged token; dotted: chance. Readable is not yet used." * bool(probed),
         (0.01, 0.15, 0.98, 0.75),
     )  # fmt: skip
     grid = figure.subplots(len(kinds), len(titles), squeeze=False)

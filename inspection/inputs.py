@@ -48,7 +48,6 @@ def model_file(path: str) -> str:
     """An argparse type: the default's file is also looked for where cifar_main.py writes it."""
     written = Path("models") / DEFAULT_MODEL
     if path == DEFAULT_MODEL and not os.path.exists(path) and written.exists():
-        utils.say(f"there is no {path} here: taking {written}")
         return str(written)
     return path
 
@@ -67,7 +66,8 @@ def add_checkpoint_flags(parser, several=False):
     """Which checkpoint, and what a bare state dict lacks; `several`: flags take a value per file (`flags_for_file`)."""
     flag = parser.add_argument
     flag("--model_path", default=DEFAULT_MODEL, type=model_file, metavar="MODEL", help="checkpoint of this project, "
-         "state dict, or a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER")  # fmt: skip
+         "state dict, or a model of timm's: timm:NAME, hf-hub:USER/REPO or local-dir:FOLDER (default: best_model.pth, "
+         "or else models/best_model.pth)")  # fmt: skip
     flag("--weights", metavar="FILE", nargs="+" if several else None,
          help="for timm:NAME, in place of the weights that timm downloads")  # fmt: skip
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -119,15 +119,15 @@ def patch(text):
     return number(int, 0)(x), number(int, 0)(y)
 
 
-def chosen_blocks(model, wanted) -> list[int]:
-    """Numbers of blocks in ascending order. Raises BadInput for one outside the model."""
+def chosen_blocks(model, wanted, name="") -> list[int]:
+    """Numbers of blocks in ascending order. Raises BadInput for one outside the model, which has the `name`, if any."""
     if "all" in wanted:
         return list(range(len(model.blocks)))
     try:
         for i in wanted:
             model.token_layout(i)
     except ValueError as error:
-        raise BadInput(f"--layer_num: {error}") from None
+        raise BadInput(f"--layer_num: {error}" + f" ({name})" * bool(name)) from None
     return sorted(set(wanted))
 
 
@@ -179,6 +179,10 @@ def _foreign(model, name, args, data=None) -> tuple[DynamicViT | ForeignViT, dic
         model = ForeignViT(model, name, size)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    patch = model.model_args["patch_size"]
+    if args.input_size and any(n * p != side for n, p, side in zip(model.grid_size, patch, size)):
+        words = "{} x {} pixels is not divisible into patches of {} x {}"  # timm leaves out the rest; maps would be off
+        raise BadInput(f"--input_size: an image of {words.format(*size, *patch)}")
     if model.hidden:
         utils.say(
             f"note: {name}: the attention of its first {model.hidden} blocks is not torch's own and cannot be seen; "
@@ -220,7 +224,7 @@ def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputI
     in_memory, found = isinstance(split.images, Tensor), []
     for i in numbers:
         if not 0 <= i < len(split):
-            raise BadInput(f"there is no image {i}: the images are 0..{len(split) - 1}")
+            raise BadInput(f"--img_num: there is no image {i}; the images are 0..{len(split) - 1}")
         name, read = f"{data['name']}_test{i}", partial(read_picture, split, i)
         found.append(InputImage(name, read, int(split.labels[i]), in_memory, number=i))
     return found
@@ -235,7 +239,7 @@ def image_paths(paths) -> list[Path]:
         files += image_files(path, left_out) if path.is_dir() else [path]
     note_left_out(" ".join(map(str, paths)), left_out)
     if not files:
-        raise BadInput(f"there are no images in {', '.join(paths)}")
+        raise BadInput(f"there are no images in {', '.join(paths)}; give --image_path images or folders of them")
     return files
 
 

@@ -199,8 +199,8 @@ def _write_head(figure, page, vmax, look):
 
 def _write_foot(figure, page, vmax, scope, look):
     page_w, page_h = figure.get_size_inches()
-    own = "Each map has its own scale; its largest value is above it."
-    words = f"Colour: {page.colour}. {own if vmax is None else f'One scale for {scope}.'}"
+    words = f"Colour: {page.colour}. {'Each map has its own scale.' if vmax is None else f'One scale for {scope}.'}"
+    words += " Above a map: its sum over patches, then its largest value."
     if look.percentile < 100:
         words += f" Top of a scale: the {look.percentile:g}th percentile of the values; larger ones have its colour."
     words += f" Logarithmic, {DECADES} powers of ten." if look.log else ""
@@ -276,9 +276,9 @@ def _draw_map(axes, page, cell, shown, vmax, look, letters, layout):
     )  # fmt: skip
     _frame_patch(axes, cell, shown)
     total = f"{100 * float(cell.map.sum()):.0f}%"
-    words = f"{total} on patches" if letters >= 26 else total
+    words = f"{total} on patches, max" if letters >= 26 else f"{total}, max" if letters >= 16 else f"{total},"
     name = cell.name if letters >= len(cell.name) else cell.name.split()[0]  # mean over heads
-    _title(axes, f"{name}\n{words}, max {100 * float(cell.map.max()):.2g}%", letters, layout)
+    _title(axes, f"{name}\n{words} {100 * float(cell.map.max()):.2g}%", letters, layout)
     return top
 
 

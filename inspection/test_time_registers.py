@@ -27,7 +27,7 @@ def add_flags(parser):
     group = parser.add_argument_group("registers without training (arXiv 2506.08010)")
     group.add_argument("--test_time_registers", type=number(int, 0), default=0, metavar="N", help="add N tokens that "
                        "take over what register neurons write into artefact patches")  # fmt: skip
-    group.add_argument("--register_pos", type=number(int, 0), default=0, metavar="BLOCK", help="that they enter at")
+    group.add_argument("--register_pos", type=number(int, 0), default=0, metavar="BLOCK", help="their entry block")
     group.add_argument("--register_neurons", type=number(int, 1), default=10, metavar="K", help="how many to take")
     group.add_argument("--registers_from", nargs="+", metavar="PATH", help="images, or folders of them, in which the "
                        f"neurons are looked for, at least {LEAST} (default: those that are looked at)")  # fmt: skip

@@ -62,8 +62,8 @@ def _why_not(cells) -> str | None:
     if len(cells) < MIN_CELLS or len(positions) < MIN_POSITIONS:
         there = f"{counted(len(cells), 'such cell')} at {counted(len(positions), 'position')}"
         return (
-            f"it takes {MIN_CELLS} cells at {MIN_POSITIONS} positions of CLS behind block 0, each with another one "
-            f"beside the same cell with CLS at 0; there are {there}; add some to --cls_pos"
+            f"it takes {MIN_CELLS} cells with CLS behind block 0, at {MIN_POSITIONS} positions, two or more for each "
+            f"cell with CLS at 0; there are {there}; add some to --cls_pos"
         )
     if min(np.ptp(_deviations(cells), axis=1)) < 1e-9:
         return "the curve, or the accuracy, is the same at all positions"

@@ -330,8 +330,10 @@ def markdown(summary) -> str:
         ])  # fmt: skip
         if position_of(row) == summary["best"]:
             rows[-1] = [f"**{cell}**" for cell in rows[-1]]
+    n = summary["comparisons"]
+    together = f"all {n} comparisons together" if n > 1 else "the one comparison"
     note = (
-        f"Intervals: of {measure}, 95 % for all {counted(summary['comparisons'], 'comparison')} together, over seeds"
+        f"Intervals: of {measure}, 95 % for {together}, over seeds"
         f"{'' if other else ' and test images'}, paired; from {MIN_SEEDS} common seeds on. All other measures are "
         "exploratory."
     )

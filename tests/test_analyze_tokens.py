@@ -512,7 +512,7 @@ def test_parts_that_are_asked_for(trained, tmp_path):
     """Only these are measured, drawn and printed; what a model lacks is refused by name."""
     flags = ["--num_images", "20", "--device", "cpu", "--output_dir", "."]
     out, _ = shell("analyze_tokens.py", "--model_path", trained / "model.pth", "--what", "causes", *flags, cwd=tmp_path)
-    assert "Replacing the class token costs at most 1 points of top-1 up to block" in out and "patch" not in out
+    assert "Replacing the class token costs at most 1 point of top-1 up to block" in out and "patch" not in out
     found = json.loads((tmp_path / "analysis.json").read_text())
     assert found["images"] == found["causes"]["images"] == 20
     assert "norms" not in found and "lens" not in found

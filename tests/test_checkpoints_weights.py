@@ -192,6 +192,8 @@ def test_a_checkpoint_rebuilds_its_model():
 
 def test_a_bare_state_dict_needs_the_number_of_heads():
     model = tiny(img_size=16, cls_pos=3, reg_pos=1, num_register_tokens=2)
+    with pytest.raises(ValueError, match="no weights of a Vision Transformer"):  # before anything is asked for
+        model_from_checkpoint({"net": {"conv1.weight": torch.zeros(8, 3, 3, 3)}})
     with pytest.raises(ValueError, match="num_heads"):
         model_from_checkpoint(model.state_dict())
     again = model_from_checkpoint(model.state_dict(), num_heads=3, cls_pos=3, reg_pos=1)

@@ -280,6 +280,7 @@ def test_a_download_goes_where_nothing_else_is(tmp_path, monkeypatch):
 
     def offline(url, root, **_):
         asked.append(str(root))
+        root.mkdir(exist_ok=True)
         raise OSError("no route")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
@@ -290,6 +291,7 @@ def test_a_download_goes_where_nothing_else_is(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match="cannot be downloaded"):
             read_split("CIFAR100", tmp_path / place, True, (32, 32))
     assert asked == [str(tmp_path / place) for place in ("absent", "empty", "both")]
+    assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["both", "empty"]  # as it was
 
 
 def test_the_default_holds_out_one_image_of_each_class(tmp_path):

@@ -350,7 +350,7 @@ def test_features_and_bias(checkpoint, scenes, tmp_path, capsys):
     assert page.extract_text().count("arbitrary\n") == 4
     for more in (["--bias", "-25"], []):  # by hand, and by the rule: without what all patches share
         _, out, _ = run(main, [*argv, *more], capsys)
-        assert ("there queries less their mean over patches" in out) == (not more) and "arbitrary" not in out
+        assert ("queries less their mean over patches are used there" in out) == (not more) and "arbitrary" not in out
         found = result(tmp_path)[1]
         assert all(close(image["box"], name) for name, image in found.items())
         assert {(image["features"], image["centred"]) for image in found.values()} == {("queries", not more)}

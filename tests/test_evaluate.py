@@ -157,7 +157,7 @@ def test_own_folders_of_an_own_checkpoint(tmp_path, capsys):
     flags = ["--sets", f"cifar10.1={tmp_path / 'own'}", "--output_dir", tmp_path, "--num_workers", 0, "--device", "cpu"]
     for name in ("one", "two", "one"):
         status, out, err = run(main, ["--model_path", path, "--name", name, *flags], capsys)
-        assert status == 0, err
+        assert status == 0 and f"wrote {tmp_path / 'results-cifar10.1.csv'}" in out, err
     rows = list(csv.DictReader((tmp_path / "results-cifar10.1.csv").open()))
     assert [row["model"] for row in rows] == ["one", "two"]
     assert float(rows[0]["top1"]) == pytest.approx(100 * sum(expected) / 12, abs=1e-3)

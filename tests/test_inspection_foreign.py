@@ -231,6 +231,10 @@ def test_the_scripts(files, tmp_path):
         (["--model_path", "timm:test_vit3", "--weights", "W", "--num_heads", "3"], "leave out --num_heads"),
         (["--model_path", "local-dir:nowhere"], "cannot get the weights of local-dir:nowhere"),
         (["--model_path", "W", "--weights", "W", "--num_heads", "3"], "--weights is for a model of timm's"),
+        (
+            ["--model_path", "timm:test_vit3", "--weights", "W", "--input_size", "100"],
+            "100 x 100 pixels is not divisible",
+        ),
     ],
 )
 def test_bad_input(files, tmp_path, flags, words):

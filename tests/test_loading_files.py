@@ -232,7 +232,7 @@ def test_the_page_shows_what_the_model_saw(tmp_path, capsys, photos):
     status, out, err = run(visualize, [*argv, "--img_num", "4", "--device", "cpu"], capsys)
     assert status == 0, err
     assert "attention_FOLDER_test4_block1.pdf: cls, reg0" in out
-    assert "there is no image 6: the images are 0..5" in run(visualize, [*argv, "--img_num", "6"], capsys)[2]
+    assert "there is no image 6; the images are 0..5" in run(visualize, [*argv, "--img_num", "6"], capsys)[2]
 
 
 def test_processes_share_the_search_for_unreadable_images(tmp_path, monkeypatch):

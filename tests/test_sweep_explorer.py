@@ -69,6 +69,10 @@ def test_the_numbers_and_the_maps_of_every_cell(browser, swept):
         count = "return document.querySelectorAll('section .absent').length"
         absent, before = browser.ask(count), browser.ask(f"explorer.show({{ block: 1 }}); {count}")
         assert cell["column"] != "2" or (absent, before > 0) == (0, True)
+    curves = "return [document.querySelectorAll('section polyline').length, document.querySelectorAll('figure').length]"
+    assert browser.ask(curves) == [4, 2]
+    browser.ask("explorer.file.cells.forEach((c) => { c.curves = { 0: [50] } }); explorer.show({ block: 1 })")
+    assert browser.ask(curves) == [0, 0]  # one epoch makes no curve
     assert browser.driver.get_log("browser") == []
 
 

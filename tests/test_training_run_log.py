@@ -33,16 +33,16 @@ def test_curves_mark_the_epoch_whose_weights_are_saved():
         {"epoch": i + 1, "lr": 10.0**-i, "train_loss": 2.0 - i, "val_loss": loss, "val_top1": top1}
         for i, (top1, loss) in enumerate([(50.0, 1.0), (75.0, 0.9), (75.0, 0.8), (60.0, 0.5)])
     ]
-    figure = curves(epochs)
+    figure = curves(epochs, "models/late")
     no_overlaps(figure)
     loss, accuracy, rate, gradient, *_ = figure.axes
-    assert figure.get_suptitle() == "Best epoch: 3, 75.00% of the validation images"  # of equal ones, the lower loss
+    assert figure.get_suptitle() == "models/late: best epoch 3, validation accuracy 75.00%"  # of equals, the lower loss
     assert all(list(axes.lines[-1].get_xdata()) == [3, 3] for axes in (loss, accuracy, rate))
     assert loss.get_legend() is not None and accuracy.get_legend() is None
     assert rate.get_yscale() == "log" and accuracy.get_yscale() == "linear"
     assert not gradient.lines and gradient.texts[0].get_text() == "not measured"
     assert all(tick == int(tick) for tick in loss.get_xticks())
-    no_overlaps(curves([{"epoch": 1, "lr": 0.0, "train_loss": 2.0}]))  # no validation, and a rate that has no logarithm
+    no_overlaps(curves([{"epoch": 1, "lr": 0.0, "train_loss": 2.0}], "a"))  # no validation; a rate without logarithm
 
 
 def test_peak_memory_counts_anew():

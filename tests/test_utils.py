@@ -114,3 +114,27 @@ def test_processes_of_a_mac_are_on_the_cpu(monkeypatch):
     assert utils.pick_device().type == "cpu"
     with pytest.raises(utils.BadInput, match="--device mps: there is no mps here; use --device cpu"):
         utils.pick_device("mps")
+
+
+def test_help_shows_each_default_as_the_command_line_takes_it(capsys):
+    parser = utils.ArgumentParser(prog="x")
+    for name, default in (("seed", 0), ("blocks", [0, 2]), ("share", (0.9, 0.5)), ("none", None), ("empty", [])):
+        parser.add_argument(f"--{name}", default=default, help=f"{name} of it")
+    parser.add_argument("--switch", action="store_true", help="on or off")
+    words = " ".join(parser.format_help().split())
+    assert "seed of it (default: 0)" in words and "blocks of it (default: 0 2)" in words
+    assert "share of it (default: 0.9 0.5)" in words and words.count("default") == 3
+
+
+def test_a_size_that_was_typed_half_is_refused():
+    assert utils.image_size("32") == (32, 32) and utils.image_size("32X48") == (32, 48)
+    with pytest.raises(utils.argparse.ArgumentTypeError, match="not a whole number"):
+        utils.image_size("32x")
+
+
+def test_a_misspelt_flag_gets_the_one_that_was_meant(capsys):
+    parser = utils.ArgumentParser(prog="x")
+    parser.add_argument("--layer_num")
+    for given, meant in (("--leyer_num=2", True), ("--layer-nun", True), ("--unlike_it", False), ("layer_num", False)):
+        status, _, err = run(parser.parse_args, [given], capsys)
+        assert status == 2 and ("did you mean --layer_num?" in err) == meant, err

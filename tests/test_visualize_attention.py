@@ -429,6 +429,8 @@ def test_models_side_by_side(checkpoint, photo, tmp_path, capsys, drawn):
     assert torch.allclose(page.rows[0].cells[1].map, attention[0, 0], atol=1e-6)
     assert page.rows[1].cells[1].map.shape == (6, 6)
     assert drawn["block2_reg1"][0].rows[1].cells[0].absent == "absent: not in this model"
+    err = run(main, ["--compare", checkpoint, tmp_path / "late.pth", *argv, "--layer_num", "9"], capsys)[2]
+    assert "block 9 is outside the model" in err and f"({tmp_path.name}/m" in err
     (file,) = (tmp_path / "new").iterdir()
     assert file.name == "compared_photo_block2.pdf"
     assert "Class token at block 2 under 2 models" in words(file)[0]

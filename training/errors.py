@@ -39,7 +39,7 @@ def confusion_figure(counts: np.ndarray, classes, about):
     k = len(counts)
     side = min(6.5, max(3.5, 0.45 * k))
     figure = headed_figure(
-        (side + 3.2, side + 2.8), "What is taken for what", about,
+        (side + 3.2, side + 2.8), "Confusion matrix", about,
         "Rows: true classes; columns: predicted. Colour: % of the images of the row; the diagonal, which is right, "
         + ("is grey. Numbers: images." if k <= NUMBERED else "is grey."),
         rect=(0.01, 0.1, 0.98, 0.78),

@@ -77,7 +77,7 @@ def add_model_flags(parser):
 def add_training_flags(group):
     """What both scripts train with; defaults that depend on the script are not set."""
     flag = group.add_argument
-    flag("--epochs", type=number(int, 1))
+    flag("--epochs", type=number(int, 1), help="the schedule ends with the last one")
     flag("--batch_size", type=number(int, 1), help="images at a time, in each process")
     flag("--opt", help="timm's name of an optimizer")
     flag("--weight_decay", type=number(float, 0), help="not of biases, norms, tokens")
@@ -91,7 +91,7 @@ def add_training_flags(group):
         help="linear warm-up (default: a tenth of --epochs, or a recipe's less)",
     )
     flag("--smoothing", type=number(float, 0, 0.99), default=0.1, help="label smoothing")
-    flag("--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0, help="decay of averaged weights")
+    flag("--ema", "--model_ema_decay", type=number(float, 0, 0.999999), default=0.0, help="decay of the EMA, 0: none")
     flag("--clip_grad", type=number(float, 0), default=0.0, help="largest norm of the gradient, 0: any")
     flag("--accum_steps", type=number(int, 1), default=1, help="batches for one step")
     flag("--max_steps", type=number(int, 1), help="stop after so many steps (for a smoke run)")
@@ -227,7 +227,7 @@ def add_machine_flags(parser):
     flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of training")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--num_threads", type=number(int, 1, 1024), help="CPU threads (default: torch's)")
-    flag("--seed", type=number(int, 0, 2**31), default=0)
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation")
     flag("--deterministic", action="store_true", help="deterministic kernels only")
     return group
 

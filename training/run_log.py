@@ -154,23 +154,23 @@ PANELS = (  # of the training curves: title, label of the axis, lines
 
 def plot_curves(epochs: list[dict], folder):
     """Draw `training_curves.png` and `.pdf` from the epoch records of a log."""
-    figure = curves(epochs)
+    figure = curves(epochs, "/".join(Path(folder).absolute().parts[-2:]))
     for suffix in ("png", "pdf"):
         write_atomically(
             Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
         )
 
 
-def curves(epochs: list[dict]):
-    """A matplotlib figure of `PANELS`; the epoch with the best validation accuracy is marked in each."""
+def curves(epochs: list[dict], name):
+    """A matplotlib figure of `PANELS` of run `name`; the epoch with the best validation accuracy is marked in each."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11.69, 6.6), layout="constrained")
     judged = [record for record in epochs if record.get("val_top1") is not None]
     best = max(judged, key=selection_key, default=None)  # the first of equal ones
-    if best is not None:
-        figure.suptitle(f"Best epoch: {best['epoch']}, {best['val_top1']:.2f}% of the validation images", fontsize=11)
+    words = f": best epoch {best['epoch']}, validation accuracy {best['val_top1']:.2f}%" if best else ""
+    figure.suptitle(utils.printable(name) + words, fontsize=11)
     numbers = [record["epoch"] for record in epochs]
     for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
         for key, name in lines.items():

@@ -1,11 +1,14 @@
 """DIGITS_SCENES: what is composed, its boxes and masks, and that the scripts take it."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 import cifar_main
 import cifar_test
+import datasets
 import visualize_attention
 from checkpoints.files import load_checkpoint
 from conftest import TINY, run
@@ -57,6 +60,9 @@ def test_boxes_by_hand():
 
 def test_scripts(test_scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scenes, "COUNTS", {True: 400, False: 100})
+    few = functools.cache(scenes.scenes.__wrapped__)
+    for module in (scenes, datasets):
+        monkeypatch.setattr(module, "scenes", few)
     path, argv = tmp_path / "m.pth", [*TINY, "--input_size", "64", "--data_set", "DIGITS_SCENES", "--max_steps", "1"]
     status, out, _ = run(cifar_main.main, [*argv, "--model_path", path], capsys)
     assert status == 0 and "DIGITS_SCENES: 360 train, 40 val, 100 test images" in out

@@ -73,7 +73,7 @@ def analyze(args) -> dict:
             "name": data["name"], "images": len(found), "seed": args.seed, "input_size": list(data["input_size"]),
             "image_path": args.image_path, "chosen": [image.name for image in found[:10]], "left_out": failed,
         },
-        "what": [*(name for name in STATISTICS if name in args.what), *parts],
+        "what": [*(name for name in STATISTICS if name in args.what), *parts], "refused": [],
     }  # fmt: skip
     if set(STATISTICS) & set(args.what):
         results |= measure_statistics(args, model, batches, len(found))
@@ -82,8 +82,16 @@ def analyze(args) -> dict:
         "dense": {"truth": annotated, "patches": args.dense_patches, "seed": args.seed},
         "sinks": dict(zip(("queries", "attention", "nop", "broadcast"), args.sink)),
     }
-    for name, part in parts.items():
-        results[name] = part.measure(model, batches, **options.get(name, {}))
+    for name, part in list(parts.items()):
+        try:
+            results[name] = part.measure(model, batches, **options.get(name, {}))
+        except BadInput as error:  # which only measuring can find
+            if results["what"] == [name]:
+                raise
+            results["what"].remove(name)
+            results["refused"].append(str(error))
+            del parts[name]
+            continue
         results.setdefault("images", results[name]["images"])
     if args.ablate and results["images"] < 2:
         raise BadInput(f"--ablate needs at least two images, and only one can be read; {failed[0]}")
@@ -217,6 +225,8 @@ def main(argv=None):
     results = analyze(args)
     report(results, Path(args.output_dir))
     inputs.report_failed(results["data"]["left_out"], results["data"]["images"])
+    if results["refused"]:
+        raise BadInput(f"all but this is measured: {'; '.join(results['refused'])}")
 
 
 if __name__ == "__main__":

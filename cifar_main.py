@@ -74,7 +74,9 @@ def main(argv=None):
     else:
         check_is_asked_for(args, data_given)
         if not args.eval:
-            say("It is only tested now: --overwrite trains anew, --resume resumes its training.")
+            running = run_folder.is_running(args.output_dir)
+            what = "another process is training it" if running else "--overwrite trains anew, --resume resumes"
+            say(f"It is only tested now: {what}.")
     test_model(args.model_path, data_path, device, args.batch_size, max_pixels=args.max_pixels)
     if trains:
         film.write_film(args)

@@ -357,7 +357,7 @@ def throughput(args, device, rounds=5, steps=5):
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     setting = f"batch {args.batch_size}, {size[0]} x {size[1]} pixels, {precision}, {device}"
     rates = f"training {median(trained[1:]):,.1f} images/s, inference {median(inferred[1:]):,.1f} images/s"
-    say(f"Throughput: {rates} ({setting}, {utils.world_size()} processes)")
+    say(f"Throughput: {rates} ({setting}, {utils.world_size()} process{'es' * (utils.world_size() > 1)})")
 
 
 def sum_of_losses(outputs, labels):

@@ -398,10 +398,3 @@ def remove_temporary(folder):
     """What processes that were killed while they wrote have left."""
     for file in Path(folder).glob(f".*.{'[0-9a-f]' * 8}.tmp"):
         file.unlink(missing_ok=True)
-
-
-SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)  # not all of them on Windows
-]

@@ -39,7 +39,7 @@ def fitted(fit, model, data, image):
         own = model.model_args["img_size"]
         size = fitting_size(*pixels.size, max(own), model.model_args["patch_size"])
         try:
-            return sized(model)(size), whole | {"input_size": size}, image
+            return sized(model)(size), whole | {"input_size": size, "covered": size}, image
         except ValueError as error:
             raise BadInput(f"--fit native: {error}; give --fit crop or --fit pad") from None
     (h, w), mean = data["input_size"], tuple(round(255 * value) for value in data["mean"])

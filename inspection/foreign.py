@@ -69,7 +69,9 @@ class ForeignViT(nn.Module):
         self.cls_pos, self.dist_pos = (0 if has[token] else None for token in ("cls", "dist"))
         self.num_register_tokens = prefix - sum(has.values())
         self.reg_pos = 0 if self.num_register_tokens else None
-        patch = tuple(side // n for side, n in zip(img_size, grid))
+        named = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 0))
+        # timm leaves out pixels that make no whole patch; the patches of hybrids are of a convnet's features.
+        patch = tuple(p if p and side // p == n else side // n for side, n, p in zip(img_size, grid, named))
         heads = shapes[self._shown[0]][0][1]
         self.model_args = {"timm_name": name, "img_size": img_size, "patch_size": patch, "num_heads": heads}
 

@@ -180,9 +180,12 @@ def _foreign(model, name, args, data=None) -> tuple[DynamicViT | ForeignViT, dic
     except ValueError as error:
         raise BadInput(str(error)) from None
     patch = model.model_args["patch_size"]
-    if args.input_size and any(n * p != side for n, p, side in zip(model.grid_size, patch, size)):
-        words = "{} x {} pixels is not divisible into patches of {} x {}"  # timm leaves out the rest; maps would be off
-        raise BadInput(f"--input_size: an image of {words.format(*size, *patch)}")
+    covered = tuple(n * p for n, p in zip(model.grid_size, patch))
+    if covered != tuple(size):  # timm leaves out the rest, as of 384 pixels in patches of 14
+        if args.input_size:
+            words = "{} x {} pixels is not divisible into patches of {} x {}".format(*size, *patch)
+            raise BadInput(f"--input_size: an image of {words}")
+        data["covered"] = covered
     if model.hidden:
         utils.say(
             f"note: {name}: the attention of its first {model.hidden} blocks is not torch's own and cannot be seen; "
@@ -311,20 +314,29 @@ def _sized(pixels, image, data) -> Tensor:
 
 
 def seen_part(width, height, image, data) -> tuple[float, float, float, float]:
-    """What of an image the model sees: left, upper, right, lower."""
+    """What of an image the model's patches see: left, upper, right, lower."""
     if image.in_memory and "crop_pct" not in data:
         return 0, 0, width, height
-    return crop_box(width, height, data["input_size"], data.get("crop_pct", 1.0))
+    left, upper, right, lower = crop_box(width, height, data["input_size"], data.get("crop_pct", 1.0))
+    tall, wide = _covered(data)
+    return left, upper, left + wide * (right - left), upper + tall * (lower - upper)
+
+
+def _covered(data) -> tuple[float, float]:
+    """The shares of the model's input, in height and width, that are in patches."""
+    (h, w), (covered_h, covered_w) = data["input_size"], data.get("covered", data["input_size"])
+    return covered_h / h, covered_w / w
 
 
 def as_seen(pixels, image, data, side=DISPLAY_SIDE) -> Tensor:
-    """The part of a PIL image that the model sees, in up to `side` pixels, for display: (3, ., .) uint8."""
+    """The part of a PIL image that the model's patches see, in up to `side` pixels, for display: (3, ., .) uint8."""
     if image.in_memory and "crop_pct" not in data:
         return _sized(pixels, image, data)
-    left, upper, right, lower = seen_part(*pixels.size, image, data)
+    left, upper, right, lower = crop_box(*pixels.size, data["input_size"], data.get("crop_pct", 1.0))
     scale = min(1, side / max(right - left, lower - upper))
     size = max(1, round(scale * (lower - upper))), max(1, round(scale * (right - left)))
-    return fit_image(pixels, size, **_crop(data))
+    h, w = (max(1, round(n * share)) for n, share in zip(size, _covered(data)))
+    return fit_image(pixels, size, **_crop(data))[:, :h, :w]
 
 
 def _crop(data) -> dict:

@@ -10,7 +10,11 @@ from multiprocessing import resource_tracker
 
 from torch.utils.data import DataLoader
 
-from utils import SIGNALS, BadInput
+from utils import BadInput
+
+SIGNALS = [  # that ask a run to end; not all of them are there on Windows
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 
 
 @contextmanager

@@ -203,6 +203,10 @@ def test_masks_and_boxes_of_a_users_images(tmp_path, capsys):
     ):
         status, _, err = run(analyze_tokens.main, [*common, *more], capsys)
         assert (status, len(err.splitlines())) == (2, 1) and words in err, err
+    status, out, err = run(analyze_tokens.main, [*common, "--what", "dense", "norms"], capsys)  # the other statistics are not lost
+    assert status == 2 and "all but this is measured: dense has nothing to judge by" in err and "analysis.pdf" in out
+    results = json.loads((tmp_path / "analysis.json").read_text())
+    assert results["what"] == ["norms"] and results["norms"] and "dense" not in results
     Image.new("L", (5, 5)).save(tmp_path / "masks" / "3.png")
     status, _, err = run(analyze_tokens.main, [*common, "--masks", tmp_path / "masks"], capsys)
     assert status == 2 and "5 x 5 pixels, and its image 48 x 32" in err

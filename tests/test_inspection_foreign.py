@@ -2,10 +2,13 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms.functional import to_pil_image
 
 import visualize_attention
 from conftest import run, shell, tiny
@@ -241,6 +244,24 @@ def test_bad_input(files, tmp_path, flags, words):
     flags = [str(files / "weights.pth") if flag == "W" else flag for flag in flags]
     _, err = shell("visualize_attention.py", *flags, "--image_path", files / "photo.png", cwd=tmp_path, status=2)
     assert words.replace("W", str(files / "weights.pth")) in err and err.count("\n") == 1
+
+
+def test_what_no_patch_covers_is_not_shown(monkeypatch):
+    """As 6 of 384 pixels in patches of 14: timm leaves them out, and so do the page and the places of boxes."""
+    config = {"input_size": (3, 30, 30), "mean": [0.5] * 3, "std": [0.5] * 3}
+    model = VisionTransformer(img_size=30, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    model.pretrained_cfg = config
+    monkeypatch.setattr(inputs, "create", lambda *_: model.eval())
+    args = Namespace(weights=None, input_size=None, mean=None, std=None)
+    adapted, data, _ = inputs.load("timm:own", args)
+    assert adapted.grid_size == (3, 3) and data["covered"] == (24, 24)
+    pixels = torch.randint(256, (3, 30, 30), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image, shown = to_pil_image(pixels), InputImage("a", None)
+    assert torch.equal(inputs.as_seen(image, shown, data), pixels[:, :24, :24])
+    assert inputs.seen_part(60, 30, shown, data) == (15, 0, 39, 24)
+    assert inputs.model_input([image], [shown], data).shape == (1, 3, 30, 30)  # the model gets all
+    with pytest.raises(inputs.BadInput, match="30 x 30 pixels is not divisible into patches of 8 x 8"):
+        inputs.load("timm:own", Namespace(weights=None, input_size=(30, 30), mean=None, std=None))
 
 
 def test_without_a_network_the_error_comes_at_once(monkeypatch):

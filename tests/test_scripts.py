@@ -3,6 +3,7 @@
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import cifar_main
 import house
 import main_distillation
 from conftest import STUDENT, TINY, run, shell
+from training import run_folder
 
 SMALL = "--embed_dim 24 --depth 5 --num_heads 3 --max_steps 1 --batch_size 4 --val_size 10 --device cpu".split()
 
@@ -87,7 +89,10 @@ def test_cifar_main(work, capsys):
         status, out, err = run(cifar_main.main, [*argv, *SMALL], capsys)
         assert status == 0 and "Test accuracy" in out, (argv, err)
     status, out, err = run(cifar_main.main, [*commands[0], *SMALL], capsys)
-    assert status == 0 and "only tested now" in out, err
+    assert status == 0 and "only tested now: --overwrite trains anew" in out, err
+    with run_folder.locked(Path(commands[0][commands[0].index("--model_path") + 1]).parent):
+        status, out, err = run(cifar_main.main, [*commands[0], *SMALL], capsys)
+    assert status == 0 and "only tested now: another process is training it" in out, err
 
 
 def test_main_distillation(work, capsys):

@@ -37,7 +37,7 @@ def test_the_same_command_again_tests_and_changes_nothing(trained, capsys):
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in trained.iterdir()}
     status, out, err = run(cifar_main.main, [*DIGITS, "--model_path", trained / "model.pth"], capsys)
     assert status == 0, err
-    assert "--overwrite trains anew, --resume resumes its training" in out
+    assert "--overwrite trains anew, --resume resumes" in out
     lines = out.splitlines()
     assert "CLS enters at block 2, 2 registers at block 1" in lines[0]
     for main, argv in ((cifar_main.main, ["--eval", "--device", "cpu"]), (cifar_test.main, ["--device", "cpu"])):

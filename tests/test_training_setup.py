@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 import cifar_main
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import DIGITS, run, tiny
+from conftest import DIGITS, TINY, run, tiny
 from engine import peak_rate
 from models_dynamic import DynamicViT
 from training.setup import make_optimizer
@@ -93,3 +93,10 @@ def test_rates_are_those_of_timms_model():
     theirs = VisionTransformer(**size, reg_tokens=2, no_embed_class=True)
     ours = rates(DynamicViT(**size, num_register_tokens=2), opt="nmuon")
     assert {name.replace("register_tokens", "reg_token"): rate for name, rate in ours.items()} == rates(theirs)
+
+
+def test_an_optimizer_that_timm_does_not_have(tmp_path, capsys):
+    for name, words in (("adamww", "did you mean adamw"), ("zzz", "timm.optim.list_optimizers() names all")):
+        argv = [*TINY, "--data_set", "DIGITS", "--model_path", tmp_path / "m.pth", "--opt", name]
+        status, _, err = run(cifar_main.main, argv, capsys)
+        assert status == 2 and f"--opt {name}: " in err and words in err and len(err.splitlines()) == 1, err

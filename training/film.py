@@ -20,6 +20,7 @@ from inspection import inputs
 from inspection.pages import by_token, token_name, write_pdf
 from inspection.strips import Group, Strip, draw_strips, top_of
 from models_dynamic import SIZES, DynamicViT
+from training.run_log import run_name
 from training.scoring import eval_batches
 from utils import BadInput
 
@@ -75,7 +76,7 @@ class Film:
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
         tops = {key: top_of(saved[key]) for key in _tokens(saved)}
         parts = pages_of(len(self.numbers), len(tops))
-        sheet = np.concatenate([_pixels(_page(saved, tops, part, self.args.epochs)) for part in parts])
+        sheet = np.concatenate([_pixels(_page(saved, tops, part, self.args)) for part in parts])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
 
@@ -165,14 +166,15 @@ def pages_of(images, tokens) -> list[range]:
     return [range(k, min(k + a_page, images)) for k in range(0, images, a_page)]
 
 
-def _page(saved, tops, images, epochs):
+def _page(saved, tops, images, args):
     """A figure of one epoch: a row for each token of `tops` ({key: brightest share}) below each of `images`."""
     registers, groups = sum(token.startswith("reg") for token in _tokens(saved)), []
     for i in images:
         strips = [Strip(token_name(key, registers), saved[key][i], top) for key, top in tops.items()]
         groups.append(Group(str(saved["captions"][i]), saved["pictures"][i], strips))
     columns = [f"block {b}" for b in range(saved[next(iter(tops))].shape[1])]
-    return draw_strips(f"Epoch {int(saved['epoch'])} of {epochs}", str(saved["about"]), columns, groups)
+    title = f"{run_name(args.output_dir)}: epoch {int(saved['epoch'])} of {args.epochs}"
+    return draw_strips(title, str(saved["about"]), columns, groups)
 
 
 def write_film(args):
@@ -189,11 +191,11 @@ def write_film(args):
     images = len(every[0]["images"])
     parts = pages_of(images, len(tops))[:PAGES]
     in_pdf = spread(every, PAGES // len(parts))
-    figures = (_page(saved, tops, part, args.epochs) for saved in in_pdf for part in parts)
+    figures = (_page(saved, tops, part, args) for saved in in_pdf for part in parts)
     write_pdf(figures, folder / "attention.pdf")
     for key, top in tops.items():
         shown = spread(every, FRAMES)
-        frames = [_pixels(_page(saved, {key: top}, range(min(images, ROWS)), args.epochs)) for saved in shown]
+        frames = [_pixels(_page(saved, {key: top}, range(min(images, ROWS)), args)) for saved in shown]
         gif = _gif(frames)
         utils.write_atomically(folder / f"attention_{key}.gif", lambda out, gif=gif: out.write(gif))
     gifs = ", ".join(f"attention_{key}.gif" for key in tops)

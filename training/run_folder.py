@@ -85,6 +85,12 @@ def _locked(path: Path):
         lock.release()
 
 
+def is_running(folder) -> bool:
+    """Whether a run holds the folder."""
+    owner = first_record(Path(folder) / "running.json")
+    return bool(owner) and _is_alive(owner)
+
+
 def first_record(path) -> dict:
     """Of a file of JSON lines; empty without one."""
     return next(iter(read_json_lines(path)), {})

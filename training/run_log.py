@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import utils
+from inspection.pages import write_pdf
 from utils import RunFailed, write_atomically
 
 CURVES_EVERY = 30  # seconds, at least; and after the last epoch
@@ -152,13 +153,16 @@ PANELS = (  # of the training curves: title, label of the axis, lines
 )
 
 
+def run_name(folder) -> str:
+    """The last two folders of its path, as a title."""
+    return utils.shortened(utils.printable("/".join(Path(folder).absolute().parts[-2:])), 40)
+
+
 def plot_curves(epochs: list[dict], folder):
-    """Draw `training_curves.png` and `.pdf` from the epoch records of a log."""
-    figure = curves(epochs, "/".join(Path(folder).absolute().parts[-2:]))
-    for suffix in ("png", "pdf"):
-        write_atomically(
-            Path(folder) / f"training_curves.{suffix}", lambda file, s=suffix: figure.savefig(file, format=s, dpi=120)
-        )
+    """Draw `training_curves.pdf` and `.png` from the epoch records of a log."""
+    figure, folder = curves(epochs, run_name(folder)), Path(folder)
+    write_pdf([figure], folder / "training_curves.pdf")
+    write_atomically(folder / "training_curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def curves(epochs: list[dict], name):
@@ -170,7 +174,7 @@ def curves(epochs: list[dict], name):
     judged = [record for record in epochs if record.get("val_top1") is not None]
     best = max(judged, key=selection_key, default=None)  # the first of equal ones
     words = f": best epoch {best['epoch']}, validation accuracy {best['val_top1']:.2f}%" if best else ""
-    figure.suptitle(utils.printable(name) + words, fontsize=11)
+    figure.suptitle(name + words, fontsize=11)
     numbers = [record["epoch"] for record in epochs]
     for axes, (title, label, lines) in zip(figure.subplots(2, 3).flat, PANELS):
         for key, name in lines.items():

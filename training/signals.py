@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from utils import SIGNALS, Stopped, world_size
+from loading.workers import SIGNALS
+from utils import Stopped, world_size
 
 
 class StopSignals:

@@ -203,7 +203,7 @@ def test_masks_and_boxes_of_a_users_images(tmp_path, capsys):
     ):
         status, _, err = run(analyze_tokens.main, [*common, *more], capsys)
         assert (status, len(err.splitlines())) == (2, 1) and words in err, err
-    status, out, err = run(analyze_tokens.main, [*common, "--what", "dense", "norms"], capsys)  # the other statistics are not lost
+    status, out, err = run(analyze_tokens.main, [*common, "--what", "dense", "norms"], capsys)  # which is not lost
     assert status == 2 and "all but this is measured: dense has nothing to judge by" in err and "analysis.pdf" in out
     results = json.loads((tmp_path / "analysis.json").read_text())
     assert results["what"] == ["norms"] and results["norms"] and "dense" not in results

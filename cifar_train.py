@@ -16,7 +16,6 @@ from training.setup import build_model, load_finetune, make_step, report_run
 def train_from_flags(args, device, data: ImageData | None = None, until=None) -> dict:
     """`train_model` on the model, and the data if they are not given, that the flags of `cifar_main.py` describe."""
     input_size = build_model(args, 10, "meta").model_args["img_size"]  # wrong flags show before data are read
-    utils.writable_folder(Path(args.model_path).parent)
     with run_folder.locked(args.output_dir, args.model_path):
         resume = run_folder.checkpoint_to_resume(args, args.model_path)
         if data is None:

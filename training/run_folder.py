@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,15 +45,23 @@ class InUse(BadInput):
 def locked(folder, best_path=None):
     """Hold the folder, and the file of the best weights if that lies elsewhere, for the processes of this run.
 
-    The system lets a lock go when its process ends, however that happens. Raises InUse, naming who holds it.
+    The system lets a lock go when its process ends, however that happens. A folder that was made for a run that is
+    then refused goes again. Raises InUse, naming who holds it.
     """
+    made = not Path(folder).exists()
     folder = utils.writable_folder(folder)
     paths = [folder / "lock"]
     if best_path is not None and Path(best_path).parent.resolve() != folder.resolve():
-        paths.append(Path(best_path).with_name(f"{Path(best_path).name}.lock"))
-    with ExitStack() as stack:
-        utils.main_decides(lambda: [stack.enter_context(_locked(path)) for path in paths] and None)
-        yield
+        paths.append(utils.writable_folder(Path(best_path).parent) / f"{Path(best_path).name}.lock")
+    try:
+        with ExitStack() as stack:
+            utils.main_decides(lambda: [stack.enter_context(_locked(path)) for path in paths] and None)
+            yield
+    except BadInput:
+        if made:
+            with suppress(OSError):  # something was written
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def at_every_write(folder, how, each=1) -> Row:
         lost += [f"{actions[at - 1]} ({at}): {what}" for what in problem[:3]]
         shutil.rmtree(place)
     name = "SIGKILL" if how == "kill" else os.strerror(how)
-    return Row(f"{name} at {'each' if each == 1 else f'every {each}th'} of {len(actions)} file operations", injected,
+    return Row(f"{name} at {'each' if each == 1 else f'one in {each}'} of {len(actions)} file operations", injected,
                injected - len({line.split(':')[0] for line in lost}), "; ".join(lost) or "nothing")  # fmt: skip
 
 

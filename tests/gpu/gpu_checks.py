@@ -214,13 +214,22 @@ def trained(machine, name, words="", start=("cifar_main.py",), status=0) -> Path
     argv = "--data_set DIGITS --aug trivial --epochs 2 --repeats 1 --lr 2e-3 --drop_path 0.2 --save_steps 3".split()
     argv += ["--deterministic", "--device", machine.device.type, *(SMALL.split() if machine.tiny else [])]
     argv += ["--model_path", str(folder.absolute() / "model.pth"), *words.split()]
+    started(machine, name, [*start, *argv], status)
+    return folder
+
+
+def started(machine, name, command, status=0):
+    """Run `python COMMAND` to its end. Raises RuntimeError for another exit status."""
     done = subprocess.run(
-        [sys.executable, *start, *argv], cwd=ROOT, capture_output=True, text=True, timeout=max(machine.left(), 60),
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=max(machine.left(), 60),
         check=False,
     )  # fmt: skip
     if done.returncode != status:
         raise RuntimeError(f"{name}: status {done.returncode}: {last_line(done.stderr)}")
-    return folder
+
+
+def torchrun(processes, script) -> tuple[str, ...]:
+    return "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script
 
 
 def runs(machine):
@@ -238,11 +247,27 @@ def runs(machine):
     yield Row("killed in an epoch and resumed: weights apart", distance, "absolute", distance == 0)
     backend, cards = ("NCCL", torch.cuda.device_count()) if machine.cuda else ("Gloo", 2)
     for processes in sorted({1, cards}):
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "cifar_main.py")
-        folder = trained(machine, f"processes{processes}", start=launcher)
+        folder = trained(machine, f"processes{processes}", start=torchrun(processes, "cifar_main.py"))
         one, several = (read_json_lines(place / "log.txt")[-1]["train_loss"] for place in (once, folder))
         ok = abs(several / one - 1) < (1e-3 if processes == 1 else 0.3)  # each has a batch, so there are fewer steps
         yield Row(f"{backend}, {processes} processes: last training loss", several, "", ok, f"without: {one:.4f}")
+
+
+def sharded(machine):
+    """--fsdp beside DDP: ten steps of main_distillation.py on digits, in a process for each card."""
+    processes, losses = torch.cuda.device_count() if machine.cuda else 2, []
+    argv = (
+        "--data_set DIGITS --model dynamic_vit_cifar --input_size 32 --no_aug --no-repeated-aug --drop_path 0".split()
+    )
+    argv += "--epochs 1 --max_steps 10 --batch_size 32 --num_workers 1 --val_size 0 --lr 1e-3 --unscale-lr".split()
+    argv += ["--device", machine.device.type, *(SMALL.split() if machine.tiny else [])]
+    for name, words in (("ddp", ()), ("fsdp", ("--fsdp",))):
+        folder = (machine.folder / name).absolute()
+        command = [*torchrun(processes, "main_distillation.py"), *argv, "--output_dir", str(folder), *words]
+        started(machine, name, command)
+        losses.append(read_json_lines(folder / "log.txt")[-1]["train_loss"])
+    ok = abs(losses[1] / losses[0] - 1) < 1e-2
+    yield Row(f"--fsdp, {processes} processes: training loss of ten steps", losses[1], "", ok, f"DDP: {losses[0]:.4f}")
 
 
 def racing(machine):
@@ -262,4 +287,4 @@ def racing(machine):
         raise RuntimeError(f"bench.py: status {done.returncode}: {last_line(done.stderr)}")
 
 
-CHECKS = {check.__name__: check for check in (waiting, precisions, prefetching, recipe, runs, racing)}
+CHECKS = {check.__name__: check for check in (waiting, precisions, prefetching, recipe, runs, sharded, racing)}

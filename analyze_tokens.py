@@ -225,8 +225,10 @@ def main(argv=None):
     results = analyze(args)
     report(results, Path(args.output_dir))
     inputs.report_failed(results["data"]["left_out"], results["data"]["images"])
-    if results["refused"]:
-        raise BadInput(f"all but this is measured: {'; '.join(results['refused'])}")
+    if refused := "; ".join(results["refused"]):
+        if args.what is not DEFAULT:
+            raise BadInput(f"all but this is measured: {refused}")
+        say(f"note: {refused}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ class CKA:
         }  # fmt: skip
 
     def _ratio(self, name, n) -> float | None:
-        xy, xx, yy = (_hsic(self.count, *self.sums[key])[n] for key in ((name, None), (name, name), (None, None)))
-        return None if xy is None or min(xx, yy) <= 0 else float(xy / (xx * yy) ** 0.5)
+        xy, xx, yy = found = [
+            _hsic(self.count, *self.sums[key])[n] for key in ((name, None), (name, name), (None, None))
+        ]
+        return None if any(each is None for each in found) or min(xx, yy) <= 0 else float(xy / (xx * yy) ** 0.5)
 
 
 def _sums(x: Tensor, y: Tensor) -> list[Tensor]:

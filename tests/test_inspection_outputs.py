@@ -78,6 +78,7 @@ def test_cka_of_unrelated_sets_is_biased_and_the_other_is_not():
 def test_cka_of_what_does_not_vary_is_none():
     x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
     assert cka(torch.full((10, 3), 0.1), x) == {"cka": None, "debiased": None}
+    assert cka(torch.ones(3, 3), x[:3]) == {"cka": None, "debiased": None}  # too few for the other as well
     few = cka(x[:3], x[:3])
     assert (few["cka"], few["debiased"]) == (pytest.approx(1), None)
 

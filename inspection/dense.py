@@ -98,15 +98,15 @@ def _outputs(model, images) -> dict[str, Tensor]:
 def _judge_boxes(model, boxes: Tensor, seen) -> tuple[float, ...]:
     """Of an image: whether the patch most like CLS is in a box (NaN without CLS), the share of patches that are, and
     whether the box that LOST finds, and the whole image, are one of its boxes."""
-    (gh, gw), (h, w) = model.grid_size, model.model_args["img_size"]
-    scale = torch.tensor([w / gw, h / gh] * 2)
+    (gh, gw), (ph, pw) = model.grid_size, model.model_args["patch_size"]
+    scale = torch.tensor([pw, ph] * 2).float()
     centres = torch.cartesian_prod(torch.arange(gh) + 0.5, torch.arange(gw) + 0.5).flip(1)[:, None] * scale[:2]  # x, y
     inside = ((centres >= boxes[:, :2]) & (centres < boxes[:, 2:])).all(dim=-1).any(dim=-1)
     hit = float("nan")
     if "cls" in seen:
         hit = float(inside[int(F.cosine_similarity(seen["cls"][None], seen["tokens"], dim=-1).argmax())])
     object_box = torch.tensor(lost(seen["keys"], model.grid_size).box) * scale
-    ious = box_iou(torch.stack([object_box, torch.tensor([0.0, 0, w, h])]), boxes).amax(dim=1)
+    ious = box_iou(torch.stack([object_box, torch.tensor([0.0, 0, gw * pw, gh * ph])]), boxes).amax(dim=1)
     return hit, float(inside.float().mean()), *(ious >= SAME).float().tolist()
 
 
@@ -158,7 +158,8 @@ def page(result, about):
     boxes, masks, outlying = figure.subplots(1, 3)
     found = {"patch most\nlike CLS": result["hit_ratio"], "LOST": result["corloc"]}
     _bars(boxes, {"": found}, {name: bar["plain"] for name, bar in found.items() if bar})
-    probes = (result["segmentation"] or {"probes": {}})["probes"]
+    segmented = result["segmentation"] or {"images": 0, "probes": {}}
+    probes = segmented["probes"]
     scores = {
         probe: {word: {"value": each[key], "interval": each[f"{key}_interval"]} for key, word in MEASURES.items()}
         for probe, each in probes.items()
@@ -168,7 +169,7 @@ def page(result, about):
     read = {name: (probes.get(key) or {}) for key, name in READ.items()}
     _bars(outlying, {kind: {name: bars.get(kind) for name, bars in read.items()} for kind in outliers.KINDS}, {})
     boxes.set_title(f"boxes, {result['with_boxes']} images")
-    masks.set_title(f"segmentation of patches, {result['with_masks']} images")
+    masks.set_title(f"segmentation of patches, {segmented['images']} images")
     outlying.set_title(f"outliers: {100 * result['outliers']['share']:.2f}% of the patches")
     return figure
 

@@ -23,7 +23,7 @@ IGNORED = 255  # a class of masks
 
 @dataclass
 class Truth:
-    """In pixels of the model's input; None: not annotated."""
+    """In pixels of the model's input that are in patches; None: not annotated."""
 
     boxes: Tensor | None = None  # (n, 4): left, upper, right, lower; n > 0
     mask: Tensor | None = None  # (h, w) uint8: 0 background, 255 to be ignored
@@ -97,7 +97,7 @@ def _read_mask(file, size):
 
 def _as_seen(boxes, mask, size, image, data) -> Truth:
     """Cropped and resized as the image is; masks take the nearest pixel."""
-    (h, w), part = data["input_size"], seen_part(*size, image, data)
+    (h, w), part = data.get("covered", data["input_size"]), seen_part(*size, image, data)
     if mask is not None:
         mask = torch.from_numpy(np.array(mask.resize((w, h), Image.Resampling.NEAREST, part)))
     offset, scale = torch.tensor(part[:2] * 2), torch.tensor([w / (part[2] - part[0]), h / (part[3] - part[1])] * 2)

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import analyze_tokens
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, tiny
 from inspection import dense, outliers, segmentation
 from inspection.dense import _judge_boxes
-from inspection.truth import Truth
+from inspection.foreign import ForeignViT
+from inspection.inputs import InputImage
+from inspection.truth import Truth, _as_seen
 from loading import scenes
 from pages import no_overlaps
 from utils import BadInput
@@ -210,3 +213,18 @@ def test_masks_and_boxes_of_a_users_images(tmp_path, capsys):
     Image.new("L", (5, 5)).save(tmp_path / "masks" / "3.png")
     status, _, err = run(analyze_tokens.main, [*common, "--masks", tmp_path / "masks"], capsys)
     assert status == 2 and "5 x 5 pixels, and its image 48 x 32" in err
+
+
+def test_patches_that_do_not_cover_the_image():
+    """As 6 of 384 pixels in patches of 14: of 30 pixels, 24 are in 3 x 3 patches of 8, and boxes and masks of these."""
+    vit = VisionTransformer(img_size=30, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0)
+    vit.pretrained_cfg = {"input_size": (3, 30, 30)}
+    model, data = ForeignViT(vit, "own", (30, 30)), {"input_size": (30, 30), "covered": (24, 24)}
+    mask = torch.zeros(60, 60, dtype=torch.uint8)
+    mask[32:48, 16:32] = 7  # patch 7: row 2, column 1
+    seen = _as_seen([(16, 32, 32, 48)], Image.fromarray(mask.numpy()), (60, 60), InputImage("a", None), data)
+    assert seen.boxes.tolist() == [[8, 16, 16, 24]]
+    assert segmentation.patch_labels(seen.mask, model.grid_size).tolist() == [0] * 7 + [7, 0]
+    tokens = torch.eye(9)
+    found = _judge_boxes(model, seen.boxes, {"cls": tokens[7], "tokens": tokens, "keys": torch.ones(9, 2)})
+    assert found[:2] == (1, pytest.approx(1 / 9))

@@ -20,7 +20,7 @@ import utils
 from inspection import causes, dense, inputs, interventions, lens, outputs, sinks, test_time_registers, truth
 from inspection.pages import write_pdf
 from inspection.statistics import TokenStatistics, probe_accuracies
-from inspection.statistics_pages import about, statistics_pages
+from inspection.statistics_pages import about, statistics_pages, where_artefacts
 from training.run_log import environment
 from training.setup import describe
 from utils import BadInput, number, say
@@ -185,8 +185,7 @@ def report(results, folder):
     say(f"{about(results)}{words}")
     if "norms" in results:
         say(f"\n{table(results)}\n")
-        begins = results["artefacts"]["begins_at_block"]
-        say("Artefacts: none" if begins is None else f"Artefacts: from block {begins} on")
+        say(f"Artefacts: {where_artefacts(results['artefacts'])}")
     for name in results["what"]:
         for line in PARTS[name].lines(results[name]) if name in PARTS else ():
             say(line)

@@ -7,7 +7,7 @@ import numpy as np
 import utils
 from inspection.inputs import names_of
 from inspection.pages import headed_figure
-from inspection.statistics import NAMES
+from inspection.statistics import BEGIN, NAMES
 
 LETTERS = 140  # of the line below a title
 MERGED = 4  # bins of norms that are drawn as one
@@ -124,10 +124,16 @@ def _draw_histograms(axes, blocks):
     return drawn
 
 
+def where_artefacts(found) -> str:
+    """'from block 2 on', 'none in any block', or that they are too few for a beginning."""
+    if found["begins_at_block"] is not None:
+        return f"from block {found['begins_at_block']} on"
+    return f"under {100 * BEGIN:g}% in each block" if any(b["share"] for b in found["blocks"]) else "none in any block"
+
+
 def artefacts_page(results):
-    blocks = results["artefacts"]["blocks"]
-    begins, rule = results["artefacts"]["begins_at_block"], results["artefacts"]["rule"]
-    title = f"High-norm artefact patches: {'none in any block' if begins is None else f'from block {begins} on'}"
+    blocks, rule = results["artefacts"]["blocks"], results["artefacts"]["rule"]
+    title = f"High-norm artefact patches: {where_artefacts(results['artefacts'])}"
     with_some = {i: found for i, found in enumerate(blocks) if found["share"] > 0}
     if not with_some:
         return _no_artefacts(results, title)

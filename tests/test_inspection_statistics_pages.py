@@ -8,7 +8,7 @@ import analyze_tokens
 from checkpoints.files import save_checkpoint
 from conftest import noise, tiny
 from inspection.statistics import TokenStatistics
-from inspection.statistics_pages import artefacts_page, norms_page
+from inspection.statistics_pages import artefacts_page, norms_page, where_artefacts
 from pages import no_overlaps
 
 EVERYTHING = "--what norms attention outputs sinks lens causes --causes_images 8 "
@@ -68,6 +68,10 @@ def test_a_model_without_artefacts_has_a_sentence_and_one_with_has_steps():
     assert "late/best_model.pth: a model" in words(page)
     assert "No patch is above its block's threshold. Block 2 comes closest" in words(page)
     no_overlaps(page)
+
+    assert where_artefacts(results["artefacts"]) == "none in any block"
+    results["artefacts"]["blocks"][1]["share"] = 0.0005  # too few for a beginning, and not none
+    assert "artefact patches: under 0.1% in each block" in words(artefacts_page(results))
 
     page = norms_page(results)
     no_overlaps(page)

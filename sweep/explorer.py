@@ -80,13 +80,14 @@ def _place(row) -> dict:
 def _cell(folder, row, group, summary, few) -> dict:
     """One position of the grid, with all its seeds; the maps are those of the first seed."""
     against, first = row["against_0_0"], group[min(group)]
+    best = "best held-out" if summary["measure"] == "accuracy" else "best"
     curves = {}
     for seed, record in group.items():
         log = path_of(folder, record).with_name("log.txt")
         epochs = [line for line in read_json_lines(log) if "epoch" in line] if log.is_file() else []
         curves[seed] = [epoch["val_top1"] for epoch in epochs if "val_top1" in epoch]
     return _place(row) | {
-        "best": results.position_of(row) == summary["best"],
+        "best": best if results.position_of(row) == summary["best"] else "",
         "base": results.key_of(row) == results.baseline_of(results.key_of(row)),
         "seeds": sorted(group), "curves": curves,
         "values": {name: [_value(group[seed], name) for seed in sorted(group)] for name in MEASURES},

@@ -110,6 +110,8 @@ def test_the_verdict_on_another_measure(browser, swept, tmp_path):
     explorer.write_explorer(tmp_path, load_data("DIGITS", None, (32, 32)), "", "loss")
     content = opened(browser, tmp_path / "sweep.html")
     assert "by loss (less is better)" in content["verdict"]
+    marks = "return [...document.querySelectorAll('#grids small')].map((mark) => mark.textContent)"
+    assert "best" in browser.ask(marks) and "best held-out" not in browser.ask(marks)
     cell = next(cell for cell in content["cells"] if cell["against"])
     base = next(one for one in content["cells"] if one["base"] and one["panel"] == cell["panel"])
     browser.ask("explorer.show({ cell: a, side: 0 })", content["cells"].index(cell))

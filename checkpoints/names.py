@@ -45,6 +45,8 @@ def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str
         ValueError: no or several sets of weights are found, or not all of their values are tensors.
     """
     if "model_args" in checkpoint:  # of this project
+        if checkpoint.get("ema"):
+            utils.say("note: this file is to resume from: its weights without EMA are taken; the best model has EMA's")
         return dict(checkpoint["model"])
     everything = {name or "the file itself": (weights, rest) for name, weights, rest in _sets(checkpoint, anchor)}
     if not everything:

@@ -398,9 +398,12 @@ def test_what_is_refused_and_its_tensors(kind, plain):
         model_from_checkpoint(change(plain), num_heads=3)
 
 
-def test_a_checkpoint_of_this_project_needs_no_key():
+def test_a_checkpoint_of_this_project_needs_no_key(capsys):
     model = DynamicViT(**ARGS)
     checkpoint = {"model": model.state_dict(), "model_args": model.model_args, "ema": zeros(model.state_dict())}
     assert torch.equal(model_from_checkpoint(checkpoint).head.weight, model.head.weight)
+    assert "its weights without EMA are taken" in capsys.readouterr().out
+    model_from_checkpoint(checkpoint | {"ema": None})
+    assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="leave out weights_key"):
         model_from_checkpoint(checkpoint, weights_key="ema")

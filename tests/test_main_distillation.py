@@ -358,7 +358,8 @@ def test_evaluation_tells_the_ema_apart(tmp_path, capsys):
     train(capsys, tmp_path, "--ema", "0.9", "--max_steps", "20", "--batch_size", "64", "--lr", "1e-2", "--no_aug")
     argv = ["--eval", "--num_workers", "0", "--device", "cpu", "--output_dir", tmp_path]
     best = run(main_distillation.main, argv, capsys)[1].splitlines()
-    last = run(main_distillation.main, [*argv, "--resume"], capsys)[1].splitlines()
+    note, *last = run(main_distillation.main, [*argv, "--resume"], capsys)[1].splitlines()
+    assert "without EMA" in note
     assert [line.split(":")[0] for line in last] == ["Accuracy", "EMA accuracy"]
     assert best == [last[1].replace("EMA a", "A")]
     model, checkpoint = load_model(tmp_path / "checkpoint.pth")

@@ -252,13 +252,13 @@ def init_distributed(device):
         )  # fmt: skip
 
 
-_NOTED = {}
+NOTED = {}  # kinds of notes that this process has printed
 
 
 def note_once(kind, text):
     """Print a note, the first of its `kind` in this process; of several threads, one is the first."""
     me = object()
-    if _NOTED.setdefault(kind, me) is me:
+    if NOTED.setdefault(kind, me) is me:
         say(f"note: {printable(text)}")
 
 

@@ -49,7 +49,7 @@ def measure(model, batches, truth=None, patches=32, seed=0) -> dict:
         seen = _outputs(model, images)
         for n, annotated in enumerate(*truths):
             if annotated.boxes is not None:
-                kept["boxes"].append(_judge_boxes(model, annotated.boxes, {name: x[n] for name, x in seen.items()}))
+                kept["boxes"].append(judge_boxes(model, annotated.boxes, {name: x[n] for name, x in seen.items()}))
             if annotated.mask is not None and len(kept["masks"]) < IMAGES:
                 drawn = segmentation.draw(seen["tokens"][n], annotated.mask, model.grid_size, patches, chance)
                 kept["masks"].append(drawn)
@@ -95,7 +95,7 @@ def _outputs(model, images) -> dict[str, Tensor]:
     return {name: x for name, x in found.items() if x is not None}
 
 
-def _judge_boxes(model, boxes: Tensor, seen) -> tuple[float, ...]:
+def judge_boxes(model, boxes: Tensor, seen) -> tuple[float, ...]:
     """Of an image: whether the patch most like CLS is in a box (NaN without CLS), the share of patches that are, and
     whether the box that LOST finds, and the whole image, are one of its boxes."""
     (gh, gw), (ph, pw) = model.grid_size, model.model_args["patch_size"]

@@ -12,7 +12,7 @@ import analyze_tokens
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, tiny
 from inspection import dense, outliers, segmentation
-from inspection.dense import _judge_boxes
+from inspection.dense import judge_boxes
 from inspection.foreign import ForeignViT
 from inspection.inputs import InputImage
 from inspection.truth import Truth, _as_seen
@@ -32,10 +32,10 @@ def test_a_hit_is_a_centre_in_a_box():
         ((8, 4, 12, 8), 1, 1 / 24), ((9, 5, 11, 7), 1, 1 / 24), ((10.5, 4, 12, 8), 0, 0), ((0, 0, 24, 16), 1, 1),
         ((0, 0, 24, 4), 0, 6 / 24),
     ):  # fmt: skip
-        found = _judge_boxes(model, torch.tensor([box]).float(), seen)
+        found = judge_boxes(model, torch.tensor([box]).float(), seen)
         assert found[:2] == (hit, pytest.approx(inside))
         assert found[3] == (box == (0, 0, 24, 16))  # the whole image as the box
-    assert np.isnan(_judge_boxes(model, torch.ones(1, 4), {"tokens": tokens, "keys": tokens})[0])
+    assert np.isnan(judge_boxes(model, torch.ones(1, 4), {"tokens": tokens, "keys": tokens})[0])
 
 
 def test_what_lost_finds_is_judged_by_its_overlap():
@@ -46,7 +46,7 @@ def test_what_lost_finds_is_judged_by_its_overlap():
     keys[(columns == 1) | (columns == 2)] = torch.tensor([-1.0, 0.1])
     seen = {"tokens": keys, "keys": keys}
     for box, same in (((4, 0, 12, 16), 1), ((4, 0, 12, 7), 0), ((12, 0, 24, 16), 0)):
-        assert _judge_boxes(model, torch.tensor([box]).float(), seen)[2] == same
+        assert judge_boxes(model, torch.tensor([box]).float(), seen)[2] == same
 
 
 def test_labels_of_patches():
@@ -226,5 +226,5 @@ def test_patches_that_do_not_cover_the_image():
     assert seen.boxes.tolist() == [[8, 16, 16, 24]]
     assert segmentation.patch_labels(seen.mask, model.grid_size).tolist() == [0] * 7 + [7, 0]
     tokens = torch.eye(9)
-    found = _judge_boxes(model, seen.boxes, {"cls": tokens[7], "tokens": tokens, "keys": torch.ones(9, 2)})
+    found = judge_boxes(model, seen.boxes, {"cls": tokens[7], "tokens": tokens, "keys": torch.ones(9, 2)})
     assert found[:2] == (1, pytest.approx(1 / 9))

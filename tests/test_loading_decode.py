@@ -116,7 +116,7 @@ def deep_tiff(values, path, order):
 )
 def test_a_ramp_is_a_ramp_in_any_depth(values, ending, note, tmp_path, capsys, monkeypatch):
     """And a note is printed once where its range is not known."""
-    monkeypatch.setattr(utils, "_NOTED", {})
+    monkeypatch.setattr(utils, "NOTED", {})
     for name in ("a", "b"):
         Image.fromarray(values).save(tmp_path / f"{name}.{ending}")
         seen = np.array(read_image(tmp_path / f"{name}.{ending}"))[0, :, 1].astype(int)

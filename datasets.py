@@ -105,6 +105,14 @@ def check_classes(these, those, these_are, those_are):
     raise BadInput(f"{these_are} and {those_are} differ in their classes: {'; '.join(only) or 'another order'}")
 
 
+def check_labels(split, classes, place):
+    """Raise BadInput unless all labels are numbers of the classes."""
+    if (most := int(split.labels.max())) >= len(classes):
+        raise BadInput(
+            f"{place} has a label {most}, and there are {len(classes)} classes from 0 on; correct the labels"
+        )
+
+
 def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Split, list[str]]:
     """The training or the test images of a data set, and its class names; those in folders are not read yet.
 
@@ -135,7 +143,9 @@ def _split_in_folders(name, path, part, about, max_pixels) -> tuple[Split, list[
         split = parts[part]
     else:
         split, classes = _class_folders(folder_of(part, folders, name, path), left_out, max_pixels)
-        classes = classes or about.get("classes") or numbered([split])
+        known = about.get("class_map", about.get("classes"))  # what labels are numbers of; True in old checkpoints
+        classes = classes or (numbered([split]) if known in (None, True) else known)
+        check_labels(split, classes, path)
     note_left_out(path, left_out)
     return split, classes
 
@@ -229,7 +239,11 @@ def find_parts(name, path, val_size, test_size, max_pixels, wanted=None) -> tupl
         parts, origin = {"train": train, "test": test}, {}
     if wanted is not None:
         parts = {part: select_classes(split, classes, wanted) for part, split in parts.items()}
-        classes, origin = list(wanted), origin | {"class_map": True}
+        classes, origin = list(wanted), origin | {"class_map": list(classes)}
+    if len(classes) == 1:
+        raise BadInput(
+            f"all images of {path} are of one class, {classes[0]}; give the folder that has the class folders"
+        )
     return parts, classes, origin
 
 
@@ -246,6 +260,7 @@ def _parts_in_folders(name, path, folders, test_size, max_pixels) -> tuple[dict[
         for part, these in named.items():  # None: its labels are numbers of the training images' classes
             what = f"the {'held-out' if part == 'val' else part} images"
             check_classes(classes, these or classes, "the training images", what)
+            check_labels(parts[part], classes, folders[part])
         chosen = part_of(folders["test"])
         origin = {} if chosen == FOLDERS[name] else {"test_folder": chosen}
     note_left_out(path, left_out)

@@ -76,6 +76,9 @@ def load(args):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    names = [name for name, _ in args.sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadInput(f"there are two sets {twice[0]}, and one results-{twice[0]}.csv; give each a name of its own")
     device = utils.pick_device(args.device)
     utils.init_distributed(device)
     model, data = load(args)

@@ -150,7 +150,8 @@ DATA = {
     "name": lambda value: text(value) and value.replace("_", "").isalnum(),  # it is put into names of files
     "classes": several(text), "images?": named(whole()), "input_size": several(whole(1, 2**14), 2),
     "mean": several(real(), 3), "std": several(POSITIVE, 3), "test_folder?": one_of("test", "val"),
-    "test_size?": POSITIVE, "test_files?": text, "crop_pct?": real(1e-30, 1), "class_map?": one_of(True),
+    "test_size?": POSITIVE, "test_files?": text, "crop_pct?": real(1e-30, 1),
+    "class_map?": lambda value: value is True or several(text)(value),  # True: in old ones
     "interpolation?": one_of("bicubic", "bilinear", "lanczos"),
 }  # fmt: skip
 CHECKPOINT = {

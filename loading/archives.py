@@ -20,6 +20,7 @@ import numpy as np
 import utils
 from utils import BadInput
 
+WDS_IMAGES = ("jpg", "jpeg", "png", "webp")  # as in timm
 KINDS = ("wds", "hfds", "hfids", "torch")  # as in timm's create_dataset, before the first slash
 MEMBER = re.compile(r"(.+?\.tar)!(\d+)\+(\d+)!", re.DOTALL)
 _theirs, _importing = {}, threading.RLock()
@@ -41,8 +42,8 @@ def open_image(name):
     if kind_of(root) == "torch":
         return _torch(root, part)[int(number)][0]
     split, image, _ = _columns(f"{root}!{part}")
-    value = split[int(number)][image]
-    return io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+    value = split[int(number)][image] or {}
+    return io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
 
 
 def _member(name) -> bytes:
@@ -54,27 +55,37 @@ def _member(name) -> bytes:
 
 
 def tar_members(tars) -> list[tuple[str, str]]:
-    """(path inside, name) of each file in the tars, and in tars inside of them. With several, `tar/` is put before."""
-    found = []
+    """(path inside, name) of each file in the tars, and in tars inside of them. With several, `tar/` is put before.
+
+    As in folders, what is hidden is left out, and of several files with one path the last one is there.
+    """
+    found = {}
     for tar in map(str, tars):
         before = f"{Path(tar).stem}/" if len(tars) > 1 else ""
         try:
             with tarfile.open(tar, "r:") as archive:
-                for inside, offset, size in _walk(archive):
-                    found.append((before + inside, f"{tar}!{offset}+{size}!{inside}"))
+                for path, place in _walk(archive, before):
+                    found[path] = (
+                        found.get(place) if isinstance(place, str) else "{}!{}+{}!{}".format(tar, *place, path)
+                    )
         except (tarfile.TarError, OSError) as error:
             raise BadInput(f"cannot read {tar} ({error}); give an uncompressed tar file") from None
-    return found
+    return [(path, name) for path, name in found.items() if name]
 
 
-def _walk(archive, start=0):
+def _walk(archive, before="", start=0):
+    """(path, (offset, size)) of each file, or (path, path that it is a hard link to)."""
     for info in archive:
-        if info.isfile() and info.name.endswith(".tar") and not start:
+        path = os.path.normpath(before + info.name)  # tar puts ./ before what `tar -C FOLDER .` packs
+        if "/." in f"/{path}":
+            continue
+        if info.isfile() and path.endswith(".tar") and not start:
             with tarfile.open(fileobj=archive.extractfile(info), mode="r:") as inner:
-                stem = info.name.removesuffix(".tar")
-                yield from ((f"{stem}/{inside}", *where) for inside, *where in _walk(inner, info.offset_data))
+                yield from _walk(inner, path.removesuffix(".tar") + "/", info.offset_data)
         elif info.isfile():
-            yield info.name, start + info.offset_data, info.size
+            yield path, (start + info.offset_data, info.size)
+        elif info.islnk():
+            yield path, os.path.normpath(before + info.linkname)
         archive.members = []  # else it remembers all of them
 
 
@@ -120,14 +131,20 @@ def labelled_images(part) -> tuple[np.ndarray, list[int], list[str] | None]:
     else:
         data, _, label = _columns(part)
         labels, classes = list(data[label]), getattr(data.features[label], "names", None)
-    return np.array([f"{part}!{i}".encode() for i in range(len(data))]), [int(n) for n in labels], classes
+    try:
+        labels = [int(label) for label in labels]
+    except (TypeError, ValueError, RuntimeError) as error:  # words, lists, nothing
+        raise BadInput(
+            f"the labels of {root} are not the numbers of classes ({error}); make a ClassLabel of them"
+        ) from None
+    return np.array([f"{part}!{i}".encode() for i in range(len(data))]), labels, classes
 
 
 # WebDataset: members with the same path up to the first dot of the name are a sample ---------------------------------
 
 
 def _shards(folder) -> list[Path]:
-    shards = sorted(Path(folder).rglob("*.tar"))
+    shards = sorted(Path(folder).rglob("[!.]*.tar"))
     if not shards:
         raise BadInput(f"there are no shards (*.tar) in {folder}; give wds/FOLDER")
     return shards
@@ -138,18 +155,21 @@ def _words(shard, folder) -> list[str]:
 
 
 def _samples(shard) -> list[tuple[str, int]]:
+    """(name, label) of each image, -1 without a label. Of a sample's images the first of `WDS_IMAGES` counts."""
     images, labels = {}, {}
     for inside, name in tar_members([shard]):
         stem, _, ending = os.path.basename(inside).partition(".")
-        key = (os.path.dirname(inside), stem)
+        key, ending = (os.path.dirname(inside), stem), ending.lower()
         if ending == "cls":
             labels[key] = _member(name).decode(errors="replace").strip()
-        elif ending.lower() in ("jpg", "jpeg", "png", "webp"):  # as in timm
-            images[key] = name
-    wrong = next((key for key in images if not labels.get(key, "").isdecimal()), None)
-    if wrong:
-        raise BadInput(f"{shard}: {'/'.join(wrong).strip('/')} has no label; each image needs a number in its .cls")
-    return [(name, int(labels[key])) for key, name in images.items()]
+        elif ending in WDS_IMAGES:
+            images[key] = min((WDS_IMAGES.index(ending), name), images.get(key, (len(WDS_IMAGES), "")))
+    if lost := labels.keys() - images.keys():
+        utils.note_once(
+            str(shard), f"left out in {shard}: {len(lost)} labels without an image ({', '.join(WDS_IMAGES)})"
+        )
+    numbers = {key: int(label) for key, label in labels.items() if label.isdecimal()}
+    return [(name, numbers.get(key, -1)) for key, (_, name) in images.items()]
 
 
 # Packages ----------------------------------------------------------------------------------------------------------
@@ -195,10 +215,11 @@ def _columns(part):
     root, _, split = part.rpartition("!")
     data = _hugging_face(root.partition("/")[2])[split]
     kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
-    image = next((name for name, kind in kinds.items() if kind == "Image"), None)
-    label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label")
-    if image is None or label not in kinds:
-        raise BadInput(f"{root} has no images with labels: its columns are {', '.join(kinds)}")
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = ["label"] * ("label" in kinds) + [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    if not (images and labels):
+        raise BadInput(f"{root} has no columns image and label of these kinds, but {', '.join(kinds)}; rename them")
+    image, label = "image" if "image" in images else images[0], labels[0]
     with hugging_face_package() as package:
         return data.cast_column(image, package.Image(decode=False)), image, label
 

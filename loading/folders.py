@@ -112,14 +112,27 @@ def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str] | None]
 
     Images without class folders have their labels in a file (`labels_of`). Classes are None if they have only numbers.
     """
-    if kind_of(root):
-        images, labels, classes = labelled_images(root)
-        return images, torch.tensor(labels), classes
+    images, labels, classes = labelled_images(root) if kind_of(root) else _class_folders(root, left_out)
+    if min(labels) < 0:
+        name = os.fsdecode(images[labels.index(min(labels))])
+        raise BadInput(
+            f"{name} has no label (a number from 0 on; in shards, in its .cls); give it one, or leave it out"
+        )
+    # One array of bytes: worker processes share it, while a list of a million strings is copied into each of them.
+    return np.array(images), torch.tensor(labels), classes
+
+
+def _class_folders(root, left_out) -> tuple[list[bytes], list[int], list[str] | None]:
+    if not root.exists():
+        raise BadInput(f"there is no folder {root}; give one that is there")
     classes = class_names(root) if root.is_dir() else []
     if not classes:
-        tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+        tars = [root] if root.is_file() else sorted(root.glob("[!.]*.tar")) or sorted(root.glob("[!.]*.tar.gz"))
         entries = tar_members(tars) if tars else [(file.name, str(file)) for file in image_files(root, left_out)]
         return _listed_images(entries, root, left_out)
+    loose = [name for name in visible(root) if os.path.splitext(name)[1].lower() in image_endings() | {".tar"}]
+    if loose := [name for name in loose if name not in classes]:
+        utils.note_once(str(root), f"left out beside the class folders of {root}: {loose[0]} and {len(loose) - 1} more")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = image_files(root / name, left_out)
@@ -128,8 +141,7 @@ def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str] | None]
             raise BadInput(f"class folder {root / name} has no images{others}; add some or remove it")
         files += [os.fsencode(file) for file in found]
         labels += [label] * len(found)
-    # One array of bytes: worker processes share it, while a list of a million strings is copied into each of them.
-    return np.array(files), torch.tensor(labels), classes
+    return files, labels, classes
 
 
 def _listed_images(entries, root, left_out):
@@ -143,12 +155,12 @@ def _listed_images(entries, root, left_out):
     names = [os.path.basename(os.path.dirname(path)) for path, _ in kept]
     if not any(names):
         names = labels_of([path for path, _ in kept], root)
-    images = np.array([os.fsencode(name) for _, name in kept])
+    images = [os.fsencode(name) for _, name in kept]
     if isinstance(names[0], int):
-        return images, torch.tensor(names), None
+        return images, names, None
     classes = sorted(set(names))
     numbers = {name: i for i, name in enumerate(classes)}
-    return images, torch.tensor([numbers[name] for name in names]), classes
+    return images, [numbers[name] for name in names], classes
 
 
 def image_endings() -> set[str]:

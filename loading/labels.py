@@ -1,8 +1,8 @@
 """Which class an image has where no folder says so: ImageNet's label files; and which classes are wanted."""
 
+import csv
 import io
 import os
-import re
 import tarfile
 from importlib.resources import files
 from pathlib import Path
@@ -34,7 +34,7 @@ def labels_of(names, place) -> list[str] | list[int]:
     around = [Path(place), Path(place).parent]
     file = next((folder / name for folder in around for name in LABEL_FILES if (folder / name).is_file()), None)
     if file is not None:
-        rows = [re.split(r"[,\s]+", line.strip())[:2] for line in file.read_text().splitlines() if line.strip()]
+        rows = _rows(file)
     else:
         file, rows = _devkit(around[0]) or _devkit(around[1]) or (None, None)
     if file is None:
@@ -42,17 +42,30 @@ def labels_of(names, place) -> list[str] | list[int]:
             f"{place} has no class folders, and no file says which class its images have; put "
             f"{', '.join(LABEL_FILES)} or {DEVKIT}.tar.gz beside it"
         )
-    if len(rows[0]) == 1:
+    if all(len(row) == 1 for row in rows):
         if len(rows) != len(names):
             raise BadInput(f"{file} has {len(rows)} lines, {place} has {len(names)} images; give a line for each")
         labels = [label for (label,) in rows]
     else:
-        order = {Path(name).stem: label for name, label in rows}
-        lacking = next((name for name in names if Path(name).stem not in order), None)
-        if lacking:
-            raise BadInput(f"{file} has no line for {lacking}")
-        labels = [order[Path(name).stem] for name in names]
+        pairs = [row for row in rows if len(row) == 2]
+        order = {Path(name).stem: label for name, label in pairs} | dict(pairs)
+        labels = [order.get(name) or order.get(Path(name).stem) for name in names]
+        if not all(labels):
+            raise BadInput(f"{file} has no line with a label for {names[[*map(bool, labels)].index(False)]}; add one")
     return [int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels
+
+
+def _rows(file) -> list[list[str]]:
+    """[name, label] or [label] of each line; between them a comma, or else spaces."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # Excel's begin with a mark
+    except ValueError as error:
+        raise BadInput(f"cannot read {file} ({error}); write it in UTF-8") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if file.name == LABEL_FILES[0]:  # after the class it has boxes
+        lines = [line.split()[0] for line in lines]
+    rows = [next(csv.reader([line], skipinitialspace=True)) if "," in line else line.split(None, 1) for line in lines]
+    return [[cell.strip() for cell in row[:2]] for row in rows]
 
 
 def _devkit(folder):

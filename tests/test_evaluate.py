@@ -164,6 +164,10 @@ def test_own_folders_of_an_own_checkpoint(tmp_path, capsys):
     noise_image(tmp_path / "own" / "test" / "d" / "0.png", 0)
     status, _, err = run(main, ["--model_path", path, *flags], capsys)
     assert status == 2 and "has a class d" in err and len(err.splitlines()) == 1
+    status, _, err = run(main, ["--model_path", path, "--sets", f"x={tmp_path / 'none'}"], capsys)
+    assert status == 2 and "there is no folder" in err
+    status, _, err = run(main, ["--model_path", path, "--sets", f"x={tmp_path}", f"X={tmp_path}"], capsys)
+    assert status == 2 and "two sets x" in err
     status, _, err = run(main, ["--model_path", path, "--sets", "own"], capsys)
     assert status == 2 and "give NAME=PATH" in err
     status, _, err = run(main, ["--model_path", path, "--sets", f"real={tmp_path / 'own'}"], capsys)

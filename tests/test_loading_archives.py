@@ -1,7 +1,6 @@
 """Images in tar files, shards, Hugging Face and torchvision datasets, and ImageNet's own files: read as folders are."""
 
 import io
-import pickle
 import tarfile
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,6 @@ from datasets import find_parts, find_split
 from loading.archives import kind_of
 from loading.decode import read_image, read_picture
 from loading.files import FileLoader, load_file_data
-from loading.labels import class_map
 from main_distillation import main
 from utils import BadInput
 
@@ -200,50 +198,99 @@ def test_train_and_test_from_tar_files_on_the_command_line(tmp_path, capsys):
     assert status == 0 and "on 8 images" in text
 
 
+def pair(path, files):
+    """`files` as all that train/ and val/ have, a tar of each class."""
+    for part in ("train", "val"):
+        for label, name in enumerate(SYNSETS):
+            write_tar(path / part / f"{name}.tar", files(label))
+    return path
+
+
+def test_tar_files_as_people_pack_them(tmp_path):
+    """`tar -C FOLDER .`, macOS's hidden files, a file packed again, hard links, hidden tar files."""
+
+    def files(label):
+        return {"./a.png": encoded(99), "./._a.png": b"no image", "./b.png": encoded(label)}
+
+    path = pair(tmp_path, files)
+    for tar in path.glob("*/*.tar"):
+        with tarfile.open(tar, "a") as archive:
+            again, link = tarfile.TarInfo("./a.png"), tarfile.TarInfo("./c.png")
+            again.size = len(encoded(50))
+            archive.addfile(again, io.BytesIO(encoded(50)))
+            link.type, link.linkname = tarfile.LNKTYPE, "./b.png"
+            archive.addfile(link)
+    (path / "train" / "._n01440764.tar").write_bytes(b"no tar")
+    parts, classes, _ = find_parts("IMNET", path, None, None, 10**6)
+    assert classes == SYNSETS
+    for split in parts.values():
+        assert sorted(values_of(split)) == sorted((n, label) for label in range(3) for n in (50, label, label))
+
+
+def test_one_class_is_a_wrong_folder(tmp_path):
+    with pytest.raises(BadInput, match="of one class, images"):
+        find_parts("IMNET", pair(tmp_path, lambda label: {"images/a.png": encoded(label)}), None, None, 10**6)
+
+
+def test_what_lies_beside_class_folders_is_noted(tmp_path, capsys):
+    torchvisions(tmp_path)
+    picture(0).save(tmp_path / "train" / "loose.PNG")
+    write_tar(tmp_path / "train" / "n0.tar", {"a.png": encoded(1)})
+    parts, _, _ = find_parts("IMNET", tmp_path, None, None, 10**6)
+    assert len(parts["train"]) == 12
+    assert "left out beside the class folders" in capsys.readouterr().out
+
+
+def test_samples_of_shards(tmp_path, capsys):
+    """Of several images in a sample timm takes the jpg; one in an unknown format is noted; a test needs no labels."""
+    for part in ("train", "val"):
+        files = {"0.png": encoded(99), "0.jpg": encoded(5), "0.CLS": b"0", "1.PNG": encoded(6), "1.cls": b"1\n"}
+        write_tar(tmp_path / f"{part}-0.tar", files | {"2.bmp": b"", "2.cls": b"1"})
+    write_tar(tmp_path / "test-0.tar", {"0.png": encoded(0)})
+    parts, _, _ = find_parts("IMNET", f"wds/{tmp_path}", None, None, 10**6)
+    assert sorted(values_of(parts["test"])) == [(5, 0), (6, 1)]
+    assert "1 labels without an image" in capsys.readouterr().out
+
+
+def hugging_faces(path, **columns):
+    """hfds/ of six images, and columns of (values, kind of their feature)."""
+    from loading.archives import hugging_face_package
+
+    with hugging_face_package() as package:
+        kinds = {"Image": package.Image(), "names": package.ClassLabel(names=["x", "y"])}
+        features = {name: kinds.get(kind) or package.Value(kind) for name, (_, kind) in columns.items()}
+        values = {name: values for name, (values, _) in columns.items()}
+        data = package.Dataset.from_dict(values, features=package.Features(features))
+        package.DatasetDict(train=data, validation=data).save_to_disk(str(path))
+    return f"hfds/{path}"
+
+
+def test_columns_of_hugging_face(tmp_path):
+    """`image` and `label` before others of their kind; labels that are no numbers, absent or below 0 are refused."""
+    skip_without_datasets()
+    images = [{"bytes": encoded(n), "path": None} for n in range(4)]
+    labels, domain = [0, 1, 0, 1], ([0] * 4, "names")
+    path = hugging_faces(
+        tmp_path / "a", mask=(images[::-1], "Image"), domain=domain, image=(images, "Image"), label=(labels, "int64")
+    )
+    split, classes = find_split("IMNET", path, True)
+    assert values_of(split) == [(0, 0), (1, 1), (2, 0), (3, 1)] and classes == ["0", "1"]
+    for name, values, kind, words in (
+        ("b", list("xyxy"), "string", "not the numbers of classes"), ("c", [0, None, 1, 1], "int64", "not the numbers"),
+        ("d", [0, -1, 1, 1], "int64", "train!1 has no label"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=words):
+            find_split("IMNET", hugging_faces(tmp_path / name, image=(images, "Image"), label=(values, kind)), True)
+    path = hugging_faces(tmp_path / "e", image=([None, *images[1:]], "Image"), label=(labels, "int64"))
+    with pytest.raises(BadInput, match=r"no image hfds.*train!0"):
+        values_of(find_split("IMNET", path, True)[0])
+
+
 def test_hfids_is_read_by_number(tmp_path, monkeypatch, capsys):
     path = make("hf_saved", tmp_path, monkeypatch).replace("hfds", "hfids")
     parts, _, _ = find_parts("IMNET", path, None, None, 10**6)
     assert len(values_of(parts["train"])) == 12
     assert capsys.readouterr().out.count("is not streamed") == 1
-
-
-# Labels ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [("val.txt", "{file}.JPEG {label}"), ("LOC_val_solution.csv", "{file},{name} 1 2 3 4"), ("labels.txt", "{name}")],
-)
-def test_a_flat_folder_with_a_label_file(name, line, tmp_path):
-    tar_of_a_class(tmp_path)
-    for file in (tmp_path / "val").iterdir():
-        file.unlink()
-    lines = ["ImageId,PredictionString"] if name.endswith("csv") else []
-    for i, label in enumerate((2, 0, 1, 0)):
-        file = f"ILSVRC2012_val_{i + 1:08d}"
-        picture(i).save(tmp_path / "val" / f"{file}.JPEG", "PNG")
-        lines.append(line.format(file=file, label=label, name=SYNSETS[label]))
-    (tmp_path / name).write_text("\n".join(lines))
-    parts, classes, _ = find_parts("IMNET", tmp_path, None, None, 10**6)
-    assert classes == SYNSETS
-    assert values_of(parts["test"]) == [(0, 2), (1, 0), (2, 1), (3, 0)]
-
-
-def test_class_map(tmp_path):
-    path = tmp_path / "map.pkl"
-    path.write_bytes(pickle.dumps({SYNSETS[2]: 0, SYNSETS[0]: 1}))
-    wanted = class_map(path)
-    parts, classes, origin = find_parts("IMNET", tar_of_a_class(tmp_path), None, None, 10**6, wanted)
-    assert classes == [SYNSETS[2], SYNSETS[0]]
-    assert values_of(parts["test"]) == [*((100 + i, 1) for i in range(4)), *((120 + i, 0) for i in range(4))]
-    again, _ = find_split("IMNET", tmp_path, False, {"classes": classes} | origin)
-    assert values_of(again) == values_of(parts["test"])
-    assert len(class_map("imagenet_a_synsets.txt")) == 200
-    with pytest.raises(BadInput, match="no class n0"):
-        find_parts("IMNET", tmp_path, None, None, 10**6, ["n0"])
-    path.write_bytes(pickle.dumps({SYNSETS[2]: 0, SYNSETS[0]: 2}))
-    with pytest.raises(BadInput, match="0, 1, 2"):
-        class_map(path)
 
 
 # What is wrong is one line ---------------------------------------------------------------------------------------
@@ -259,7 +306,7 @@ def test_bad_input(tmp_path, monkeypatch):
     write_tar(tmp_path / "a" / "train-0.tar", {"x.png": encoded(0)})
     refused(f"wds/{tmp_path / 'a'}", "no split test, only train")
     write_tar(tmp_path / "a" / "val-0.tar", {"x.png": encoded(0)})
-    refused(f"wds/{tmp_path / 'a'}", "x has no label")
+    refused(f"wds/{tmp_path / 'a'}", "x.png has no label")
     refused(f"torch/none/{tmp_path / 'b'}", "cannot read torch/none")
     tar_of_a_class(tmp_path / "c")
     (tmp_path / "c" / "val" / f"{SYNSETS[0]}.tar").write_bytes(b"no tar")

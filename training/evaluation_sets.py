@@ -14,8 +14,9 @@ import torch.nn as nn
 import utils
 from datasets import Split
 from engine import evaluate
+from loading.archives import kind_of
 from loading.files import FileLoader
-from loading.folders import class_folders, find_folders, note_left_out
+from loading.folders import class_folders, find_folders, folder_of, note_left_out
 from loading.labels import timm_info
 from training.run_log import write_csv
 from utils import BadInput
@@ -44,7 +45,8 @@ def read_set(name, path, classes, max_pixels) -> tuple[Split, list[int] | None]:
         BadInput: no such images, or classes that the model does not have.
     """
     left_out = Counter()
-    place = find_folders("IMNET", path).get("test", Path(path))
+    folders = find_folders("IMNET", path)
+    place = folders.get("test") or (folder_of("test", folders, "IMNET", path) if kind_of(path) else Path(path))
     images, labels, own = class_folders(place, left_out)
     note_left_out(path, left_out)
     split = Split(images, labels, max_pixels)

@@ -36,7 +36,10 @@ def labels_of(names, place) -> list[str] | list[int]:
     if file is not None:
         rows = _rows(file)
     else:
-        file, rows = _devkit(around[0]) or _devkit(around[1]) or (None, None)
+        try:
+            file, rows = _devkit(around[0]) or _devkit(around[1]) or (None, None)
+        except Exception as error:  # of tarfile, gzip or scipy: a download that was cut
+            raise BadInput(f"cannot read the {DEVKIT} beside {place} ({error}); download it again") from None
     if file is None:
         raise BadInput(
             f"{place} has no class folders, and no file says which class its images have; put "
@@ -102,10 +105,10 @@ def class_map(file) -> list[str]:
             raise BadInput(f"there is no file {file}; give --class_map a text file with a class a line") from None
     else:
         try:
-            labels = load_class_map(file)
+            labels = {str(name).lstrip("\ufeff"): label for name, label in load_class_map(file).items()}  # Excel's mark
         except Exception as error:  # a damaged pickle raises anything
             raise BadInput(f"cannot read --class_map {file} ({error}); give a text file, a class a line") from None
     labels.pop("", None)
-    if not labels or sorted(labels.values()) != list(range(len(labels))):
+    if not labels or set(labels.values()) != set(range(len(labels))):
         raise BadInput(f"--class_map {file}: its labels have to be 0, 1, 2, ..., each once")
-    return [str(name) for name in sorted(labels, key=labels.get)]
+    return sorted(labels, key=labels.get)

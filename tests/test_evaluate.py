@@ -16,6 +16,7 @@ from conftest import run, tiny
 from evaluate import main
 from loading.labels import timm_info
 from training.evaluation_sets import COLUMNS, read_set
+from utils import BadInput
 
 SYNSETS = timm_info("imagenet_synsets.txt").split()
 NAME = "vit_tiny_patch16_224"
@@ -131,6 +132,13 @@ def test_real(weights, scored, tmp_path):
         *(round(value, 2) for value in (top1, top5)),
         *(pytest.approx(value, abs=1e-3) for value in (top1, top5)),
     )
+
+
+@pytest.mark.parametrize("number", [0, 50001])
+def test_real_has_50000_images(number, tmp_path):
+    noise_image(tmp_path / SYNSETS[0] / f"ILSVRC2012_val_{number:08d}.JPEG", 0)
+    with pytest.raises(BadInput, match="to 00050000"):
+        read_set("real", tmp_path, SYNSETS, 10**6)
 
 
 def test_v2_has_numbers_for_names(tmp_path):

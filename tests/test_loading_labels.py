@@ -6,7 +6,7 @@ import pytest
 
 from datasets import find_parts, find_split
 from loading.labels import class_map
-from test_loading_archives import SYNSETS, picture, shards, tar_of_a_class, torchvisions, values_of
+from test_loading_archives import SYNSETS, imagenets_own, picture, shards, tar_of_a_class, torchvisions, values_of
 from utils import BadInput
 
 
@@ -41,9 +41,22 @@ def test_class_map(tmp_path):
     assert len(class_map("imagenet_a_synsets.txt")) == 200
     with pytest.raises(BadInput, match="no class n0"):
         find_parts("IMNET", tmp_path, None, None, 10**6, ["n0"])
-    path.write_bytes(pickle.dumps({SYNSETS[2]: 0, SYNSETS[0]: 2}))
-    with pytest.raises(BadInput, match="0, 1, 2"):
-        class_map(path)
+    for wrong in (2, "0", 0):
+        path.write_bytes(pickle.dumps({SYNSETS[2]: 0, SYNSETS[0]: wrong}))
+        with pytest.raises(BadInput, match="0, 1, 2"):
+            class_map(path)
+    (tmp_path / "excel.txt").write_text("b\na\n", encoding="utf-8-sig")
+    assert class_map(tmp_path / "excel.txt") == ["b", "a"]
+
+
+def test_a_cut_devkit(tmp_path):
+    path = imagenets_own(tmp_path)
+    file = path / "ILSVRC2012_devkit_t12.tar.gz"
+    file.write_bytes(file.read_bytes()[:300])
+    for old in (path / "ILSVRC2012_devkit_t12" / "data").iterdir():
+        old.unlink()
+    with pytest.raises(BadInput, match="download it again"):
+        find_split("IMNET", path, False)
 
 
 def test_class_map_where_labels_are_numbers(tmp_path):

@@ -78,8 +78,8 @@ def _reassessed(split, classes, path) -> Split:
     real, kept, labels = json.loads(timm_info("imagenet_real_labels.json")), [], []
     for i, file in enumerate(split.images.tolist()):
         number = re.search(r"ILSVRC2012_val_(\d{8})\.[^./]*$", os.fsdecode(file))
-        if number is None:
-            raise BadInput(f"{path}: ReaL knows images as ILSVRC2012_val_00000001.JPEG, not {os.fsdecode(file)}")
+        if number is None or not 0 < int(number[1]) <= len(real):
+            raise BadInput(f"{path}: ReaL knows ILSVRC2012_val_00000001.JPEG to 00050000, not {os.fsdecode(file)}")
         right = [places[synsets[label]] for label in real[int(number[1]) - 1]]
         if right:
             kept.append(i)

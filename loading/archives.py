@@ -118,11 +118,9 @@ def labelled_images(part) -> tuple[np.ndarray, list[int], list[str] | None]:
     kind, _, rest = root.partition("/")
     if kind == "wds":
         shards = [shard for shard in _shards(rest) if split in _words(shard, rest)]
-        samples = [sample for shard in shards for sample in _samples(shard)]
-        if not samples:
-            raise BadInput(f"the shards of {root} for {split} have no images (jpg, png, webp); correct --data_path")
-        return np.array([os.fsencode(name) for name, _ in samples]), [label for _, label in samples], None
-    if kind == "torch":
+        names = dict(sample for shard in shards for sample in _samples(shard))
+        labels, classes = names.values(), None
+    elif kind == "torch":
         data = _torch(root, split)
         labels = getattr(data, "targets", None)
         if labels is None:
@@ -134,10 +132,11 @@ def labelled_images(part) -> tuple[np.ndarray, list[int], list[str] | None]:
     try:
         labels = [int(label) for label in labels]
     except (TypeError, ValueError, RuntimeError) as error:  # words, lists, nothing
-        raise BadInput(
-            f"the labels of {root} are not the numbers of classes ({error}); make a ClassLabel of them"
-        ) from None
-    return np.array([f"{part}!{i}".encode() for i in range(len(data))]), labels, classes
+        raise BadInput(f"labels of {root} are no numbers of classes ({error}); cast them to ClassLabel") from None
+    if not labels:
+        raise BadInput(f"{root} has no images for {split}; correct --data_path")
+    names = names if kind == "wds" else (f"{part}!{i}" for i in range(len(labels)))
+    return np.array([os.fsencode(name) for name in names]), labels, classes
 
 
 # WebDataset: members with the same path up to the first dot of the name are a sample ---------------------------------

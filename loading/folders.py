@@ -115,9 +115,7 @@ def class_folders(root, left_out) -> tuple[np.ndarray, Tensor, list[str] | None]
     images, labels, classes = labelled_images(root) if kind_of(root) else _class_folders(root, left_out)
     if min(labels) < 0:
         name = os.fsdecode(images[labels.index(min(labels))])
-        raise BadInput(
-            f"{name} has no label (a number from 0 on; in shards, in its .cls); give it one, or leave it out"
-        )
+        raise BadInput(f"{name} has no label (a number from 0 on; in shards, in its .cls); give it one, or remove it")
     # One array of bytes: worker processes share it, while a list of a million strings is copied into each of them.
     return np.array(images), torch.tensor(labels), classes
 
@@ -132,7 +130,7 @@ def _class_folders(root, left_out) -> tuple[list[bytes], list[int], list[str] | 
         return _listed_images(entries, root, left_out)
     loose = [name for name in visible(root) if os.path.splitext(name)[1].lower() in image_endings() | {".tar"}]
     if loose := [name for name in loose if name not in classes]:
-        utils.note_once(str(root), f"left out beside the class folders of {root}: {loose[0]} and {len(loose) - 1} more")
+        utils.note_once(str(root), f"left out beside the class folders of {root}: {len(loose)} files, as {loose[0]}")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = image_files(root / name, left_out)

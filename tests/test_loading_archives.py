@@ -250,6 +250,9 @@ def test_samples_of_shards(tmp_path, capsys):
     parts, _, _ = find_parts("IMNET", f"wds/{tmp_path}", None, None, 10**6)
     assert sorted(values_of(parts["test"])) == [(5, 0), (6, 1)]
     assert "1 labels without an image" in capsys.readouterr().out
+    write_tar(tmp_path / "none" / "train-0.tar", {"2.bmp": b"", "2.cls": b"1"})
+    with pytest.raises(BadInput, match="no images for train"):
+        find_split("IMNET", f"wds/{tmp_path / 'none'}", True)
 
 
 def hugging_faces(path, **columns):
@@ -276,7 +279,7 @@ def test_columns_of_hugging_face(tmp_path):
     split, classes = find_split("IMNET", path, True)
     assert values_of(split) == [(0, 0), (1, 1), (2, 0), (3, 1)] and classes == ["0", "1"]
     for name, values, kind, words in (
-        ("b", list("xyxy"), "string", "not the numbers of classes"), ("c", [0, None, 1, 1], "int64", "not the numbers"),
+        ("b", list("xyxy"), "string", "no numbers of classes"), ("c", [0, None, 1, 1], "int64", "no numbers"),
         ("d", [0, -1, 1, 1], "int64", "train!1 has no label"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=words):

@@ -151,7 +151,7 @@ def _listed_images(entries, root, left_out):
         raise BadInput(f"{root} has no class folders and no images; put images into {root}/<class>/, or move it away")
     kept.sort(key=lambda entry: (os.path.dirname(entry[0]), entry[0]))
     names = [os.path.basename(os.path.dirname(path)) for path, _ in kept]
-    if not any(names):
+    if not {name.lower() for name in names} - {"", *LIKE_PARTS}:  # tar packs a flat val/ with its name
         names = labels_of([path for path, _ in kept], root)
     images = [os.fsencode(name) for _, name in kept]
     if isinstance(names[0], int):

@@ -237,13 +237,11 @@ def find_parts(name, path, val_size, test_size, max_pixels, wanted=None) -> tupl
     else:
         (train, classes), (test, _) = (_small_images(name, path, part) for part in (True, False))
         parts, origin = {"train": train, "test": test}, {}
+    if len(classes) == 1:
+        raise BadInput(f"all images of {path} are of one class, {classes[0]}; give the folder with the class folders")
     if wanted is not None:
         parts = {part: select_classes(split, classes, wanted) for part, split in parts.items()}
         classes, origin = list(wanted), origin | {"class_map": list(classes)}
-    if len(classes) == 1:
-        raise BadInput(
-            f"all images of {path} are of one class, {classes[0]}; give the folder that has the class folders"
-        )
     return parts, classes, origin
 
 

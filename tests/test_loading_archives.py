@@ -241,6 +241,14 @@ def test_what_lies_beside_class_folders_is_noted(tmp_path, capsys):
     assert "left out beside the class folders" in capsys.readouterr().out
 
 
+def test_a_flat_tar_may_have_a_folder_of_its_own_name(tmp_path):
+    torchvisions(tmp_path / "a")
+    write_tar(tmp_path / "val.tar", {f"val/{i}.png": encoded(i) for i in range(3)})
+    (tmp_path / "a" / "train").rename(tmp_path / "train")
+    (tmp_path / "val.txt").write_text("0.png 2\n1.png 0\n2.png 1\n")
+    assert values_of(find_parts("IMNET", tmp_path, None, None, 10**6)[0]["test"]) == [(0, 2), (1, 0), (2, 1)]
+
+
 def test_samples_of_shards(tmp_path, capsys):
     """Of several images in a sample timm takes the jpg; one in an unknown format is noted; a test needs no labels."""
     for part in ("train", "val"):

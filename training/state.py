@@ -120,6 +120,7 @@ class TrainingState:
             ("--ema", {"ema": bool(saved["ema"])}, {"ema": bool(self.ema)}),
         ):
             names = here | there  # what is off in one of the two is missing there
+            names.pop("class_map", None)  # True in old checkpoints; the classes that it chose are compared
             other = [f"{k} is {there.get(k)} there, {here.get(k)} here" for k in names if there.get(k) != here.get(k)]
             if other:
                 raise BadInput(f"the {what} of {path} differs: {'; '.join(other)}; give the same flags")

@@ -22,7 +22,7 @@ from timm.utils import random_seed
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model
-from datasets import DATA_SETS, DIGITS, WHOLE_IMAGE
+from datasets import DATA_SETS, DIGITS, WHOLE_IMAGE, check_classes
 from engine import TrainingStep, autocast, train_one_epoch
 from loading.files import FileLoader, load_file_data, picture_transform
 from loading.labels import class_map
@@ -284,6 +284,8 @@ def test(path, args, device):
     model, checkpoint = load_model(path)
     if args.eval:
         check_same_model(path, checkpoint, asked_model(args), "leave these flags out")
+        if args.class_map:
+            check_classes(class_map(args.class_map), checkpoint["data"]["classes"], "--class_map", "the model")
         if args.asked_crop:
             checkpoint["data"] = WHOLE_IMAGE | checkpoint["data"] | args.asked_crop
     _print_score("Accuracy", model, checkpoint, args, device)

@@ -196,6 +196,10 @@ def test_train_and_test_from_tar_files_on_the_command_line(tmp_path, capsys):
     assert "on 8 images" in text
     status, text, _ = run(main, ["--eval", "--resume", out / "best_checkpoint.pth", "--device", "cpu"], capsys)
     assert status == 0 and "on 8 images" in text
+    (tmp_path / "two.txt").write_text(f"{SYNSETS[0]}\n")
+    flags = ["--eval", "--resume", out / "best_checkpoint.pth", "--class_map", tmp_path / "two.txt"]
+    status, _, err = run(main, [*flags, "--device", "cpu"], capsys)
+    assert status == 2 and f"only the model have {SYNSETS[2]}" in err
 
 
 def pair(path, files):

@@ -86,6 +86,8 @@ def _walk(archive, before="", start=0):
             yield path, (start + info.offset_data, info.size)
         elif info.islnk():
             yield path, os.path.normpath(before + info.linkname)
+        elif info.issym():
+            utils.note_once("links", f"left out in tar files: symbolic links, as {path}")
         archive.members = []  # else it remembers all of them
 
 
@@ -159,14 +161,14 @@ def _samples(shard) -> list[tuple[str, int]]:
     for inside, name in tar_members([shard]):
         stem, _, ending = os.path.basename(inside).partition(".")
         key, ending = (os.path.dirname(inside), stem), ending.lower()
+        labels.setdefault(key, "")
         if ending == "cls":
             labels[key] = _member(name).decode(errors="replace").strip()
         elif ending in WDS_IMAGES:
             images[key] = min((WDS_IMAGES.index(ending), name), images.get(key, (len(WDS_IMAGES), "")))
     if lost := labels.keys() - images.keys():
-        utils.note_once(
-            str(shard), f"left out in {shard}: {len(lost)} labels without an image ({', '.join(WDS_IMAGES)})"
-        )
+        what = f"{len(lost)} samples without an image ({', '.join(WDS_IMAGES)})"
+        utils.note_once("samples", f"left out in {shard}: {what} (and in other shards likewise)")
     numbers = {key: int(label) for key, label in labels.items() if label.isdecimal()}
     return [(name, numbers.get(key, -1)) for key, (_, name) in images.items()]
 

@@ -210,7 +210,7 @@ def pair(path, files):
     return path
 
 
-def test_tar_files_as_people_pack_them(tmp_path):
+def test_tar_files_as_people_pack_them(tmp_path, capsys):
     """`tar -C FOLDER .`, macOS's hidden files, a file packed again, hard links, hidden tar files."""
 
     def files(label):
@@ -224,9 +224,11 @@ def test_tar_files_as_people_pack_them(tmp_path):
             archive.addfile(again, io.BytesIO(encoded(50)))
             link.type, link.linkname = tarfile.LNKTYPE, "./b.png"
             archive.addfile(link)
+            link.name, link.type = "./d.png", tarfile.SYMTYPE
+            archive.addfile(link)
     (path / "train" / "._n01440764.tar").write_bytes(b"no tar")
     parts, classes, _ = find_parts("IMNET", path, None, None, 10**6)
-    assert classes == SYNSETS
+    assert classes == SYNSETS and "symbolic links, as n01440764/d.png" in capsys.readouterr().out
     for split in parts.values():
         assert sorted(values_of(split)) == sorted((n, label) for label in range(3) for n in (50, label, label))
 
@@ -257,11 +259,11 @@ def test_samples_of_shards(tmp_path, capsys):
     """Of several images in a sample timm takes the jpg; one in an unknown format is noted; a test needs no labels."""
     for part in ("train", "val"):
         files = {"0.png": encoded(99), "0.jpg": encoded(5), "0.CLS": b"0", "1.PNG": encoded(6), "1.cls": b"1\n"}
-        write_tar(tmp_path / f"{part}-0.tar", files | {"2.bmp": b"", "2.cls": b"1"})
+        write_tar(tmp_path / f"{part}-0.tar", files | {"2.bmp": b"", "2.cls": b"1", "3.x.jpg": b""})
     write_tar(tmp_path / "test-0.tar", {"0.png": encoded(0)})
     parts, _, _ = find_parts("IMNET", f"wds/{tmp_path}", None, None, 10**6)
     assert sorted(values_of(parts["test"])) == [(5, 0), (6, 1)]
-    assert "1 labels without an image" in capsys.readouterr().out
+    assert "2 samples without an image" in capsys.readouterr().out
     write_tar(tmp_path / "none" / "train-0.tar", {"2.bmp": b"", "2.cls": b"1"})
     with pytest.raises(BadInput, match="no images for train"):
         find_split("IMNET", f"wds/{tmp_path / 'none'}", True)

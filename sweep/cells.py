@@ -302,7 +302,8 @@ def run_cell(cell: GridCell, args, data: ImageData, current: dict, device, epoch
     utils.write_text(saved, json.dumps(current, indent=1))
     mine = cell_args(cell, args)
     mine.resume = resumable(folder)
-    gc.collect()  # matplotlib's errors keep the frames of the cell before, and these its images on the GPU
+    if device.type != "cpu":  # there, all cells share the images
+        gc.collect()  # matplotlib's errors keep the frames of the cell before, and these its images on the GPU
     try:
         best = train_from_flags(mine, device, data, epochs)
     except BadInput as error:

@@ -558,6 +558,7 @@ def test_a_cell_leaves_nothing_in_the_memory(tmp_path, capsys, monkeypatch):
         raise utils.RunFailed("planted")
 
     monkeypatch.setattr(cells, "train_from_flags", trains)
+    monkeypatch.setattr(position_sweep, "start", lambda args: torch.device("meta"))
     gc.disable()
     try:
         sweep(capsys, tmp_path, *FOUR, status=1)

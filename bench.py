@@ -352,7 +352,7 @@ def main(argv=None):
     flag("--rounds", type=utils.number(int, 1), default=9, help="of each race, at most")
     flag("--batch", type=utils.number(int, 1), help="images in training and inference (default: 8 to 1024)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    flag("--minutes", type=utils.number(float, above=0), default=5.0, help="begin no row after this time")
+    flag("--minutes", type=utils.number(float, above=0), default=4.5, help="begin no row after this time")
     flag("--json", metavar="FILE", help="also write the rows there, after each one")
     args = parser.parse_args(argv)
     device = utils.pick_device(args.device)

@@ -255,16 +255,6 @@ def test_processes_share_the_search_for_unreadable_images(tmp_path, monkeypatch)
 # Worker processes: a run ends when its work ends, with the right status --------------------------------------------
 
 WORKERS = [*"--data_set FOLDER --model dynamic_vit_cifar --input_size 32 --num_workers 1".split(), *TINY]
-# main_distillation.py under another start method of worker processes, in an interpreter that ends as one does.
-UNDER = """
-if __name__ == "__main__":
-    import multiprocessing, sys
-    multiprocessing.set_start_method(sys.argv.pop(1))
-    sys.path.insert(0, sys.argv.pop(1))
-    sys.argv[0] = "main_distillation.py"
-    import main_distillation, utils
-    utils.run_script(main_distillation.main)
-"""
 SOON = 30  # seconds from the last line to the end of the process: 10 are promised, tests share a slow machine
 
 
@@ -299,9 +289,11 @@ def test_stopped_then_resumed_to_the_end(start, tmp_path, photos, method):
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert saved["step"] > 0
     more = ["--epochs", str(saved["epoch"] + 2), "--val_size", "0", "--resume", "--overwrite"]
-    (tmp_path / "under.py").write_text(UNDER)
-    argv = [*WORKERS, "--data_path", photos, *"--batch_size 4 --output_dir run".split(), *more]
-    out, err = typed("under.py", method, ROOT, *argv, cwd=tmp_path)
+    if method == "fork":  # as a user does: in an interpreter that ends as one does
+        argv = [*WORKERS, "--data_path", photos, *"--batch_size 4 --output_dir run".split(), *more]
+        out, err = typed(ROOT / "main_distillation.py", *argv, cwd=tmp_path)
+    else:
+        _, out, err = start(*more, method=method).end(SOON)
     assert err == "" and out.splitlines()[-3].startswith("Accuracy: top-1"), out + err
 
 

@@ -6,12 +6,10 @@ model's plain forward pass.
 
 import copy
 
-import onnxruntime
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from timm.utils import AttentionExtract
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -142,6 +140,8 @@ def test_training_equals_timm_with_and_without_hooks(kind, hooked):
 
 def with_lora(model):
     torch.manual_seed(3)
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=2, target_modules=["qkv", "proj", "fc1"], init_lora_weights=False)
     return get_peft_model(model, config)
 
@@ -273,6 +273,8 @@ def test_onnx_with_a_dynamic_batch(kind, dynamo, tmp_path):
         batch = dict(dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
     names = dict(input_names=["images"], output_names=["logits"])
     torch.onnx.export(model, (images_of(3),), file, dynamo=dynamo, **names, **batch)
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     check_batches(lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model)
 

@@ -46,7 +46,7 @@ def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str
     """
     if "model_args" in checkpoint:  # of this project
         if checkpoint.get("ema"):
-            utils.say("note: this file is to resume from: its weights without EMA are taken; the best model has EMA's")
+            utils.say("note: this checkpoint is for resuming; its weights without EMA are used, not those of EMA")
         return dict(checkpoint["model"])
     everything = {name or "the file itself": (weights, rest) for name, weights, rest in _sets(checkpoint, anchor)}
     if not everything:

@@ -53,7 +53,7 @@ def find_truth(args, data, images) -> Callable | None:
     def truth(image, size):
         entry, file = entry_of(image.file, index), files.get(image.name)
         boxes = entry.boxes if entry and entry.size in (None, size) else []
-        return _as_seen(boxes, _read_mask(file, size) if file else None, size, image, data)
+        return truth_of(boxes, _read_mask(file, size) if file else None, size, image, data)
 
     return truth
 
@@ -64,7 +64,7 @@ def of_scenes(data) -> Callable:
 
     def truth(image, size):
         mask = Image.fromarray(masks[image.number].numpy())
-        return _as_seen(boxes[image.number][None].tolist(), mask, size, image, data)
+        return truth_of(boxes[image.number][None].tolist(), mask, size, image, data)
 
     return truth
 
@@ -95,7 +95,7 @@ def _read_mask(file, size):
     return mask
 
 
-def _as_seen(boxes, mask, size, image, data) -> Truth:
+def truth_of(boxes, mask, size, image, data) -> Truth:
     """Cropped and resized as the image is; masks take the nearest pixel."""
     (h, w), part = data.get("covered", data["input_size"]), seen_part(*size, image, data)
     if mask is not None:

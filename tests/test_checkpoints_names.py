@@ -402,7 +402,7 @@ def test_a_checkpoint_of_this_project_needs_no_key(capsys):
     model = DynamicViT(**ARGS)
     checkpoint = {"model": model.state_dict(), "model_args": model.model_args, "ema": zeros(model.state_dict())}
     assert torch.equal(model_from_checkpoint(checkpoint).head.weight, model.head.weight)
-    assert "its weights without EMA are taken" in capsys.readouterr().out
+    assert "its weights without EMA are used" in capsys.readouterr().out
     model_from_checkpoint(checkpoint | {"ema": None})
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="leave out weights_key"):

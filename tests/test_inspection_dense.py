@@ -15,7 +15,7 @@ from inspection import dense, outliers, segmentation
 from inspection.dense import judge_boxes
 from inspection.foreign import ForeignViT
 from inspection.inputs import InputImage
-from inspection.truth import Truth, _as_seen
+from inspection.truth import Truth, truth_of
 from loading import scenes
 from pages import no_overlaps
 from utils import BadInput
@@ -222,7 +222,7 @@ def test_patches_that_do_not_cover_the_image():
     model, data = ForeignViT(vit, "own", (30, 30)), {"input_size": (30, 30), "covered": (24, 24)}
     mask = torch.zeros(60, 60, dtype=torch.uint8)
     mask[32:48, 16:32] = 7  # patch 7: row 2, column 1
-    seen = _as_seen([(16, 32, 32, 48)], Image.fromarray(mask.numpy()), (60, 60), InputImage("a", None), data)
+    seen = truth_of([(16, 32, 32, 48)], Image.fromarray(mask.numpy()), (60, 60), InputImage("a", None), data)
     assert seen.boxes.tolist() == [[8, 16, 16, 24]]
     assert segmentation.patch_labels(seen.mask, model.grid_size).tolist() == [0] * 7 + [7, 0]
     tokens = torch.eye(9)

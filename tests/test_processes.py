@@ -156,9 +156,10 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, how, cause):
 
 def test_what_all_processes_refuse_is_printed_once(tmp_path):
     argv = ["--distributed", "--data_path", "nowhere"]
-    _, err = in_processes(2, forked.script("main_distillation.py"), *argv, cwd=tmp_path, status=1)
+    main = forked.torchrun(2, forked.script("main_distillation.py"), every=1)  # both have the time to print
+    status, _, err = forked.run(argv, main, cwd=tmp_path)
     words = "there is no folder nowhere/train; give --data_path"
-    assert err.count(f"main_distillation.py: error: {words}") == 1
+    assert status == 1 and err.count(f"main_distillation.py: error: {words}") == 1
     assert "BadInput" not in err  # no traceback of ours, also in torchrun's summary
     assert err.index("Root Cause") < err.rindex(words)
 

@@ -116,9 +116,10 @@ def test_scripts_read_its_checkpoints(runs, tmp_path, capsys):
     assert status == 0 and "EMA accuracy: top-1" in out
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")])
+@pytest.mark.parametrize("before", ["ddp", "fsdp"])
+@pytest.mark.parametrize("after", ["ddp", "fsdp"])
 def test_resumed(runs, tmp_path, before, after):
-    """In the middle of an epoch, under DDP, too: exactly the same if nothing changes, else to rounding."""
+    """In the middle of an epoch, under the other one, too: exactly the same if nothing changes, else to rounding."""
     argv = [*RUN, "--resume", runs / f"{before}_stopped" / "checkpoint.pth", "--output_dir", "run", "--overwrite"]
     out, _ = in_two(main_distillation.main, *argv, *["--fsdp"] * (after == "fsdp"), cwd=tmp_path)
     assert "resuming after epoch 1 and 1 batches" in out

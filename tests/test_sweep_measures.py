@@ -190,6 +190,7 @@ def test_the_flag_changes_the_verdict_and_no_cell(tmp_path, capsys):
     assert written["best"]["cls_pos"] == min(losses, key=losses.get)
     text = " ".join(PdfReader(tmp_path / "sweep.pdf").pages[0].extract_text().split())
     assert "Where the tokens enter, and loss" in text and f"{losses[0]:.2f}" in text
+    assert "Best by loss (less is better)" in (tmp_path / "sweep.html").read_text()
     assert "invalid choice" in sweep(capsys, tmp_path, *argv, "--measure", "flops", status=2)
     needs = "--measure hit_ratio needs boxes and masks, which only DIGITS_SCENES has"
     assert needs in sweep(capsys, tmp_path, *argv, "--measure", "hit_ratio", status=2)

@@ -96,8 +96,8 @@ def test_rates_are_those_of_timms_model():
 
 
 def test_an_optimizer_that_timm_does_not_have(tmp_path, capsys):
-    for name, words in (("adamww", "did you mean adamw"), ("zzz", "timm.optim.list_optimizers() names all")):
-        argv = [*TINY, "--data_set", "DIGITS", "--model_path", tmp_path / "new" / "m.pth", "--opt", name]
-        status, _, err = run(cifar_main.main, argv, capsys)
-        assert status == 2 and f"--opt {name}: " in err and words in err and len(err.splitlines()) == 1, err
-        assert not (tmp_path / "new").exists()
+    """The folder that was made for the run goes again."""
+    argv = [*TINY, "--data_set", "DIGITS", "--model_path", tmp_path / "new" / "m.pth", "--opt", "adamww"]
+    status, _, err = run(cifar_main.main, argv, capsys)
+    assert status == 2 and "--opt adamww: " in err and "list_optimizers() names all" in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()

@@ -1,7 +1,6 @@
 """What the flags of a run describe: device, model, optimizer, schedule, loss."""
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
 import timm
@@ -9,7 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
 from timm.loss import BinaryCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import utils
@@ -64,9 +63,7 @@ def make_optimizer(model, args, batches):
             **fused,
         )  # fmt: skip
     except (ValueError, AssertionError) as error:
-        near = " or ".join(get_close_matches(args.opt, list_optimizers()))
-        hint = f"did you mean {near}?" if near else "timm.optim.list_optimizers() names all"
-        raise BadInput(f"--opt {args.opt}: {error}; {hint}") from None
+        raise BadInput(f"--opt {args.opt}: {error}; timm.optim.list_optimizers() names all") from None
     if not args.weight_decay:
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0

@@ -119,8 +119,11 @@ def script(name):
     return main
 
 
-def torchrun(processes, main, restarts=0):
-    """A `main` that runs `main(argv)` in several processes: by torchrun's own agent, which forks them here."""
+def torchrun(processes, main, restarts=0, every=0.02):
+    """A `main` that runs `main(argv)` in several processes: by torchrun's own agent, which forks them here.
+
+    `every`: seconds between its looks at them; one that has failed is the end of the others.
+    """
 
     def rank(argv):
         _default_signals()
@@ -132,7 +135,7 @@ def torchrun(processes, main, restarts=0):
     def launch(argv):
         config = LaunchConfig(
             1, 1, processes, run_id="forked", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
-            monitor_interval=0.02, start_method="fork",
+            monitor_interval=every, start_method="fork",
         )  # fmt: skip
         elastic_launch(config, rank)(argv)
 

@@ -158,7 +158,7 @@ def main():
             image.quantize(palette=few, dither=Image.Dither.NONE).save(args.output_dir / name, optimize=True)
     for name in wanted:
         if name.startswith("contact_sheet"):
-            sheet(pages).save(args.output_dir / name, quality=80)
+            sheet(pages).save(args.output_dir / name, quality=60, optimize=True)
 
 
 if __name__ == "__main__":

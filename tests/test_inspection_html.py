@@ -430,7 +430,7 @@ def test_the_view_as_svg_and_png(browser, explored, tmp_path):
     browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
     browser.driver.find_elements("css selector", "#save button")[1].click()
     for _ in range(100):
-        if saved := [file for file in tmp_path.glob("*.svg") if file.stat().st_size]:  # Chromium first makes an empty one
+        if saved := [file for file in tmp_path.glob("*.svg") if file.stat().st_size]:  # at first it is empty
             break
         time.sleep(0.05)
     assert saved[0].name.endswith(".svg") and ElementTree.parse(saved[0]).getroot().tag.endswith("svg")

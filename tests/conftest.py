@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 # The first backward pass decides whether autograd may be forked; after a torch.export it would decide against it.
 torch.ones(1, requires_grad=True).sum().backward()
+os.fsync = lambda _: None  # the files of a test need not survive a power cut; a checkpoint waits 10 ms for the disk
 
 
 def pytest_collection_finish():

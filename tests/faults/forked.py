@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import cifar_main
 import utils
 from checkpoints.files import load_checkpoint
-from training import signals
+from training import run_log, signals
 from training.run_log import read_json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,7 +212,7 @@ def light_curves():
     def plot_curves(epochs, folder):
         utils.write_atomically(Path(folder) / "training_curves.png", lambda file: file.write(b"%d" % len(epochs)))
 
-    plot_curves = plot_curves
+    run_log.plot_curves = plot_curves
 
 
 class Faults:

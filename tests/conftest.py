@@ -27,7 +27,11 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 # The first backward pass decides whether autograd may be forked; after a torch.export it would decide against it.
 torch.ones(1, requires_grad=True).sum().backward()
-os.fsync = lambda _: None  # the files of a test need not survive a power cut; a checkpoint waits 10 ms for the disk
+# What takes longer than a tiny run, and not only in tests and their children but in fixtures, too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/quick"), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.fsync = lambda _: None  # nothing here has to survive a power cut
+PLOT_CURVES, run_log.plot_curves = run_log.plot_curves, lambda *_: None  # see `curves`
+FONT_TYPE, pages.PDF["pdf.fonttype"] = pages.PDF["pdf.fonttype"], 3  # embedded in a tenth of the time; see `fonts`
 
 
 def pytest_collection_finish():
@@ -117,8 +121,9 @@ def killed_in_epoch_3(main, argv):
 
 
 @pytest.fixture
-def curves():
+def curves(monkeypatch):
     """Runs of this test draw their training curves."""
+    monkeypatch.setattr(run_log, "plot_curves", PLOT_CURVES)
 
 
 @pytest.fixture(autouse=True)
@@ -128,18 +133,9 @@ def _one_thread():
 
 
 @pytest.fixture
-def fonts():
+def fonts(monkeypatch):
     """PDFs of this test have the fonts that users get."""
-
-
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch, request):
-    """Other tests draw no curves, which takes longer than a tiny run (those of `trained` are there), and their PDFs
-    have fonts that are embedded in a tenth of the time."""
-    if "curves" not in request.fixturenames:
-        monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
-    if "fonts" not in request.fixturenames:
-        monkeypatch.setitem(pages.PDF, "pdf.fonttype", 3)
+    monkeypatch.setitem(pages.PDF, "pdf.fonttype", FONT_TYPE)
 
 
 @pytest.fixture
@@ -157,11 +153,11 @@ def expected(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Folder of a finished run of two epochs on DIGITS: CLS enters at block 2, 2 registers at block 1."""
-
+    """Folder of a finished run of two epochs on DIGITS, with its curves: CLS enters at block 2, 2 registers at 1."""
     folder = tmp_path_factory.mktemp("trained")
-    main([*TINY, *"--data_set DIGITS --cls_pos 2 --reg_pos 1 --epochs 2 --repeats 1".split(),
-          "--model_path", str(folder / "model.pth")])  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_log, "plot_curves", PLOT_CURVES)
+        main([*DIGITS, "--model_path", str(folder / "model.pth")])
     return folder
 
 

@@ -34,7 +34,7 @@ from conftest import STUDENT, TINY, noise, run, tiny
 from inspection import objects_pages
 from inspection.attention import attention_rollout, projections, trace
 from test_models_dynamic import inputs_of_blocks
-from training import run_log, scoring, setup
+from training import scoring, setup
 
 TIMES = int(os.environ.get("PROPERTIES", "1"))
 KINDS = ("cls", "dist", "patches", "registers")  # in the order of the sequence
@@ -452,7 +452,6 @@ NOT_FOR_REAL = {*"data_set data_path device compile num_workers viz_every throug
 @examples(5)
 @given(data=st.data())
 def test_flags_that_may_be_right_train_a_step(script, right, contained, monkeypatch, capsys, data):
-    monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
     argv = [*right[script], "--max_steps", "1", "--batch_size", "8"]
     possible = [action for action in flags_of(script) if action.dest not in NOT_FOR_REAL and action.nargs != "?"]
     for action in data.draw(st.lists(st.sampled_from(possible), max_size=4)):

@@ -13,7 +13,6 @@ from checkpoints.models import load_model
 from conftest import TINY
 from loading.memory import MemoryLoader, load_data
 from sweep import cells, explorer, measures, pages, results
-from training import run_log
 from training.film import token_maps
 
 GRID = [*TINY, *"--data_set DIGITS --cls_pos 0 2 none --reg_pos 0 --num_reg 0 2 --seeds 0 1".split()]
@@ -25,7 +24,6 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "IMAGES", 16)
-        patch.setattr(run_log, "plot_curves", lambda *_: None)
         patch.setattr(pages, "draw_sweep", lambda *_: None)
         position_sweep.main([*GRID, "--output_dir", str(folder)])
     return folder

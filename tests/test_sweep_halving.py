@@ -15,7 +15,7 @@ from checkpoints.files import load_checkpoint
 from sweep import cells, halving, measures, pages, results
 from sweep.cells import GridCell
 from test_sweep import RECIPE, epochs_of, record, records_in, sweep
-from training import loop, run_folder, run_log
+from training import loop, run_folder
 from utils import RunFailed
 
 GRID = [*RECIPE, *"--cls_pos 0 1 2 none --reg_pos 0 --num_reg 1 --seeds 0 1 --epochs 4".split()]
@@ -25,7 +25,6 @@ HALVING = [*GRID, *"--halving --eta 2".split()]  # 3 positions and 0/0: one of t
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(measures, "IMAGES", 16)
-    monkeypatch.setattr(run_log, "plot_curves", lambda *_: None)
     monkeypatch.setattr(position_sweep.pages, "draw_sweep", lambda *_: None)
     monkeypatch.setattr(position_sweep.explorer, "write_explorer", lambda *_: None)
 

@@ -18,7 +18,7 @@ from inspection.strips import Group, Strip, draw_strips
 from loading.files import FileLoader, load_file_data
 from loading.memory import MemoryLoader, load_data
 from pages import no_overlaps
-from training import film, run_log
+from training import film
 from training.run_log import read_json_lines, run_name
 
 # In full precision, since training in bfloat16 on CPUs has attention that is not fused, which rounds otherwise.
@@ -57,14 +57,6 @@ def check_maps(file, model, images):
                     assert np.array_equal(saved[key][:, block], heads.mean(dim=1).numpy()), (key, block)
         with torch.no_grad():
             assert np.array_equal(saved["logits"], model(images).numpy())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves(trained):
-    """They take longer than these epochs; `trained`, which other tests share, has them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_log, "plot_curves", lambda *args: None)
-        yield
 
 
 @pytest.fixture(scope="module")

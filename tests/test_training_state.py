@@ -14,7 +14,7 @@ import main_distillation
 import utils
 from checkpoints.files import load_checkpoint, save_checkpoint
 from conftest import DIGITS, STUDENT, killed_in_epoch_3, run
-from forked import TWO_EPOCHS, differences, light_curves
+from forked import TWO_EPOCHS, differences
 from training import loop, run_folder
 from training.run_log import read_json_lines
 from training.state import TrainingState, random_states, set_random_states
@@ -80,7 +80,6 @@ def test_images_resume_in_the_middle_of_an_epoch_whatever_the_workers(tmp_path, 
 
     def go(folder, *more, dies=False):
         def before():
-            light_curves()
             if dies:
                 save = run_folder.save
 

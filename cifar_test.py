@@ -65,9 +65,9 @@ def test_model(
 
 
 def main(argv=None):
-    parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its data set's test images.")
+    parser = utils.ArgumentParser(description="Test a model that cifar_main.py trained, on its dataset's test images.")
     parser.add_argument("--model_path", default="./models/best_model.pth", help="checkpoint")
-    parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("--data_path", help="folder of the dataset, if it is not where it was in training")
     add_max_pixels(parser)
     parser.add_argument("--batch_size", type=utils.number(int, 1), default=256, help="images at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")

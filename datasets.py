@@ -54,7 +54,7 @@ class Split:
 
 @dataclass
 class ImageData:
-    """A data set, split. `val` is None if nothing was held out; mean and std are of the training images, in 0..1."""
+    """A dataset, split. `val` is None if nothing was held out; mean and std are of the training images, in 0..1."""
 
     name: str
     classes: list[str]
@@ -80,7 +80,7 @@ class ImageData:
 
 
 def detect_data_set(path) -> str:
-    """The name of the data set under `path`: what is there decides; where nothing is, the folder's name."""
+    """The name of the dataset under `path`: what is there decides; where nothing is, the folder's name."""
     if path is None:
         return "CIFAR10"
     if kind_of(path):
@@ -114,7 +114,7 @@ def check_labels(split, classes, place):
 
 
 def find_split(name, path, train, about=None, max_pixels=MAX_PIXELS) -> tuple[Split, list[str]]:
-    """The training or the test images of a data set, and its class names; those in folders are not read yet.
+    """The training or the test images of a dataset, and its class names; those in folders are not read yet.
 
     Args:
         about: a checkpoint's description of its data; its very test images are found again.
@@ -184,7 +184,7 @@ def _read_cifar(name, path, train):
     import torchvision
 
     if name not in CIFAR:
-        raise BadInput(f"there is no data set {name}; it is one of {', '.join(DATA_SETS)}")
+        raise BadInput(f"there is no dataset {name}; it is one of {', '.join(DATA_SETS)}")
     path = path or f"./data/{name}"
     kind = getattr(torchvision.datasets, name)
     folder = Path(path) / kind.base_folder

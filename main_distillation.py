@@ -84,7 +84,7 @@ def get_parser():
     flag("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
     flag("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
     flag("--overwrite", action="store_true", help="train anew though a run is there")
-    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest whole checkpoint, or from FILE")
+    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest undamaged checkpoint, or from FILE")
     flag("--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir")
     flag("--throughput", action="store_true", help="only measure images/s, on random images")
     flag("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")
@@ -203,7 +203,7 @@ def resolve(args, given):
             raise BadInput("--dist_pos: the distillation token learns from a teacher; give --teacher_path FILE")
     if args.num_workers is None:
         args.num_workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not (args.eval and not args.finetune):  # else the checkpoint names its data set
+    if not (args.eval and not args.finetune):  # else the checkpoint names its dataset
         args.data_set = args.data_set or "IMNET"
         args.data_path = args.data_path or ("./data/imagenet" if args.data_set == "IMNET" else None)
     if args.resume == "" and args.eval:
@@ -223,7 +223,7 @@ def input_size(args) -> tuple[int, int]:
 
 
 def read_data(args):
-    """The data set of the flags, of the size of their model."""
+    """The dataset of the flags, of the size of their model."""
     crop = dict(crop_pct=args.eval_crop_ratio, interpolation=args.interpolation.replace("random", "bicubic"))
     wanted = class_map(args.class_map) if args.class_map else None
     return load_file_data(

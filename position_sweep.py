@@ -103,7 +103,7 @@ def get_parser():
 
 
 def parse(argv=None):
-    """The flags; without a data set, those of a small grid on digits are the defaults."""
+    """The flags; without a dataset, those of a small grid on digits are the defaults."""
     named = get_parser().parse_known_args(argv)[0]
     digits = named.data_set is None and named.data_path is None
     args = flags.parse_with_recipe(get_parser(), argv, **DIGITS if digits else {})

@@ -2,12 +2,10 @@
 
     make demo && make sweep
     python docs/make_gallery.py --weights dinov2_vits14.safetensors
-    python docs/make_gallery.py --only contact_sheet_before.jpg --code OLD --demo OLD/demo --sweep OLD/sweeps/digits
 
 Takes the models of the demo (--demo FOLDER) and of a sweep (--sweep FOLDER), and DINOv2's ViT-S/14, whose weights timm
 downloads where --weights names no file. Needs pdftoppm (poppler) and chromium. A picture whose source is missing is
-left out, and reported; on a sheet its place is empty. --code: a checkout whose scripts draw, such as one before a
-change.
+left out, and reported; on a sheet its place is empty.
 """
 
 import argparse
@@ -79,8 +77,8 @@ def picture(file: Path, which, folder: Path) -> Image.Image:
 class Pages:
     """The files that commands write; each command runs once."""
 
-    def __init__(self, code, weights, values):
-        self.code, self.weights, self.values, self.folders = code, weights, values, {}
+    def __init__(self, weights, values):
+        self.weights, self.values, self.folders = weights, values, {}
 
     def file(self, command, name) -> Path | None:
         """The first file of the command (where it is empty: the file) that is called so, None without one."""
@@ -92,7 +90,7 @@ class Pages:
             words = [word.format(**self.values) for word in shlex.split(command)]
             words += ["--weights", self.weights] if self.weights and "timm:" in command else []
             run = [sys.executable, *words, "--output_dir", str(folder)]
-            done = subprocess.run(run, cwd=self.code, capture_output=True, text=True)
+            done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 print(f"{' '.join(words)}: {done.stderr.strip()}")
         return next(iter(sorted(self.folders[command].glob(name))), None)
@@ -108,7 +106,7 @@ class Pages:
 
 
 def sheet(pages: Pages) -> Image.Image:
-    """All kinds of pages in rows, each with its command; one that the code cannot draw is an empty place."""
+    """All kinds of pages in rows, each with its command; one whose source is missing is an empty place."""
     font = ImageFont.load_default(12)
     cell_w, cell_h = CELL[0] + 16, CELL[1] + TEXT + 16
     page = Image.new("RGB", (COLUMNS * cell_w, -(-len(KINDS) // COLUMNS) * cell_h), "white")
@@ -135,8 +133,7 @@ def main():
     parser.add_argument("--photo", default="docs/cat.jpg")
     parser.add_argument("--photos", default="docs/cat.jpg", help="a folder, for objects and the viewer")
     parser.add_argument("--weights", help="file of DINOv2's ViT-S/14")
-    parser.add_argument("--code", default=ROOT, help="the checkout whose scripts draw (default: this one)")
-    parser.add_argument("--only", nargs="+", help="names of pictures, such as film.gif (default: all of this code)")
+    parser.add_argument("--only", nargs="+", help="names of pictures, such as film.gif (default: all)")
     parser.add_argument("--output_dir", default=ROOT / "docs" / "gallery", type=Path)
     args = parser.parse_args()
     model = Path(args.demo, "best_model.pth").resolve()
@@ -145,7 +142,7 @@ def main():
         "model": f"--model_path={model}", "other": Path(args.other or model).resolve(),
         "sweep": Path(args.sweep).resolve(), "demo": Path(args.demo).resolve(),
     }  # fmt: skip
-    pages = Pages(args.code, args.weights, values)
+    pages = Pages(args.weights, values)
     wanted = args.only or [*(name for name, *_ in PICTURES), "contact_sheet.jpg"]
     for name, *source, width in PICTURES:
         if name not in wanted:
@@ -157,7 +154,7 @@ def main():
             few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)  # others lose the colours of thin lines
             image.quantize(palette=few, dither=Image.Dither.NONE).save(args.output_dir / name, optimize=True)
     for name in wanted:
-        if name.startswith("contact_sheet"):
+        if name == "contact_sheet.jpg":
             sheet(pages).save(args.output_dir / name, quality=60, optimize=True)
 
 

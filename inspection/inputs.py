@@ -34,8 +34,8 @@ class InputImage:
     name: str  # for file names; unique
     read: Callable  # () -> PIL image in RGB
     label: int | None = None
-    in_memory: bool = False  # of a data set that training holds in memory, where images are resized and not cropped
-    file: Path | None = None  # None: an image of the data set
+    in_memory: bool = False  # of a dataset that training holds in memory, where images are resized and not cropped
+    file: Path | None = None  # None: an image of the dataset
     number: int | None = None  # there
     whole: tuple[int, int] | None = None  # width and height, of an image that was padded
 
@@ -80,14 +80,14 @@ def add_checkpoint_flags(parser, several=False):
     flag("--reg_pos", type=number(int, 0), help="block that the registers enter at (0)", **missing)
     flag("--dist_pos", type=number(int, 0), help="block that the distillation token enters at (0)", **missing)
     flag("--weights_key", help="which of several sets of weights, as in teacher.backbone", **missing)
-    flag("--data_set", choices=DATA_SETS, type=str.upper, help="take the images from this data set")
+    flag("--data_set", choices=DATA_SETS, type=str.upper, help="take the images from this dataset")
     flag("--mean", type=number(float), nargs=3, help="of its normalisation, 0..1 (default: ImageNet's)")
     flag("--std", type=number(float, above=0), nargs=3, help="of its normalisation")
 
 
 def add_image_flags(parser):
     parser.add_argument("--image_path", nargs="+", metavar="FILE", help="images, or folders of them")
-    parser.add_argument("--data_path", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("--data_path", help="folder of the dataset, if it is not where it was in training")
     add_max_pixels(parser)
 
 
@@ -208,16 +208,16 @@ def _describe_data(path, checkpoint, model, args, one_of_several) -> dict:
 
 
 def find_images(args, data, checkpoint, numbers=None, files=None) -> list[InputImage]:
-    """The images of `files` or --image_path, else the test images `numbers` (None: all) of the data set; read later.
+    """The images of `files` or --image_path, else the test images `numbers` (None: all) of the dataset; read later.
 
-    Fills in `data["classes"]` from the data set.
+    Fills in `data["classes"]` from the dataset.
     """
     if files or args.image_path:
         files = files or image_paths(args.image_path)
         named = zip(unique_names(files), files)
         return [InputImage(name, partial(read_image, file, args.max_pixels), file=file) for name, file in named]
     if data["name"] is None:
-        raise BadInput(f"{args.model_path} does not name its data set; give --image_path FILE, or --data_set")
+        raise BadInput(f"{args.model_path} does not name its dataset; give --image_path FILE, or --data_set")
     path = data_folder(checkpoint, args.data_path) if "data" in checkpoint else args.data_path
     split, classes = find_split(data["name"], path, False, data, args.max_pixels)
     if data["classes"]:

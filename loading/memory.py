@@ -32,7 +32,7 @@ from utils import BadInput
 def load_data(
     name, path, input_size, val_size=None, test_size=None, max_pixels=MAX_PIXELS, bad_images="error"
 ) -> ImageData:
-    """Load a data set and hold out validation images, stratified and the same ones in every run.
+    """Load a dataset and hold out validation images, stratified and the same ones in every run.
 
     Args:
         val_size: a share of the training images below 1, or a number of images; None: 5,000 for CIFAR, else 10 %, and

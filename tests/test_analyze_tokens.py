@@ -471,7 +471,7 @@ def test_unreadable_images_are_left_out_and_listed(photos, tmp_path, capsys, mon
 
 
 def test_ablation_with_unreadable_images(photos, tmp_path, capsys):
-    """Of a data set in folders: each pass leaves out the same ones, and accuracies are of the others."""
+    """Of a dataset in folders: each pass leaves out the same ones, and accuracies are of the others."""
     shutil.copytree(photos, tmp_path / "data")
     path = save(tiny(num_classes=2), tmp_path / "m.pth", classes=["blue", "red"])
     for name in ("blue/0.png", "red/2.png"):

@@ -149,7 +149,7 @@ def test_no_flag_of_a_run_is_forgotten_by_the_comparison():
         for parser in (cifar_main.get_parser(), main_distillation.get_parser())
         for action in parser._actions
     }
-    assert set(run_folder.MAY_DIFFER) | set(run_folder.MAY_GROW) <= known
+    assert set(run_folder.MAY_DIFFER) | set(run_folder.MAY_CHANGE) <= known
     assert {"lr", "seed", "batch_size", "mixup", "amp", "max_steps", "skip_bad_steps"} <= known - set(
         run_folder.MAY_DIFFER
     )

@@ -23,13 +23,13 @@ from training.run_log import plain_args, read_json_lines
 from utils import BadInput, say
 
 NEWEST = "checkpoint.pth"
-# Flags that leave a run what it is: where, by whom and how it is watched. All others must be the same to resume.
+# Flags that leave a run what it is: where, by whom and how it is watched.
 MAY_DIFFER = (
     "output_dir", "model_path", "data_path", "resume", "overwrite", "eval", "device", "num_threads", "num_workers",
     "distributed", "throughput", "compile", "log_to", "viz_every", "viz_images", "save_steps", "keep",
     "max_pixels", "bad_images", "fsdp",
 )  # fmt: skip
-MAY_GROW = ("epochs", "warmup_epochs")  # may change, and that is reported
+MAY_CHANGE = ("epochs", "warmup_epochs")  # reported; all other flags must be the same to resume
 # What decides which images are in which batch: the same within an epoch.
 DECIDE_BATCHES = ("processes", "batch_size", "accum_steps", "repeats", "repeated_aug", "seed", "balance")
 
@@ -232,7 +232,7 @@ def check_same_run(path, saved: dict, args):
             "same, or resume from a checkpoint at the end of an epoch"
         )
     all_changes, in_place = "; ".join(changes.values()), Path(path).parent.resolve() == Path(args.output_dir).resolve()
-    if not changes.keys() <= set(MAY_GROW) and not args.overwrite and in_place:
+    if not changes.keys() <= set(MAY_CHANGE) and not args.overwrite and in_place:
         raise BadInput(
             f"{path} is of another run ({all_changes}): give the same flags, or another --output_dir; "
             "--overwrite resumes with these"

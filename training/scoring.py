@@ -1,4 +1,4 @@
-"""The accuracy of a model on the test images of a checkpoint's data set."""
+"""The accuracy of a model on the test images of a checkpoint's dataset."""
 
 import utils
 from checkpoints.models import data_folder
@@ -22,7 +22,7 @@ def eval_batches(split, data, device, batch_size, workers=0, **share):
 
 
 def score(model, checkpoint, data_path, device, batch_size, workers=0, keep_predictions=False, max_pixels=MAX_PIXELS):
-    """Score `model` on the test images of a checkpoint's data set, every image once, in full precision.
+    """Score `model` on the test images of a checkpoint's dataset, every image once, in full precision.
 
     Returns:
         What `evaluate` does, and the split of the test images.

@@ -30,7 +30,7 @@ def get_parser():
     flag("--output_dir", help="folder for checkpoint.pth, log.txt and the curves (default: the model's)")
     flag("--eval", action="store_true", help="only test the model at --model_path")
     flag("--overwrite", action="store_true", help="train anew though a model is there")
-    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest undamaged checkpoint, or from FILE")
+    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from FILE, or the newest undamaged one")
 
     flags.add_small_image_flags(parser)
     return parser

@@ -84,7 +84,7 @@ def get_parser():
     flag("--output_dir", default="./models/imagenet", help="checkpoints, log.txt and the curves")
     flag("--distributed", action="store_true", help=f"insist on torchrun: {COMMAND}")
     flag("--overwrite", action="store_true", help="train anew though a run is there")
-    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from the newest undamaged checkpoint, or from FILE")
+    flag("--resume", nargs="?", const="", metavar="FILE", help="resume from FILE, or the newest undamaged one")
     flag("--eval", action="store_true", help="only test the model of --resume, of --finetune, or of --output_dir")
     flag("--throughput", action="store_true", help="only measure images/s, on random images")
     flag("--recipe", choices=RECIPES, default="deit", help="defaults of the flags below")

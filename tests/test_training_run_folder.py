@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,3 +164,25 @@ def test_resuming_another_model_is_refused(trained, capsys):
     assert status == 2
     assert "cls_pos is 2 there, 0 here" in err
     assert before == {file: file.read_bytes() for file in trained.iterdir()}
+
+
+def test_a_run_on_windows_ends_no_process(tmp_path, monkeypatch):
+    """os.kill with signal 0 sends Ctrl-C there."""
+    (tmp_path / "running.json").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    monkeypatch.setattr(run_folder, "os", SimpleNamespace(name="nt"))
+    assert run_folder.is_running(tmp_path)
+
+
+def test_windows_removes_no_open_file(tmp_path, monkeypatch):
+    unlink = Path.unlink
+
+    def refuses(path, missing_ok=False):
+        if path.name == "lock":
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    for _ in range(2):  # what stays there is no obstacle
+        with run_folder.locked(tmp_path):
+            assert run_folder.is_running(tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ["lock"]

@@ -89,7 +89,8 @@ def _locked(path: Path):
     finally:
         if not again:
             owner.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)  # while it is held: who waits for this file then sees that it is gone
+            with suppress(PermissionError):  # Windows removes no open file
+                path.unlink(missing_ok=True)  # while it is held: who waits for this file then sees that it is gone
         lock.release()
 
 
@@ -112,8 +113,8 @@ def _describe_owner(path) -> str:
 
 
 def _is_alive(owner) -> bool:
-    """Whether that process may be alive; on another machine nobody can tell."""
-    if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int):
+    """Whether that process may be alive; on another machine nobody can tell, and Windows' os.kill would end it."""
+    if owner.get("host") == socket.gethostname() and isinstance(owner.get("pid"), int) and os.name != "nt":
         try:
             os.kill(owner["pid"], 0)
         except OSError as error:

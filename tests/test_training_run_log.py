@@ -1,5 +1,9 @@
 """The log of a run and its curves."""
 
+import math
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -7,7 +11,7 @@ import cifar_main
 from conftest import DIGITS, run
 from pages import no_overlaps
 from training import run_log
-from training.run_log import curves, environment, peak_memory, reset_peak_memory
+from training.run_log import curves, environment, git_revision, peak_memory, reset_peak_memory
 
 
 def test_quick_epochs_do_not_wait_for_their_curves(tmp_path, monkeypatch, capsys):
@@ -52,3 +56,17 @@ def test_peak_memory_counts_anew():
     del block
     reset_peak_memory(device)
     assert peak_memory(device) < before - 150
+
+
+def test_systems_that_do_not_say_how_much_memory_was_used(monkeypatch):
+    monkeypatch.setattr(run_log, "Path", lambda _: Path("no /proc"))
+    assert peak_memory(torch.device("cpu")) > 10  # macOS
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(peak_memory(torch.device("cpu")))  # Windows
+
+
+def test_words_of_git_in_another_encoding(tmp_path, monkeypatch):
+    (tmp_path / "git").write_bytes(b"#!/bin/sh\nprintf '\\377' >&2\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_revision() == "unknown"

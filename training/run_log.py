@@ -52,7 +52,7 @@ class RunLogger:
 def print_what_was_written(folder: Path, model_path):
     """The end of a run: where its files are, and the command that draws."""
     utils.say(f"model: {model_path}; curves: {folder / 'training_curves.png'}; log: {folder / 'log.txt'}")
-    drawing = f"python visualize_attention.py --model_path {shlex.quote(str(model_path))} --format html"
+    drawing = f"python visualize_attention.py --model_path {shlex.quote(Path(model_path).as_posix())} --format html"
     utils.say(f"look at what its tokens attend to: {drawing}")
 
 
@@ -65,7 +65,7 @@ def git_revision() -> str:
     """Of this code; '-dirty' if files were changed since, 'unknown' if it is no repository."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout.strip() or "unknown"
     except OSError:  # no git here
         return "unknown"
 
@@ -100,14 +100,19 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device) -> float:
-    """MiB: the largest amount that tensors took on a GPU since `reset_peak_memory`, elsewhere that of this process."""
+    """MiB: the largest amount that tensors took on a GPU since `reset_peak_memory`, elsewhere that of this process.
+
+    NaN where the system does not report it (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with suppress(OSError):  # a process that was just started by a large one has the other's size below, not here
         if found := re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()):
             return int(found[1]) / 2**10
-    import resource  # not there on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

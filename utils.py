@@ -280,8 +280,10 @@ def is_main() -> bool:
 
 
 def say(*words):
-    """Print, in the first process only."""
+    """Print, in the first process only. Letters that the encoding of the output lacks are escaped (Windows: cp1252)."""
     if is_main():
+        with suppress(AttributeError):  # a notebook's output takes all letters
+            sys.stdout.reconfigure(errors="backslashreplace")
         print(*words, flush=True)
 
 

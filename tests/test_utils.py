@@ -1,5 +1,8 @@
 """Devices and processes: what utils.py says of a machine."""
 
+import io
+import sys
+
 import pytest
 import torch
 
@@ -138,3 +141,14 @@ def test_a_misspelt_flag_gets_the_one_that_was_meant(capsys):
     for given, meant in (("--leyer_num=2", True), ("--layer-nun", True), ("--unlike_it", False), ("layer_num", False)):
         status, _, err = run(parser.parse_args, [given], capsys)
         assert status == 2 and ("did you mean --layer_num?" in err) == meant, err
+
+
+def test_letters_that_the_output_lacks(monkeypatch):
+    """Windows writes to a file or a pipe in cp1252; a folder's name may be of other letters."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    utils.say("93 \u00b1 3: \u732b")
+    assert out.buffer.getvalue() == b"93 \xb1 3: \\u732b\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as a notebook's
+    utils.say("\u732b")
+    assert sys.stdout.getvalue() == "\u732b\n"

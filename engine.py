@@ -236,22 +236,22 @@ class Progress:
         disable = not (terminal and is_main())
         self.bar = tqdm(total=batches, initial=done, desc=title, unit="batch", leave=False, disable=disable)
         self.so_far = dict.fromkeys(("loss", "images", "norm", "norms", "waited", "seconds"), 0.0) | (sums or {})
-        self.shown = time.monotonic()
+        self.shown = time.perf_counter()
         self.start = self.shown - self.so_far["seconds"]
 
     def sums(self) -> dict:
         """What a new one needs to resume here. Waits for the device; raises NotFinite if a step was not."""
         self.watch.look(lag=0)
         sums = {name: float(value) for name, value in self.so_far.items()}
-        return sums | {"seconds": time.monotonic() - self.start, "skipped": self.watch.skipped}
+        return sums | {"seconds": time.perf_counter() - self.start, "skipped": self.watch.skipped}
 
     def timed(self, batches):
         """The batches, and the time spent waiting for them."""
         batches, end = iter(batches), object()
         while True:
-            start = time.monotonic()
+            start = time.perf_counter()
             batch = next(batches, end)
-            self.so_far["waited"] += time.monotonic() - start
+            self.so_far["waited"] += time.perf_counter() - start
             if batch is end:
                 return
             yield batch
@@ -266,14 +266,14 @@ class Progress:
             sums["images"] += images
         self.done += len(group)
         self.bar.update(len(group))
-        if time.monotonic() - self.shown >= self.interval:
-            rate = world_size() * sums["images"] / (time.monotonic() - self.start)
+        if time.perf_counter() - self.shown >= self.interval:
+            rate = world_size() * sums["images"] / (time.perf_counter() - self.start)
             loss, lr = float(sums["loss"]) / max(sums["images"], 1), peak_rate(self.optimizer)
             line = f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} images/s"
             self.bar.set_postfix_str(line)
             if self.bar.disable:
                 say(f"{self.title}: batch {self.done}/{self.batches}, {line}")
-            self.shown = time.monotonic()
+            self.shown = time.perf_counter()
 
     def close(self) -> dict:
         """The sums of this process, and means over all of them."""

@@ -57,6 +57,13 @@ def test_accumulated_batches_are_one_large_batch(count):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_an_epoch_shorter_than_a_tick_of_windows_clock(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    model = tiny()
+    parts = TrainingStep(model, torch.nn.CrossEntropyLoss(), *plain(model))
+    assert train_one_epoch(parts, [(noise(model), torch.tensor([0, 1]))])["seconds"] > 0
+
+
 def test_evaluation_is_in_full_precision():
     """Though training may round products to TF32, and says so to torch."""
     seen, model = [], tiny()

@@ -276,6 +276,7 @@ def _split_classes(path, test_size, left_out, max_pixels) -> tuple[dict[str, Spl
     size = TEST_SIZE if test_size is None else test_size
     rest, test = _hold_out(everything, classes, size, "--test_size", of_each_class=True)
     names = b"\0".join(os.path.relpath(file, os.fsencode(path)) for file in test.images.tolist())
+    names = names.replace(os.fsencode(os.sep), b"/")  # a checkpoint may have come from another system
     return {"train": rest, "test": test}, classes, {"test_size": size, "test_files": sha256(names).hexdigest()}
 
 

@@ -7,6 +7,7 @@ by number, in any order, so that splits, shuffling, shares of processes and resu
 import importlib
 import io
 import os
+import posixpath
 import re
 import sys
 import tarfile
@@ -76,7 +77,7 @@ def tar_members(tars) -> list[tuple[str, str]]:
 def _walk(archive, before="", start=0):
     """(path, (offset, size)) of each file, or (path, path that it is a hard link to)."""
     for info in archive:
-        path = os.path.normpath(before + info.name)  # tar puts ./ before what `tar -C FOLDER .` packs
+        path = posixpath.normpath(before + info.name)  # tar puts ./ before what `tar -C FOLDER .` packs
         if "/." in f"/{path}":
             continue
         if info.isfile() and path.endswith(".tar") and not start:
@@ -85,7 +86,7 @@ def _walk(archive, before="", start=0):
         elif info.isfile():
             yield path, (start + info.offset_data, info.size)
         elif info.islnk():
-            yield path, os.path.normpath(before + info.linkname)
+            yield path, posixpath.normpath(before + info.linkname)
         elif info.issym():
             utils.note_once("links", f"left out in tar files: symbolic links, as {path}")
         archive.members = []  # else it remembers all of them

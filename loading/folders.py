@@ -194,7 +194,7 @@ def image_files(folder, left_out: Counter | None = None) -> list[Path]:
                 files[os.path.join(place, entry.name)] = entry.path
     for link in sorted(links):
         files.setdefault(os.path.realpath(link), link)
-    found = sorted(map(Path, files.values()))
+    found = sorted(map(Path, files.values()), key=lambda file: file.parts)  # Windows would take a and A for equal
     if left_out is not None:
         left_out.update(file.suffix.lower() for file in found if file.suffix.lower() not in endings)
     return [file for file in found if file.suffix.lower() in endings]

@@ -1,8 +1,10 @@
 """Data sets: what is found, read, split and held out; normalisation."""
 
 import math
+import os
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +227,15 @@ def test_class_folders_alone_are_split(tmp_path):
     assert len(find_split("FOLDER", root, False, data.description())[0]) == 8
     with pytest.raises(BadInput, match="has its own test images"):
         load_data("DIGITS", None, (32, 32), test_size=10)
+
+
+def test_class_folders_of_a_checkpoint_from_another_system(tmp_path, monkeypatch):
+    root = folder_of_images(tmp_path, [""])
+    about = load_file_data("FOLDER", root, (8, 8)).description()
+    windows = SimpleNamespace(sep="\\", fsencode=os.fsencode, fsdecode=os.fsdecode, path=SimpleNamespace())
+    windows.path.relpath = lambda file, start: os.path.relpath(file, start).replace(b"/", b"\\")
+    monkeypatch.setattr(datasets, "os", windows)
+    find_split("FOLDER", root, False, about)  # is not refused
 
 
 def test_a_model_of_class_folders_is_tested_on_the_same_images(tmp_path, capsys):

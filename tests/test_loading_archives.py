@@ -1,9 +1,11 @@
 """Images in tar files, shards, Hugging Face and torchvision datasets, and ImageNet's own files: read as folders are."""
 
 import io
+import ntpath
 import tarfile
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scipy.io import savemat
 
 from conftest import STUDENT, run
 from datasets import find_parts, find_split
+from loading import archives
 from loading.archives import kind_of
 from loading.decode import read_image, read_picture
 from loading.files import FileLoader, load_file_data
@@ -231,6 +234,12 @@ def test_tar_files_as_people_pack_them(tmp_path, capsys):
     assert classes == SYNSETS and "symbolic links, as n01440764/d.png" in capsys.readouterr().out
     for split in parts.values():
         assert sorted(values_of(split)) == sorted((n, label) for label in range(3) for n in (50, label, label))
+
+
+def test_paths_in_tar_files_have_slashes_on_windows(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", {"./red/a.png": encoded(1), "red/.hidden/b.png": encoded(2), "red/._a.png": b""})
+    monkeypatch.setattr(archives, "os", SimpleNamespace(path=ntpath))
+    assert [path for path, _ in archives.tar_members([tmp_path / "a.tar"])] == ["red/a.png"]
 
 
 def test_one_class_is_a_wrong_folder(tmp_path):

@@ -291,15 +291,19 @@ def report_failed(failed: list[str], total: int):
 
 
 def unique_names(files) -> list[str]:
-    """A name for each file: its own, cut to NAME bytes, and a number if it is not the first of that name."""
-    names = {}  # ordered
+    """A name for each file: its own, cut to NAME bytes, and a number if it is not the first of that name.
+
+    For macOS and Windows, a.png and A.png are one file.
+    """
+    names = {}  # by their lower case, in order
     for file in files:
         stem, encoded = file.stem, os.fsencode(file.stem)
         if len(encoded) > NAME:
             stem = encoded[:NAME].decode(errors="ignore")
         candidates = (stem if n == 1 else f"{stem}_{n}" for n in count(1))
-        names[next(name for name in candidates if name not in names)] = None
-    return list(names)
+        name = next(name for name in candidates if name.lower() not in names)
+        names[name.lower()] = name
+    return list(names.values())
 
 
 def model_input(pixels, images, data, device="cpu") -> Tensor:

@@ -185,9 +185,9 @@ def test_one_kind_of_token_and_png(checkpoint, photo, tmp_path, capsys):
 
 
 def test_folders_and_equal_names(checkpoint, photo, tmp_path, capsys):
-    for name in ("one", "two"):
+    for name, file in (("one", "photo.png"), ("two", "Photo.png")):  # one name where case does not count
         (tmp_path / name).mkdir()
-        (tmp_path / name / "photo.png").write_bytes(photo.read_bytes())
+        (tmp_path / name / file).write_bytes(photo.read_bytes())
     argv = [
         "--model_path",
         checkpoint,
@@ -198,7 +198,7 @@ def test_folders_and_equal_names(checkpoint, photo, tmp_path, capsys):
         tmp_path / "new",
     ]
     assert run(main, [*argv, "--tokens", "cls", "--device", "cpu"], capsys)[0] == 0
-    assert {f.name for f in (tmp_path / "new").iterdir()} == {f"attention_photo{n}_block2.pdf" for n in ("", "_2")}
+    assert {f.name for f in (tmp_path / "new").iterdir()} == {f"attention_{n}_block2.pdf" for n in ("photo", "Photo_2")}
 
 
 @pytest.mark.parametrize("more", ["", "--format png", "--scale shared", "--pages rollout", "--compare"])

@@ -44,7 +44,10 @@ def plant(model, blocks):
 
 def planted(**kwargs):
     """A model, and images of which one patch each, number i in image i, is bright."""
-    model = tiny(num_register_tokens=0, **kwargs)
+    model, draws = tiny(num_register_tokens=0, **kwargs), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # how torch initialises layers differs between its versions
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=draws)
     plant(model, model.blocks)
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(0.02)

@@ -382,8 +382,8 @@ def write_atomically(path, write, make_room=None):
 
 
 def write_text(path, text):
-    """`write_atomically` of a text, in UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """`write_atomically` of a text, in UTF-8; of a name that is none (Linux: any bytes), those bytes are escaped."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _flush_folder(folder):

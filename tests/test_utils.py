@@ -152,3 +152,9 @@ def test_letters_that_the_output_lacks(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as a notebook's
     utils.say("\u732b")
     assert sys.stdout.getvalue() == "\u732b\n"
+
+
+def test_text_with_bytes_that_are_no_letters(tmp_path):
+    """A file's name on Linux may have them."""
+    utils.write_text(tmp_path / "a", "\u00e9\udcff")
+    assert (tmp_path / "a").read_bytes() == b"\xc3\xa9\\udcff"

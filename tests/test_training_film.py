@@ -238,3 +238,10 @@ def test_a_page_has_few_rows_and_the_last_epoch_is_shown():
     maps[:3] = np.nan  # absent
     strips = [Strip(f"Register {r} (of 16)", maps, 0.5) for r in range(17)]
     no_overlaps(draw_strips("x", "y", [f"block {b}" for b in range(12)], [Group("z", np.zeros((3, 9, 9)), strips)]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_folders_that_are_no_letters_here_and_no_tex():
+    strip = Strip("a", np.ones((1, 2, 2)), 1.0)
+    figure = draw_strips("猫 $^$", "about", ["block 0"], [Group("a", np.zeros((3, 8, 8), np.uint8), [strip])])
+    assert film._pixels(figure).ndim == 3

@@ -17,6 +17,7 @@ from torch import Tensor
 import utils
 from datasets import denormalise, resize
 from inspection import inputs
+from inspection.fonts import use_fonts
 from inspection.pages import by_token, token_name, write_pdf
 from inspection.strips import Group, Strip, draw_strips, top_of
 from models_dynamic import SIZES, DynamicViT
@@ -218,7 +219,7 @@ def _pixels(figure) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(100)
-    canvas = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(use_fonts(figure))
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 

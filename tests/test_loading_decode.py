@@ -111,7 +111,7 @@ def deep_tiff(values, path, order):
         ((RAMP * 2e9).astype(np.int32), "tif", "of no known range"),
         ((RAMP * 60000 - 30000).astype(np.int32), "tif", "of no known range"),
         ((RAMP * 65535).astype(np.uint16), "jp2", None),
-        ((RAMP * 65535).astype(np.uint16), "pgm", None),
+        ((RAMP * 65535).astype(np.int32), "pgm", None),  # Pillow 10 saves no other 16 bits in it
     ],
 )
 def test_a_ramp_is_a_ramp_in_any_depth(values, ending, note, tmp_path, capsys, monkeypatch):
@@ -144,9 +144,9 @@ def test_bits_that_a_tiff_declares(tmp_path, capsys):
         assert np.abs(np.array(read_image(tmp_path / "b.tif"))[0, :, 0] - wanted).max() < 3, tag
 
 
-@pytest.mark.parametrize("ending", ["pgm", "jp2"])
-def test_what_pillow_has_scaled_stays_dark(ending, tmp_path):
-    Image.fromarray((RAMP * 4095).astype(np.uint16)).save(tmp_path / f"a.{ending}")
+@pytest.mark.parametrize(("ending", "kind"), [("pgm", np.int32), ("jp2", np.uint16)])
+def test_what_pillow_has_scaled_stays_dark(ending, kind, tmp_path):
+    Image.fromarray((RAMP * 4095).astype(kind)).save(tmp_path / f"a.{ending}")
     assert np.array(read_image(tmp_path / f"a.{ending}")).max() == 16
 
 

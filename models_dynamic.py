@@ -14,6 +14,7 @@ Sources: ViT (arXiv 2010.11929), DeiT and its distillation token (2012.12877), C
 
 import operator
 from functools import partial
+from inspect import signature
 from itertools import accumulate
 
 import torch
@@ -38,10 +39,6 @@ from tokens.layout import TokenLayout, all_alike, check_block, check_modes, chec
 __all__ = ["SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz"]
 
 TOKENS = ("cls_token", "dist_token", "register_tokens")
-MODERN = dict(  # in `model_args` if it is used
-    global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6, stem="patch",
-    reg_end=None, cls_mode="token", reg_mode="token", class_attention=0,
-)  # fmt: skip
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
@@ -197,7 +194,7 @@ class DynamicViT(nn.Module):
         """Plain values from which `DynamicViT(**model_args)` builds this model again."""
         if self._own_norm:
             raise ValueError("a model with its own norm_layer cannot be described by plain values")
-        return {name: arg for name, arg in self._args.items() if name not in MODERN or arg != MODERN[name]}
+        return {name: arg for name, arg in self._args.items() if name in ALWAYS or arg != DEFAULTS[name]}
 
     @torch.jit.unused
     @property
@@ -407,6 +404,8 @@ class DynamicViT(nn.Module):
         return attention_maps(self, images, blocks, patches)
 
 
+DEFAULTS = {name: parameter.default for name, parameter in signature(DynamicViT).parameters.items()}
+ALWAYS = tuple(DEFAULTS)[: tuple(DEFAULTS).index("global_pool")]  # in `model_args`; of later ones, what is no default
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
 
 

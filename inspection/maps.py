@@ -16,6 +16,11 @@ from tokens.layout import blocks_with
 from utils import BadInput
 
 KINDS = ("cls", "dist", "reg", "pool")
+PAGES = {  # see `pages_of`
+    "heads": "a page for each token and block", "blocks": "one token through all blocks",
+    "tokens": "all tokens at one block", "rollout": "attention rollout", "class": "which patches speak for a class",
+}  # fmt: skip
+HTML_PAGES = ("rollout", "class")  # what the HTML file shows beside all heads, blocks and tokens
 WORDS = {
     "cls": "the class token", "dist": "the distillation token", "reg": "the registers", "pool": "the attention pooling",
 }  # fmt: skip

@@ -102,9 +102,21 @@ def sinks_by_kind(model, batches) -> dict:
 
 
 # Each takes (model, a function that returns batches of images and labels) and returns a part of the record, which
-# `checkpoints.schema.CELL_RESULT` describes; those in `results.COLUMNS` are in the tables.
+# `checkpoints.schema.CELL_RESULT` describes.
 MEASURES = (attention_and_artefacts, causal_depth, sinks_by_kind)
-# What a verdict may be on (`--measure`): its name in the record, and 1 if more of it is better, -1 if less.
+# What tables, means over seeds and sweep.html show of a record: its title, and its unit.
+TITLES = {
+    "test_top1": ("test accuracy", "%"), "val_top1": ("held-out accuracy", "%"), "test_loss": ("test loss", ""),
+    "test_top5": ("test accuracy, top-5", "%"),
+    "flops": ("a forward pass", "MFLOPs"), "images_per_s": ("training", "images/s"),
+    "causal_depth": ("CLS replaceable to block (entry - 1: none)", ""),
+    "artefact_share": ("artefact patches", "%"),
+    "cls_to_registers": ("attention of CLS to registers", "%"), "sinks_on_cls": ("sinks on CLS", "%"),
+    "sinks_on_registers": ("sinks on registers", "%"), "sinks_on_patches": ("sinks on patches", "%"),
+    "hit_ratio": ("patch most like CLS is in the box", "%"), "corloc": ("CorLoc of LOST", "%"),
+    "knn_iou": ("segmentation by kNN, mean IoU", "%"),
+}  # fmt: skip
+# What a verdict may be on (`--measure`): its name in `TITLES`, and 1 if more of it is better, -1 if less.
 PRIMARY = {
     "accuracy": ("test_top1", 1), "top5": ("test_top5", 1), "loss": ("test_loss", -1),
     "artefacts": ("artefact_share", -1), "patch_sinks": ("sinks_on_patches", -1), "hit_ratio": ("hit_ratio", 1),

@@ -10,6 +10,7 @@ from scipy import stats
 
 import position_sweep
 from checkpoints.models import load_model
+from checkpoints.schema import CELL_RESULT
 from conftest import run
 from datasets import Split
 from inspection import causes, sinks
@@ -46,6 +47,10 @@ def test_the_record_has_what_the_parts_of_inspection_measure(trained, data, monk
     order = torch.randperm(360, generator=torch.Generator().manual_seed(0))[:60]
     part = Split(data.test.images[order], data.test.labels[order])
     assert len(set(part.labels.tolist())) == 10
+    described = {key.removesuffix("?") for key in CELL_RESULT}
+    assert found.keys() <= described, "describe a new measure in checkpoints/schema.CELL_RESULT"
+    assert {name for name, _ in measures.PRIMARY.values()} <= measures.TITLES.keys() <= described
+    assert measures.TITLES.keys() <= {*results.COLUMNS}
     curve = causes.measure(model, lambda: MemoryLoader(part, checkpoint["data"], 20))["tokens"]["cls"]["its initial"]
     assert found["causal_cost"][:2] == [None, None] and found["causal_cost"] == pytest.approx(curve["cost"])
     assert found["causal_cost_interval"][2] == pytest.approx(curve["cost_interval"][2])

@@ -101,8 +101,8 @@ def sinks_by_kind(model, batches) -> dict:
     return {f"sinks_on_{kind}": share(kind) for kind in ("cls", "registers", "patches")}
 
 
-# Each takes (model, a function that returns batches of images and labels) and returns a part of the record, which
-# `checkpoints.schema.CELL_RESULT` describes.
+# Each takes (model, a function that returns batches of images and labels) and returns a part of the record: plain
+# values, which `checkpoints.schema.CELL_RESULT` describes.
 MEASURES = (attention_and_artefacts, causal_depth, sinks_by_kind)
 # What tables, means over seeds and sweep.html show of a record: its title, and its unit.
 TITLES = {

@@ -128,10 +128,8 @@ def _is_first_to_print(line) -> bool:
     of_all = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent  # <job>/attempt_0/<local rank>/error.json
     try:
         (of_all / f"printed_{hashlib.sha256(line.encode()).hexdigest()[:16]}").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 

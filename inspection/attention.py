@@ -253,6 +253,13 @@ def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.
     return shapes
 
 
+def can_be_seen(model) -> bool:
+    """Whether the attention of every block of a DynamicViT can be; a sweep leaves out what needs it, else."""
+    weights = next(model.parameters())
+    images = weights.new_zeros(1, model.model_args["in_chans"], *model.model_args["img_size"])
+    return len(attention_shapes(model, images)) == len(model.blocks)
+
+
 def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
     """(B, 3, h, w) -> {block: AttentionMaps}, in one forward pass and without any (N, N) matrix.
 

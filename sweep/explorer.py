@@ -13,6 +13,7 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
+from inspection.attention import can_be_seen
 from inspection.html import data_uri
 from loading.memory import MemoryLoader
 from sweep import results
@@ -91,13 +92,15 @@ def _value(record, name):
 
 
 def _maps(path, few) -> dict | None:
-    """{"grid", "depth", "tokens": {key: [block][image] of None, if absent, or {"top", "data"}}}; None without a model.
+    """{"grid", "depth", "tokens": {key: [block][image] of None, if absent, or {"top", "data"}}}; None without any.
 
     A map's values are `top` times its bytes / 255: the attention on each patch, a mean over heads.
     """
     if not path.is_file():
         return None
     model, checkpoint = load_model(path)
+    if not can_be_seen(model):
+        return None
     images, _ = next(iter(MemoryLoader(few, checkpoint["data"], len(few))))
     found = token_maps(model, images)
     tokens = {

@@ -8,6 +8,7 @@ import utils
 from checkpoints.models import load_model
 from datasets import ImageData
 from inspection import causes, dense, sinks
+from inspection.attention import can_be_seen
 from inspection.inputs import InputImage
 from inspection.statistics import TokenStatistics
 from inspection.truth import of_scenes
@@ -59,7 +60,7 @@ def attention_and_artefacts(model, batches) -> dict:
     The artefact share is that of the block with most; the class token's attention is a mean over heads, at the last
     block.
     """
-    statistics = TokenStatistics(model, probe_images=0)
+    statistics = TokenStatistics(model, probe_images=0, attention=can_be_seen(model))
     for images, _ in batches():
         statistics.add(images)
     found = statistics.result()
@@ -93,7 +94,7 @@ def causal_depth(model, batches) -> dict:
 
 def sinks_by_kind(model, batches) -> dict:
     """Shares of all heads, blocks and images with a sink on such a token, in per cent."""
-    kinds = sinks.measure(model, batches)["kinds"]
+    kinds = sinks.measure(model, batches)["kinds"] if can_be_seen(model) else {}
 
     def share(kind):
         return 100 * sum(v or 0 for v in kinds[kind]["sink"]) / model.depth if kind in kinds else None

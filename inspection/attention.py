@@ -142,13 +142,13 @@ def as_evaluated(model: nn.Module):
 
 
 def watch_calls(
-    model: nn.Module, images: Tensor, see=None, *, tokens=None, output=None, last: int | None = None, every=True
+    model: nn.Module, images: Tensor, see=None, *, tokens=None, output=None, last: int | None = None, needs=None
 ):  # fmt: skip
     """The model's forward pass in evaluation mode; gradients flow where torch has them enabled.
 
     `see(i, call)` is shown the `AttentionCall` of block i; a tensor (B, H, M, d) that it returns takes the place of
-    the result. `tokens`, `output`, `last` and what is returned are those of `trace`. `every`: raise `unseen` for a
-    block without such a call, which a result would silently lack.
+    the result. `tokens`, `output`, `last` and what is returned are those of `trace`. `needs`: the blocks that must
+    have such a call (None: all that are run), else `unseen` is raised: a result would silently lack them.
     """
     shown = set()
 
@@ -169,7 +169,7 @@ def watch_calls(
 
         def after(_, args, x):
             recorder.block = None
-            if every and see is not None and i not in shown:
+            if see is not None and i not in shown and (needs is None or i in needs):
                 raise unseen(model, i)
             new = None if output is None else output(i, x)
             if i == last:
@@ -227,9 +227,7 @@ def _recorded(model, images, blocks, keep) -> dict:
             found[i] = keep(i, call)
 
     if wanted:
-        watch_calls(model, images, see, last=max(wanted), every=False)
-    for block in sorted(wanted - found.keys()):
-        raise unseen(model, block)
+        watch_calls(model, images, see, last=max(wanted), needs=wanted)
     return found
 
 
@@ -246,10 +244,10 @@ def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.
 
     weights = {id(x): x.to("meta") for x in chain(model.parameters(), model.buffers())}
     try:
-        watch_calls(copy.deepcopy(model, weights), images.to("meta"), see, every=False)
+        watch_calls(copy.deepcopy(model, weights), images.to("meta"), see, needs=())
     except (RuntimeError, NotImplementedError):  # a model that reads values, or has tensors that are no buffers
         shapes.clear()
-        watch_calls(model, images, see, every=False)
+        watch_calls(model, images, see, needs=())
     return shapes
 
 

@@ -26,7 +26,7 @@ from training.setup import describe
 from utils import BadInput, number, say
 
 STATISTICS = ("norms", "attention")  # of one pass; see inspection/statistics.py
-# Each with `measure`, `page` and `lines`.
+# Each with `measure`, `page`, `lines`, and `check(model)` where a model may lack what it needs.
 PARTS = {"causes": causes, "outputs": outputs, "sinks": sinks, "lens": lens, "dense": dense}
 DEFAULT = ("norms", "attention", "outputs", "sinks", "lens")  # a minute for 1,000 small images on 2 cores
 BATCH = 64

@@ -20,8 +20,7 @@ from loading.folders import FOLDERS, class_folders, find_folders, folder_of, lis
 from loading.scenes import CLASSES, scans, scenes
 from utils import BadInput, RunFailed
 
-DIGITS = ("DIGITS", "DIGITS_SCENES")  # embedded; a mirrored digit is none
-DATA_SETS = ("CIFAR10", "CIFAR100", *DIGITS, "FOLDER")
+DIGITS = ("DIGITS", "DIGITS_SCENES")  # no default augmentation: a mirrored digit is none
 CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # and the folders that torchvision reads
 ARCHIVES = {"cifar-10-python.tar.gz": "CIFAR10", "cifar-100-python.tar.gz": "CIFAR100"}
 TEST_SIZE = 0.1  # of class folders without train/
@@ -91,7 +90,7 @@ def detect_data_set(path) -> str:
             return name
     name, there = path.name.upper(), visible(path)
     archives = [ARCHIVES[file] for file in there if file in ARCHIVES]
-    if name in (*CIFAR, *DIGITS) and (not there or archives):
+    if name in (*CIFAR, *EMBEDDED) and (not there or archives):
         return name
     return archives[0] if archives else "FOLDER"
 
@@ -170,14 +169,18 @@ def select_classes(split, classes, wanted) -> Split:
 
 
 def _small_images(name, path, train) -> tuple[Split, list[str]]:
-    if name == "DIGITS":
-        images, labels, classes = read_digits(train)
-    elif name == "DIGITS_SCENES":
-        (images, labels, _), classes = scenes(train), CLASSES
+    if name in EMBEDDED:
+        images, labels, classes = EMBEDDED[name](train)
     else:
         utils.main_decides(lambda: _read_cifar(name, path, train) and None)  # the first process downloads
         images, labels, classes = _read_cifar(name, path, train)
-    return Split(images, labels), classes
+    kinds = images.dtype, images.shape[1:-2], labels.dtype, type(classes[0])
+    if kinds != (torch.uint8, (3,), torch.int64, str):
+        found = f"{images.dtype} {tuple(images.shape)}, {labels.dtype} {tuple(labels.shape)}, {classes[:1]}"
+        raise TypeError(f"the reader of {name} must return images, labels and names as `EMBEDDED` says, not {found}")
+    split = Split(images, labels)
+    check_labels(split, classes, name)
+    return split, classes
 
 
 def _read_cifar(name, path, train):
@@ -216,6 +219,15 @@ def read_digits(train):
     small = torch.from_numpy(digits).float()[:, None] * (255 / 16)
     images = F.interpolate(small, size=32, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
     return images.contiguous(), torch.from_numpy(labels).long(), CLASSES
+
+
+def read_scenes(train):
+    return *scenes(train)[:2], CLASSES
+
+
+# Readers of data sets that need no file: train or test -> images (M, 3, h, w) uint8, labels (M,) int64, their names.
+EMBEDDED = {"DIGITS": read_digits, "DIGITS_SCENES": read_scenes}
+DATA_SETS = (*CIFAR, *EMBEDDED, "FOLDER")
 
 
 # Training, held-out and test images --------------------------------------------------------------------------------

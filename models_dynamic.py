@@ -14,6 +14,7 @@ Sources: ViT (arXiv 2010.11929), DeiT and its distillation token (2012.12877), C
 
 import operator
 from functools import partial
+from inspect import signature
 from itertools import accumulate
 
 import torch
@@ -38,10 +39,7 @@ from tokens.layout import TokenLayout, all_alike, check_block, check_modes, chec
 __all__ = ["SIZES", "AttentionMaps", "DynamicViT", "TokenLayout", "set_fused_attention", "vit_register_dynamic_viz"]
 
 TOKENS = ("cls_token", "dist_token", "register_tokens")
-MODERN = dict(  # in `model_args` if it is used
-    global_pool=None, fc_norm=False, qk_norm=False, rope=False, swiglu=False, norm_eps=1e-6, stem="patch",
-    reg_end=None, cls_mode="token", reg_mode="token", class_attention=0,
-)  # fmt: skip
+PLACES = ("cls_pos", "dist_pos", "reg_pos", "reg_end", "num_register_tokens")  # cannot be set
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 SIZES = {
@@ -167,6 +165,12 @@ class DynamicViT(nn.Module):
             cls_pos=self.cls_pos, dist_pos=self.dist_pos, reg_pos=self.reg_pos or 0, reg_end=reg_end
         )
 
+    def __setattr__(self, name, value):
+        if name in PLACES and hasattr(self, "blocks"):  # the tokens would stay where they are, without a word
+            other = f"DynamicViT(**model.model_args | dict({name}=...))"
+            raise AttributeError(f"{name} cannot be set: build {other}, and give it this model's state_dict()")
+        super().__setattr__(name, value)
+
     def _block(self, i: int, norm_layer) -> TokenBlock:
         args, (cls, dist, registers) = self._args, self._present(i)
         block = TokenBlock(
@@ -178,7 +182,7 @@ class DynamicViT(nn.Module):
         )  # fmt: skip
         block.attn.front = (cls + dist) * (args["cls_mode"] == "reader")
         block.attn.back = registers * (args["reg_mode"] == "reader")
-        block.queries = self.num_prefix_tokens * (i >= self.depth - args["class_attention"])
+        block.queries = self._queries(i)
         return block
 
     def _init_weights(self):
@@ -197,7 +201,7 @@ class DynamicViT(nn.Module):
         """Plain values from which `DynamicViT(**model_args)` builds this model again."""
         if self._own_norm:
             raise ValueError("a model with its own norm_layer cannot be described by plain values")
-        return {name: arg for name, arg in self._args.items() if name not in MODERN or arg != MODERN[name]}
+        return {name: arg for name, arg in self._args.items() if name in ALWAYS or arg != DEFAULTS[name]}
 
     @torch.jit.unused
     @property
@@ -256,7 +260,7 @@ class DynamicViT(nn.Module):
         ends = list(accumulate(counts))
         cls, dist, patches, registers = (slice(end - n, end) if n else None for n, end in zip(counts, ends))
         numbers = tuple(self._registers[operator.index(block)])
-        return TokenLayout(cls, patches, registers, ends[-1], dist, None, numbers, self.blocks[block].queries or None)
+        return TokenLayout(cls, patches, registers, ends[-1], dist, None, numbers, self._queries(block) or None)
 
     def forward_flops(self) -> int:
         """Multiplications and additions in the matrix products of `forward` for one image.
@@ -271,7 +275,7 @@ class DynamicViT(nn.Module):
                 flops += 2 * h * w * conv.weight.numel()
         for block in range(self.depth):
             tokens = self.token_layout(block).length
-            rows = self.blocks[block].queries or (self._classified() if block == self.depth - 1 else None) or tokens
+            rows = self._queries(block) or (self._classified() if block == self.depth - 1 else None) or tokens
             front, back = self.blocks[block].attn.front, self.blocks[block].attn.back
             pairs = rows * tokens - max(0, min(rows, tokens - back) - front) * (front + back)
             flops += 2 * width * (tokens * 3 * width + rows * (width + mlp)) + 4 * pairs * width
@@ -291,6 +295,10 @@ class DynamicViT(nn.Module):
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         watched = any(getattr(module, kind) for module in self.blocks[-1].modules() for kind in hooks)
         return None if watched else self._classified()
+
+    def _queries(self, block: int) -> int:
+        """How many first tokens attend at `block`, alone; 0: all do."""
+        return self.num_prefix_tokens * (block >= self.depth - self._args["class_attention"])
 
     def _present(self, block: int) -> tuple[int, int, int]:
         """How many class, distillation and register tokens there are at the input of `block`."""
@@ -407,6 +415,8 @@ class DynamicViT(nn.Module):
         return attention_maps(self, images, blocks, patches)
 
 
+DEFAULTS = {name: parameter.default for name, parameter in signature(DynamicViT).parameters.items()}
+ALWAYS = tuple(DEFAULTS)[: tuple(DEFAULTS).index("global_pool")]  # in `model_args`; of later ones, what is no default
 vit_register_dynamic_viz = DynamicViT  # the name that users of the reference implementation know
 
 

@@ -81,6 +81,8 @@ def run_script(main, *args):
             _fail(f"out of memory ({first_line})" + f"; a smaller {flags} takes less" * bool(flags), 1)
         if first_line.startswith("DataLoader worker"):  # torch raises it wherever this process is at that moment
             _fail(f"a worker process ended ({first_line}); a smaller --num_workers takes less memory", 1)
+        if first_line.startswith("the attention of block"):  # `inspection.attention.unseen`
+            _fail(f"{first_line}; maps and what is measured on attention need that", 2)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             if dist.is_initialized() and "onnection" in str(error):
                 time.sleep(10)  # the cause is another process's end; torchrun now ends this one
@@ -126,10 +128,8 @@ def _is_first_to_print(line) -> bool:
     of_all = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent  # <job>/attempt_0/<local rank>/error.json
     try:
         (of_all / f"printed_{hashlib.sha256(line.encode()).hexdigest()[:16]}").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 

@@ -31,7 +31,7 @@ def check(args):
         given = [f"--{f}" for f in flags if getattr(args, f) not in (None, False)]
         if given:
             raise BadInput(f"--format html has every token and patch, to choose from; leave out {', '.join(given)}")
-        given = sorted({"heads", "blocks", "tokens"} & set(args.pages or ()))
+        given = sorted(set(args.pages or ()) - set(maps.HTML_PAGES))
         if given:
             raise BadInput(f"--format html has all heads, blocks and tokens; of --pages leave out {', '.join(given)}")
     if args.compare and len(args.compare) < 2:
@@ -230,10 +230,9 @@ def parse(argv=None):
     flag("--tokens", type=token_list, help="of cls, dist, reg and pool, as in cls,reg (default: all that are present)")
     flag("--patch", type=inputs.patch, nargs="+", metavar="X,Y", help="also what these patches attend to (without "
          "--tokens: only that); column and row in the grid of patches, counted from 0")  # fmt: skip
-    flag("--pages", nargs="+", choices=("heads", "blocks", "tokens", "rollout", "class"), help="heads: a page for each "
-         "token and block; blocks: one token through all blocks; tokens: all tokens at one block; rollout: attention "
-         "rollout; class: which patches speak for a class (default: heads; --format html takes rollout and "
-         "class)")  # fmt: skip
+    words = "; ".join(f"{name}: {what}" for name, what in maps.PAGES.items())
+    flag("--pages", nargs="+", choices=maps.PAGES,
+         help=f"{words} (default: heads; --format html takes {' and '.join(maps.HTML_PAGES)})")  # fmt: skip
     flag("--target", nargs="+", metavar="CLASS",
          help="names or numbers of the classes of --pages class (default: the predicted one)")  # fmt: skip
     flag("--scale", choices=("map", "page", "shared"), help="a colour scale for each map, for each page, or one for "

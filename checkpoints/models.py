@@ -134,17 +134,19 @@ def check_same_shapes(state: dict, own: dict):
         raise ValueError(f"the weights are not those of the model in model_args: {listed(other, 3, '; ')}")
 
 
-def validated_builder(args: dict, state: dict):
-    """A function that builds the model of a checkpoint's `model_args`, whose weights are `state`.
+PROBLEM = "model_args do not describe a model"
 
-    Raises ValueError unless these are those of a DynamicViT, all of them, or of one of timm's models: others of timm's
-    arguments read files or the network.
+
+def check_model_args(args: dict):
+    """Raise ValueError unless a model can be built again from its `model_args` in a checkpoint.
+
+    They are those of a DynamicViT, all of them, or of one of timm's models: others of timm's arguments read files or
+    the network.
     """
-    problem = "the checkpoint's model_args do not describe a model"
     name, wanted = args.get("timm_name"), MODEL_ARGS
     if name is not None:
         if not isinstance(name, str) or not is_model(name) or name in SIZES:
-            raise ValueError(f"{problem}: timm has no model {name}")
+            raise ValueError(f"{PROBLEM}: timm has no model {name}")
         config, wanted = get_pretrained_cfg(name), TIMM_ARGS
         if config and config.fixed_input_size:
             wanted = wanted | {"img_size": wanted["img_size?"]}
@@ -152,14 +154,19 @@ def validated_builder(args: dict, state: dict):
     wrong = min(unknown, default=None) or first_wrong(args, wanted)
     if wrong:
         how = "unknown" if wrong in unknown else repr(args[wrong]) if wrong in args else "missing"
-        raise ValueError(f"{problem}: {wrong} is {how}")
+        raise ValueError(f"{PROBLEM}: {wrong} is {how}; checkpoints/schema.py has what they may be")
+
+
+def validated_builder(args: dict, state: dict):
+    """A function that builds the model of `check_model_args`, whose weights are `state`."""
+    check_model_args(args)
     depth, registers = _depth(state), state.get("register_tokens", torch.empty(1, 0, 0))
     if args.get("depth", depth) != depth:
-        raise ValueError(f"{problem}: depth is {args['depth']}, the weights have {depth} blocks")
+        raise ValueError(f"{PROBLEM}: depth is {args['depth']}, the weights have {depth} blocks")
     if args.get("num_register_tokens", 0) > registers.numel():  # the model lists them before it has shapes
         found = f"register_tokens is {shape_text(registers)}"
-        raise ValueError(f"{problem}: num_register_tokens is {args['num_register_tokens']}, but {found}")
-    return partial(timm_model if name else DynamicViT, **args)
+        raise ValueError(f"{PROBLEM}: num_register_tokens is {args['num_register_tokens']}, but {found}")
+    return partial(timm_model if "timm_name" in args else DynamicViT, **args)
 
 
 def _depth(state: dict) -> int:

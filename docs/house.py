@@ -34,7 +34,10 @@ def rooms() -> dict[str, Path]:
 def floor_of(room: str) -> int:
     """0 is the top."""
     floors = list(FLOORS.values())
-    return next(i for name in (room, room.partition(".")[0]) for i, names in enumerate(floors) if name in names)
+    found = [i for name in (room, room.partition(".")[0]) for i, names in enumerate(floors) if name in names]
+    if not found:
+        raise ValueError(f"{room} has no floor: add it to FLOORS in docs/house.py")
+    return found[0]
 
 
 def imports() -> set[tuple[str, str]]:

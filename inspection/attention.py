@@ -141,15 +141,20 @@ def as_evaluated(model: nn.Module):
                 module.fused_attn = fused
 
 
-def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=None, last: int | None = None):
+def watch_calls(
+    model: nn.Module, images: Tensor, see=None, *, tokens=None, output=None, last: int | None = None, needs=None
+):  # fmt: skip
     """The model's forward pass in evaluation mode; gradients flow where torch has them enabled.
 
     `see(i, call)` is shown the `AttentionCall` of block i; a tensor (B, H, M, d) that it returns takes the place of
-    the result. `tokens`, `output`, `last` and what is returned are those of `trace`.
+    the result. `tokens`, `output`, `last` and what is returned are those of `trace`. `needs`: the blocks that must
+    have such a call (None: all that are run), else `unseen` is raised: a result would silently lack them.
     """
+    shown = set()
 
     def seen(i, call):
-        result = see(i, call)
+        shown.add(i)
+        result = None if see is None else see(i, call)
         if i == last and output is None:
             raise _Enough
         return result
@@ -164,6 +169,8 @@ def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=No
 
         def after(_, args, x):
             recorder.block = None
+            if see is not None and i not in shown and (needs is None or i in needs):
+                raise unseen(model, i)
             new = None if output is None else output(i, x)
             if i == last:
                 raise _Enough
@@ -177,6 +184,13 @@ def watch_calls(model: nn.Module, images: Tensor, see, *, tokens=None, output=No
             watch(i, block, hooks)
         with as_evaluated(model), recorder:
             return model(images)
+
+
+def unseen(model: nn.Module, block: int) -> ValueError:
+    kind = type(blocks_of(model)[block]).__name__
+    return ValueError(
+        f"the attention of block {block} ({kind}) cannot be seen: it does not call F.scaled_dot_product_attention"
+    )
 
 
 @torch.no_grad()
@@ -213,10 +227,7 @@ def _recorded(model, images, blocks, keep) -> dict:
             found[i] = keep(i, call)
 
     if wanted:
-        watch_calls(model, images, see, last=max(wanted))
-    for block in sorted(wanted - found.keys()):
-        kind = type(blocks_of(model)[block]).__name__
-        raise ValueError(f"the attention of block {block} ({kind}) cannot be seen: it is not torch's own function")
+        watch_calls(model, images, see, last=max(wanted), needs=wanted)
     return found
 
 
@@ -233,11 +244,18 @@ def attention_shapes(model: nn.Module, images: Tensor) -> dict[int, tuple[torch.
 
     weights = {id(x): x.to("meta") for x in chain(model.parameters(), model.buffers())}
     try:
-        watch_calls(copy.deepcopy(model, weights), images.to("meta"), see)
+        watch_calls(copy.deepcopy(model, weights), images.to("meta"), see, needs=())
     except (RuntimeError, NotImplementedError):  # a model that reads values, or has tensors that are no buffers
         shapes.clear()
-        watch_calls(model, images, see)
+        watch_calls(model, images, see, needs=())
     return shapes
+
+
+def can_be_seen(model) -> bool:
+    """Whether the attention of every block of a DynamicViT can be; a sweep leaves out what needs it, else."""
+    weights = next(model.parameters())
+    images = weights.new_zeros(1, model.model_args["in_chans"], *model.model_args["img_size"])
+    return len(attention_shapes(model, images)) == len(model.blocks)
 
 
 def attention_maps(model: nn.Module, images: Tensor, blocks, patches=()) -> dict[int, AttentionMaps]:
@@ -366,12 +384,14 @@ def trace(model: nn.Module, images: Tensor, *, tokens=None, attention=None, outp
 
     Returns:
         (B, K) logits, or None if `last` is given.
+
+    Raises ValueError where `attention` is given and that of a block cannot be seen (see the module).
     """
 
     def see(i, call):
-        new = None if attention is None else attention(i, call.weights())
+        new = attention(i, call.weights())
         return None if new is None else call.mixed(new)
 
     if last is not None:
         check_block(last, len(blocks_of(model)))
-    return watch_calls(model, images, see, tokens=tokens, output=output, last=last)
+    return watch_calls(model, images, None if attention is None else see, tokens=tokens, output=output, last=last)

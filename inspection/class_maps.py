@@ -66,7 +66,7 @@ def grad_cam(model, images: Tensor, block: int, target=None) -> Tensor:
             inputs.append(x)
 
     with torch.enable_grad():
-        logits = watch_calls(model, images.detach().requires_grad_(), lambda i, call: None, tokens=tokens)
+        logits = watch_calls(model, images.detach().requires_grad_(), tokens=tokens)
         (grad,) = torch.autograd.grad(_chosen(model, logits, target).sum(), inputs)
     part = model.token_layout(block).patches
     x, weights = inputs[0].detach()[:, part], grad[:, part].mean(dim=1, keepdim=True)

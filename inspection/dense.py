@@ -90,7 +90,7 @@ def _outputs(model, images) -> dict[str, Tensor]:
         found["cosine"] = outliers.neighbour_cosine(x, model.grid_size)
 
     with own_model(model).patch_embed.register_forward_hook(embedded):
-        watch_calls(model, images, see, output=output)
+        watch_calls(model, images, see, output=output, needs=[last])
     found["pixels"] = outliers.pixels_of(images, model.grid_size)
     return {name: x for name, x in found.items() if x is not None}
 

@@ -8,15 +8,23 @@ Zero is out of distribution, so it costs more than the token's information: the 
 another image's values keep everything but what belongs to this image.
 """
 
+from functools import partial
+
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap, gather
+from inspection.statistics import NAMES
 from models_dynamic import DynamicViT
+from tokens.layout import blocks_with
 from utils import BadInput
 
-KINDS = ("registers", "cls_attention_to_registers")
+KINDS = {  # where it is replaced, as `trace` has it, in each block that has these tokens; what: see `values_of`
+    "registers": ("tokens", ("registers",)),
+    "cls_attention_to_registers": ("attention", ("registers", "cls")),
+}
 REPLACEMENTS = ("zero", "mean", "another image's")
 
 
@@ -24,10 +32,10 @@ def check(model: DynamicViT, kinds):
     """Raise BadInput unless the model has a head, and the tokens to replace."""
     if not model.num_classes:
         raise BadInput("--ablate compares accuracies, and this model has no head")
-    if model.reg_pos is None:
-        raise BadInput("--ablate: this model has no registers")
-    if "cls_attention_to_registers" in kinds and model.cls_pos is None:
-        raise BadInput("--ablate cls_attention_to_registers: this model has no class token; try --ablate registers")
+    for kind in kinds:
+        for token in KINDS[kind][1]:
+            if not blocks_with(model, token):
+                raise BadInput(f"--ablate {kind}: this model has no {NAMES[token]}; leave it out")
 
 
 def ablate(model: DynamicViT, batches, kinds) -> dict:
@@ -77,42 +85,38 @@ def ablate(model: DynamicViT, batches, kinds) -> dict:
     return {"images": count, "clean": float(clean.mean()), **result}
 
 
+def values_of(kind, x: Tensor, layout) -> Tensor:
+    """What is replaced, as a view: the registers (B, R, D) in the input of a block (B, N, D); the attention of CLS to
+    them (B, H, R) in its attention (B, H, N, N)."""
+    return x[:, layout.registers] if kind == "registers" else x[:, :, layout.cls.start, layout.registers]
+
+
 def recorded(model, images, kinds) -> tuple:
-    """(logits, {(kind, block): (B, R, D) registers at the block's input, or (B, H, R) attention of CLS to them})."""
+    """(logits, {(kind, block): the model's own `values_of` it})."""
     seen = {}
 
-    def tokens(i, x):
+    def see(place, i, x):
         layout = model.token_layout(i)
-        if layout.registers is not None:
-            seen["registers", i] = x[:, layout.registers].clone()
+        for kind in kinds:
+            where, needs = KINDS[kind]
+            if where == place and all(getattr(layout, token) is not None for token in needs):
+                seen[kind, i] = values_of(kind, x, layout).clone()
 
-    def attention(i, attn):
-        layout = model.token_layout(i)
-        if layout.registers is not None and layout.cls is not None:
-            seen["cls_attention_to_registers", i] = attn[:, :, layout.cls, layout.registers].squeeze(-2).clone()
-
-    logits = trace(model, images, tokens=tokens, attention=attention)
-    return logits, {key: values for key, values in seen.items() if key[0] in kinds}
+    logits = trace(model, images, **{where: partial(see, where) for where in {KINDS[kind][0] for kind in kinds}})
+    return logits, seen
 
 
 def replaced(model, images, kind, new):
     """Logits with the values of `new` (see `recorded`) in place of the model's own."""
 
-    def tokens(i, x):
-        if ("registers", i) in new:
-            x = x.clone()
-            x[:, model.token_layout(i).registers] = new["registers", i]
+    def put(i, x):
+        if (kind, i) in new:
+            x, layout = x.clone(), model.token_layout(i)
+            values = values_of(kind, x, layout)
+            if kind == "cls_attention_to_registers":
+                rest = (1 - values.sum(dim=-1, keepdim=True)).clamp_min(1e-12)
+                x[:, :, layout.cls.start] *= (1 - new[kind, i].sum(dim=-1, keepdim=True)) / rest
+            values.copy_(new[kind, i])
             return x
 
-    def attention(i, attn):
-        if ("cls_attention_to_registers", i) in new:
-            layout, given = model.token_layout(i), new["cls_attention_to_registers", i].unsqueeze(-2)
-            attn = attn.clone()
-            row = attn[:, :, layout.cls]  # (B, H, 1, N), a view
-            rest = (1 - row[..., layout.registers].sum(dim=-1, keepdim=True)).clamp_min(1e-12)
-            row *= (1 - given.sum(dim=-1, keepdim=True)) / rest
-            row[..., layout.registers] = given
-            return attn
-
-    changes = {"tokens": tokens} if kind == "registers" else {"attention": attention}
-    return trace(model, images, **changes)
+    return trace(model, images, **{KINDS[kind][0]: put})

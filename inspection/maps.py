@@ -16,6 +16,11 @@ from tokens.layout import blocks_with
 from utils import BadInput
 
 KINDS = ("cls", "dist", "reg", "pool")
+PAGES = {  # see `pages_of`
+    "heads": "a page for each token and block", "blocks": "one token through all blocks",
+    "tokens": "all tokens at one block", "rollout": "attention rollout", "class": "which patches speak for a class",
+}  # fmt: skip
+HTML_PAGES = ("rollout", "class")  # what the HTML file shows beside all heads, blocks and tokens
 WORDS = {
     "cls": "the class token", "dist": "the distillation token", "reg": "the registers", "pool": "the attention pooling",
 }  # fmt: skip
@@ -132,7 +137,8 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
                 keep(i, call.weights()[0].cpu(), shares[0].cpu() if rollout else None)
 
     with torch.no_grad():  # without a head nobody asks for what comes behind the last block
-        logits = watch_calls(model, images, see, last=None if model.num_classes else max(blocks))
+        needs, last = None if rollout else blocks, None if model.num_classes else max(blocks)
+        logits = watch_calls(model, images, see, needs=needs, last=last)
     logits = logits[0].cpu() if model.num_classes else None
     lines = [] if image.label is None else [f"true: {inputs.class_name(image.label, data['classes'])}"]
     lines += [] if logits is None else [inputs.prediction(logits, data["classes"])]

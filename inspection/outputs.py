@@ -97,7 +97,7 @@ def decompose(model, images) -> tuple[dict, Tensor, dict, dict]:
         if model.token_layout(i).cls is not None:
             cls[i] = x[:, model.token_layout(i).cls.start]
 
-    watch_calls(model, images, see, tokens=tokens, output=output, last=last)
+    watch_calls(model, images, see, tokens=tokens, output=output, last=last, needs=[last])
     block, recorder = model.blocks[last], Recorder(lambda i, call: seen["mixed"])
     recorder.block = last
     x = seen["skip"].repeat_interleave(len(parts), dim=0)  # (B * parts, 1, D): CLS alone, once for each part

@@ -323,7 +323,7 @@ def ablation_page(results):
     kinds = [kind for kind in found if kind not in ("images", "clean")]
     rows = [(kind, name, found[kind][name]) for kind in kinds for name in found[kind]]
     figure = _page(
-        results, "What replaced registers cost",
+        results, "What replaced tokens cost",
         "Replaced at test time in every block from the entry block on: by zero (out of distribution, so this "
         "overstates the loss), by the mean over all images, by the values of another image. Dots: accuracy minus that "
         f"of the unchanged model, {found['clean']:.1f}% of {found['images']} images; bars: 95% paired bootstrap "

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -33,18 +33,9 @@ from training.run_log import git_revision, plain_args, read_json_lines
 from training.setup import amp_dtype, build_model, make_optimizer, plain_attention_on_cpu
 from utils import BadInput, RunFailed, say
 
-# What a cell has beside positions and registers, and its value in a cell of an earlier revision.
-DESIGN = {"reg_end": None, "cls_mode": "token", "reg_mode": "token", "class_attention": 0}
-SHORT = {"reg_end": "end", "cls_mode": "cls", "reg_mode": "reg", "class_attention": "ca"}  # in names of folders
-AXES = ("cls_pos", "reg_pos", "num_reg", *DESIGN)
 OF_THE_SWEEP = (  # flags that its cells do not see
     "seeds", "dry_run", "mix", "shard", "gpus", "workers", "launcher", "jobs", "cluster", "partition", "timeout",
     "measure", "halving", "eta",
-)  # fmt: skip
-# Flags that do not change the result of a cell. All others, the data and the code are its settings.
-NOT_SETTINGS = (
-    *AXES, *OF_THE_SWEEP, "output_dir", "data_path", "device", "num_threads", "log_to", "viz_every", "viz_images",
-    "save_steps", "keep", "max_pixels", "bad_images",
 )  # fmt: skip
 
 
@@ -57,7 +48,7 @@ class GridCell:
     reg_end: int | None = None  # None: registers stay
     cls_mode: str = "token"
     reg_mode: str = "token"
-    class_attention: int = 0
+    class_attention: int = 0  # a field with a default is one of `DESIGN`: a flag of the model
 
     @property
     def has_tokens(self) -> bool:
@@ -71,7 +62,7 @@ class GridCell:
     @property
     def name(self) -> str:
         where = "" if self.reg_pos is None else f"_reg{self.reg_pos}"
-        more = "".join(f"_{SHORT[k]}{getattr(self, k)}" for k in DESIGN if getattr(self, k) != DESIGN[k])
+        more = "".join(f"_{SHORT.get(k, k)}{getattr(self, k)}" for k in DESIGN if getattr(self, k) != DESIGN[k])
         return f"cls{utils.flag_value(self.cls_pos)}{where}_x{self.num_reg}{more}_seed{self.seed}"
 
     @property
@@ -81,6 +72,21 @@ class GridCell:
 
     def __str__(self):
         return f"{describe_positions(*self.key)}, seed {self.seed}"
+
+
+# What a cell has beside positions and registers, and its value in a cell of an earlier revision.
+DESIGN = {field.name: field.default for field in fields(GridCell) if field.default is not MISSING}
+SHORT = {"reg_end": "end", "cls_mode": "cls", "reg_mode": "reg", "class_attention": "ca"}  # in names of folders
+WORDS = {
+    "reg_end": "leaving at {}", "cls_mode": "CLS only reads", "reg_mode": "registers only read",
+    "class_attention": "class attention in the last {}",
+}  # fmt: skip
+AXES = ("cls_pos", "reg_pos", "num_reg", *DESIGN)
+# Flags that do not change the result of a cell. All others, the data and the code are its settings.
+NOT_SETTINGS = (
+    *AXES, *OF_THE_SWEEP, "output_dir", "data_path", "device", "num_threads", "log_to", "viz_every", "viz_images",
+    "save_steps", "keep", "max_pixels", "bad_images",
+)  # fmt: skip
 
 
 def describe_cls(cls_pos) -> str:
@@ -97,13 +103,10 @@ def describe_positions(cls_pos, reg_pos, num_reg, *design) -> str:
     return ", ".join([describe_cls(cls_pos), describe_registers(num_reg) + where, *describe_design(*design)])
 
 
-def describe_design(reg_end=None, cls_mode="token", reg_mode="token", class_attention=0) -> list[str]:
-    """Words for what is not the default."""
-    words = {
-        f"leaving at {reg_end}": reg_end is not None, "CLS only reads": cls_mode == "reader",
-        "registers only read": reg_mode == "reader", f"class attention in the last {class_attention}": class_attention,
-    }  # fmt: skip
-    return [word for word, there in words.items() if there]
+def describe_design(*design) -> list[str]:
+    """Words for those values of `DESIGN` that are not the default."""
+    pairs = zip(DESIGN.items(), design)
+    return [WORDS.get(name, f"{name} {{}}").format(value) for (name, usual), value in pairs if value != usual]
 
 
 def grid(args) -> list[GridCell]:

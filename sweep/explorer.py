@@ -13,10 +13,11 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
+from inspection.attention import can_be_seen
 from inspection.html import data_uri
 from loading.memory import MemoryLoader
 from sweep import results
-from sweep.measures import PRIMARY
+from sweep.measures import PRIMARY, TITLES
 from sweep.pages import path_of
 from training.film import token_maps
 from training.run_log import read_json_lines
@@ -24,17 +25,6 @@ from utils import flag_value
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 IMAGES = 4
-MEASURES = {  # of a record: what they are called, and their unit
-    "test_top1": ("test accuracy", "%"), "val_top1": ("held-out accuracy", "%"), "test_loss": ("test loss", ""),
-    "test_top5": ("test accuracy, top-5", "%"),
-    "flops": ("a forward pass", "MFLOPs"), "images_per_s": ("training", "images/s"),
-    "causal_depth": ("CLS replaceable to block (entry - 1: none)", ""),
-    "artefact_share": ("artefact patches", "%"),
-    "cls_to_registers": ("attention of CLS to registers", "%"), "sinks_on_cls": ("sinks on CLS", "%"),
-    "sinks_on_registers": ("sinks on registers", "%"), "sinks_on_patches": ("sinks on patches", "%"),
-    "hit_ratio": ("patch most like CLS is in the box", "%"), "corloc": ("CorLoc of LOST", "%"),
-    "knn_iou": ("segmentation by kNN, mean IoU", "%"),
-}  # fmt: skip
 
 
 @utils.full_precision()
@@ -50,11 +40,11 @@ def write_explorer(folder, data: ImageData, about: str, measure="accuracy", halv
     if not records:
         return None
     summary, source = results.summarise(records, measure, halved), data.val or data.test
-    compared, unit = MEASURES[PRIMARY[measure][0]]
+    compared, unit = TITLES[PRIMARY[measure][0]]
     few = source.part(range(min(IMAGES, len(source))))
     groups, fell = results.grouped(records), halved["fell"] if halved else []
     content = {
-        "about": about, "verdict": summary["verdict"], "measures": MEASURES,
+        "about": about, "verdict": summary["verdict"], "measures": TITLES,
         "compared": {"name": compared, "unit": " points" if unit == "%" else unit},
         "colours": colormaps["viridis"](range(256), bytes=True)[:, :3].tobytes().hex(),
         "images": [
@@ -91,7 +81,7 @@ def _cell(folder, row, group, summary, few) -> dict:
         "best": best if results.position_of(row) == summary["best"] else "",
         "base": results.key_of(row) == results.baseline_of(results.key_of(row)),
         "seeds": sorted(group), "curves": curves,
-        "values": {name: [_value(group[seed], name) for seed in sorted(group)] for name in MEASURES},
+        "values": {name: [_value(group[seed], name) for seed in sorted(group)] for name in TITLES},
         "against": against and {name: against[name] for name in ("mean", "low", "high", "lacks")},
         "seed": min(group), "maps": _maps(path_of(folder, first), few),
     }  # fmt: skip
@@ -102,13 +92,15 @@ def _value(record, name):
 
 
 def _maps(path, few) -> dict | None:
-    """{"grid", "depth", "tokens": {key: [block][image] of None, if absent, or {"top", "data"}}}; None without a model.
+    """{"grid", "depth", "tokens": {key: [block][image] of None, if absent, or {"top", "data"}}}; None without any.
 
     A map's values are `top` times its bytes / 255: the attention on each patch, a mean over heads.
     """
     if not path.is_file():
         return None
     model, checkpoint = load_model(path)
+    if not can_be_seen(model):
+        return None
     images, _ = next(iter(MemoryLoader(few, checkpoint["data"], len(few))))
     found = token_maps(model, images)
     tokens = {

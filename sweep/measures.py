@@ -8,6 +8,7 @@ import utils
 from checkpoints.models import load_model
 from datasets import ImageData
 from inspection import causes, dense, sinks
+from inspection.attention import can_be_seen
 from inspection.inputs import InputImage
 from inspection.statistics import TokenStatistics
 from inspection.truth import of_scenes
@@ -59,7 +60,7 @@ def attention_and_artefacts(model, batches) -> dict:
     The artefact share is that of the block with most; the class token's attention is a mean over heads, at the last
     block.
     """
-    statistics = TokenStatistics(model, probe_images=0)
+    statistics = TokenStatistics(model, probe_images=0, attention=can_be_seen(model))
     for images, _ in batches():
         statistics.add(images)
     found = statistics.result()
@@ -93,7 +94,7 @@ def causal_depth(model, batches) -> dict:
 
 def sinks_by_kind(model, batches) -> dict:
     """Shares of all heads, blocks and images with a sink on such a token, in per cent."""
-    kinds = sinks.measure(model, batches)["kinds"]
+    kinds = sinks.measure(model, batches)["kinds"] if can_be_seen(model) else {}
 
     def share(kind):
         return 100 * sum(v or 0 for v in kinds[kind]["sink"]) / model.depth if kind in kinds else None
@@ -101,10 +102,22 @@ def sinks_by_kind(model, batches) -> dict:
     return {f"sinks_on_{kind}": share(kind) for kind in ("cls", "registers", "patches")}
 
 
-# Each takes (model, a function that returns batches of images and labels) and returns a part of the record, which
-# `checkpoints.schema.CELL_RESULT` describes; those in `results.COLUMNS` are in the tables.
+# Each takes (model, a function that returns batches of images and labels) and returns a part of the record: plain
+# values, which `checkpoints.schema.CELL_RESULT` describes.
 MEASURES = (attention_and_artefacts, causal_depth, sinks_by_kind)
-# What a verdict may be on (`--measure`): its name in the record, and 1 if more of it is better, -1 if less.
+# What tables, means over seeds and sweep.html show of a record: its title, and its unit.
+TITLES = {
+    "test_top1": ("test accuracy", "%"), "val_top1": ("held-out accuracy", "%"), "test_loss": ("test loss", ""),
+    "test_top5": ("test accuracy, top-5", "%"),
+    "flops": ("a forward pass", "MFLOPs"), "images_per_s": ("training", "images/s"),
+    "causal_depth": ("CLS replaceable to block (entry - 1: none)", ""),
+    "artefact_share": ("artefact patches", "%"),
+    "cls_to_registers": ("attention of CLS to registers", "%"), "sinks_on_cls": ("sinks on CLS", "%"),
+    "sinks_on_registers": ("sinks on registers", "%"), "sinks_on_patches": ("sinks on patches", "%"),
+    "hit_ratio": ("patch most like CLS is in the box", "%"), "corloc": ("CorLoc of LOST", "%"),
+    "knn_iou": ("segmentation by kNN, mean IoU", "%"),
+}  # fmt: skip
+# What a verdict may be on (`--measure`): its name in `TITLES`, and 1 if more of it is better, -1 if less.
 PRIMARY = {
     "accuracy": ("test_top1", 1), "top5": ("test_top5", 1), "loss": ("test_loss", -1),
     "artefacts": ("artefact_share", -1), "patch_sinks": ("sinks_on_patches", -1), "hit_ratio": ("hit_ratio", 1),

@@ -10,6 +10,7 @@ import torch
 import utils
 from checkpoints.models import load_model
 from datasets import ImageData
+from inspection.attention import can_be_seen
 from inspection.pages import headed_figure, write_pdf
 from inspection.strips import Group, Strip, draw_strips, top_of
 from loading.memory import MemoryLoader
@@ -272,6 +273,8 @@ def attention_page(folder, records, summary, data: ImageData):
         return None
     pair, groups_of_maps = [groups[best][seeds[0]], base[seeds[0]]], []
     models = [load_model(path_of(folder, record)) for record in pair]
+    if not all(can_be_seen(model) for model, _ in models):
+        return None
     few = data.val.part(range(min(IMAGES, len(data.val))))
     of_cells = [
         token_maps(model, next(iter(MemoryLoader(few, checkpoint["data"], len(few))))[0])["cls"]

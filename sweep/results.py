@@ -13,7 +13,7 @@ from scipy import stats
 
 import utils
 from sweep.cells import AXES, DESIGN, describe_design, describe_positions, describe_registers, hits_of, read_record
-from sweep.measures import PRIMARY
+from sweep.measures import PRIMARY, TITLES
 from sweep.prediction import predictions
 from training.run_log import write_csv
 from utils import counted, flag_value
@@ -24,11 +24,9 @@ COLUMNS = (
     "train_seconds", "test_images", "artefacts_begin_at", "causal_depth", "causal_depth_low", "causal_depth_high",
     "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", "hit_ratio", "corloc", "knn_iou", *DESIGN,
 )  # fmt: skip
+COLUMNS += tuple(name for name in TITLES if name not in COLUMNS)
 JUDGED = ("hit_ratio", "corloc", "knn_iou")  # by boxes and masks
-MEANS = (  # of a group
-    "params", "flops", "images_per_s", "artefact_share", "cls_to_patches", "cls_to_registers", "cls_to_itself",
-    "causal_depth", "sinks_on_cls", "sinks_on_registers", "sinks_on_patches", *JUDGED,
-)  # fmt: skip
+MEANS = "params", "cls_to_patches", "cls_to_itself", *(n for n in TITLES if not n.startswith(("val_", "test_")))
 LEVEL = 0.05  # family-wise, of all intervals of a table
 MIN_SEEDS = 3  # for an interval: the variance of two values is too uncertain
 TIED = 1e-9  # points of held-out accuracy

@@ -16,6 +16,7 @@ from analyze_tokens import main, table
 from checkpoints.files import save_checkpoint
 from conftest import noise, run, shell, tiny
 from images import picture
+from inspection import interventions
 from inspection.attention import trace
 from inspection.interventions import ablate, recorded, replaced
 from inspection.statistics import (
@@ -348,6 +349,18 @@ def test_replacing_by_ones_own_changes_nothing():
             assert found[kind][name] == same
 
 
+@pytest.mark.parametrize("kind", interventions.KINDS)
+@torch.no_grad()
+def test_each_kind_is_replaced(kind):
+    """Also one that somebody adds: if its values never reached the model, it would cost nothing."""
+    model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
+    images = noise(model)
+    logits, seen = recorded(model, images, [kind])
+    assert torch.allclose(logits, model(images), atol=1e-5) and {name for name, _ in seen} == {kind}
+    same, zero = (replaced(model, images, kind, {at: n * values for at, values in seen.items()}) for n in (1, 0))
+    assert torch.allclose(same, logits, atol=1e-5) and not torch.allclose(zero, logits, atol=1e-3)
+
+
 @torch.no_grad()
 def test_the_rest_of_the_row_is_scaled_to_one(monkeypatch):
     model = tiny(cls_pos=1, reg_pos=2, num_register_tokens=2)
@@ -399,10 +412,10 @@ def test_the_script(trained, tmp_path):
     titles = [
         "Norms of the tokens", "artefact patches", "Entropy of the attention", "Mean attention distance",
         "Where the class token's attention goes", "Do the registers differ?", "Linear and kNN probes",
-        "What replaced registers cost", "What is the output made of?", "sinks",
+        "What replaced tokens cost", "What is the output made of?", "sinks",
         "What would the model answer at each block?",
     ]  # fmt: skip
-    assert len(pages) == len(titles)
+    assert len(pages) == len(titles), "add the title of a new page"
     for title, page in zip(titles, pages):
         assert title in page
         assert "60 images of DIGITS" in page

@@ -8,6 +8,7 @@ import torch
 
 from checkpoints.files import load_checkpoint
 from checkpoints.schema import CELL_RESULT, MODEL_ARGS, first_wrong, state_schema, wrong_part
+from models_dynamic import DEFAULTS
 
 NAN = float("nan")
 WRONG = {  # of a checkpoint's parts, by their dotted names
@@ -50,6 +51,13 @@ def test_what_training_writes_is_whole(whole):
     assert wrong_part(whole) is None
     assert first_wrong(whole["model_args"], MODEL_ARGS) is None
     assert first_wrong(whole, state_schema(validates=True)) is None
+
+
+def test_every_argument_of_the_model_is_described():
+    known = {key.removesuffix("?") for key in MODEL_ARGS}
+    assert known == DEFAULTS.keys() - {"norm_layer"}, (
+        "add a new argument of DynamicViT to checkpoints/schema.MODEL_ARGS"
+    )
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])

@@ -39,6 +39,26 @@ def test_normalisation_and_its_inverse():
     assert (whole.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
 
+def test_a_reader_of_ones_own(tmp_path, monkeypatch):
+    """One entry of `EMBEDDED` is a data set; what is not as it says there is named, before anything is trained."""
+    images, labels, names = torch.zeros(20, 3, 8, 6, dtype=torch.uint8), torch.arange(20) % 5, list("abcde")
+    monkeypatch.setitem(datasets.EMBEDDED, "FACES", lambda train: (images, labels, names))
+    assert datasets.detect_data_set(tmp_path / "faces") == "FACES"
+    data = load_data("FACES", None, (32, 32), val_size=5)
+    assert (len(data.train), len(data.val), len(data.test), data.classes) == (15, 5, 20, names)
+    for wrong in (
+        (images / 255, labels, names), (images[:, 0], labels, names), (images[:, :1], labels, names),
+        (images.permute(0, 2, 3, 1), labels, names), (images, labels.int(), names), (images, labels, range(5)),
+        (images.numpy(), labels.numpy(), names),
+    ):  # fmt: skip
+        monkeypatch.setitem(datasets.EMBEDDED, "FACES", lambda train, wrong=wrong: wrong)
+        with pytest.raises(TypeError, match="the reader of FACES must return"):
+            find_split("FACES", None, True)
+    monkeypatch.setitem(datasets.EMBEDDED, "FACES", lambda train: (images, labels, names[:4]))
+    with pytest.raises(BadInput, match="FACES has a label 4, and there are 4 classes"):
+        find_split("FACES", None, True)
+
+
 def test_upsampling_keeps_height_and_width():
     found = datasets.eval_transform(some_images(2, 8, 12), DATA | {"input_size": (16, 48)})
     assert found.shape == (2, 3, 16, 48)

@@ -21,7 +21,7 @@ from browser import needs_browser
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from conftest import noise, run, tiny
-from inspection import html
+from inspection import html, maps
 from inspection.attention import rolled_shares, trace
 from inspection.class_maps import relevance
 from inspection.html import encode_image, write_viewer
@@ -501,7 +501,7 @@ def about_of(file):
     return json.loads(re.search('id="about">(.*)</script>', file.read_text())[1])
 
 
-def test_models_and_images_of_the_same_name_are_told_apart(trained, photos, tmp_path, capsys):
+def test_models_and_images_of_the_same_name_are_told_apart(trained, photos, tmp_path, capsys, monkeypatch):
     for name in ("early", "late"):
         (tmp_path / name).mkdir()
         shutil.copy(trained / "model.pth", tmp_path / name / "best_model.pth")
@@ -523,6 +523,9 @@ def test_models_and_images_of_the_same_name_are_told_apart(trained, photos, tmp_
     assert list(view["rollout"]) == ["0", "1", "2"]
     status, _, err = run(visualize_attention.main, html_argv(trained, tmp_path, "--pages", "heads"), capsys)
     assert status == 2 and "of --pages leave out heads" in err
+    monkeypatch.setitem(maps.PAGES, "mine", "of my own")
+    status, _, err = run(visualize_attention.main, html_argv(trained, tmp_path, "--pages", "rollout", "mine"), capsys)
+    assert status == 2 and "of --pages leave out mine" in err  # rather than a file without it
 
 
 def test_size_of_a_vit_small(tmp_path):

@@ -36,11 +36,11 @@ def figures(monkeypatch):
 def test_no_text_of_a_page_is_cut_or_covered(trained, tmp_path, figures):
     argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--num_images", "60", "--device", "cpu"]
     analyze_tokens.main([*map(str, argv), *EVERYTHING.split()])
-    assert len(figures) == 12
+    assert len(figures) == 12, "add a new page to this number"
     for figure in figures:
         no_overlaps(figure)
         assert f"{trained.name}/model.pth: 3 blocks" in words(figure)
-    ablation = next(words(figure) for figure in figures if "What replaced registers cost" in words(figure))
+    ablation = next(words(figure) for figure in figures if "What replaced tokens cost" in words(figure))
     assert "CLS attention to registers: another image's" in ablation
     assert "change of accuracy (points)" in ablation and "95% paired bootstrap" in ablation
 

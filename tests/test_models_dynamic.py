@@ -1,6 +1,7 @@
 """The model: token layout, positions, the shortcut of the last block, equality with timm's ViT."""
 
 import ast
+import copy
 import itertools
 import os
 import subprocess
@@ -216,3 +217,31 @@ def test_a_model_says_how_it_is_built():
     with pytest.raises(ValueError, match="norm_layer"):
         _ = tiny(norm_layer=torch.nn.LayerNorm).model_args
     assert set(models_dynamic.SIZES) <= set(timm.list_models("dynamic_vit*"))
+
+
+def test_tokens_of_a_model_are_moved_by_building_another_one():
+    model = tiny(cls_pos=2, reg_pos=1)
+    with pytest.raises(AttributeError, match=r"cls_pos cannot be set: build DynamicViT\(\*\*model.model_args"):
+        model.cls_pos = 0
+    assert model.cls_pos == 2 and copy.deepcopy(model).cls_pos == 2
+    other = DynamicViT(**model.model_args | dict(cls_pos=0))
+    other.load_state_dict(model.state_dict())
+    assert (other.cls_pos, other.token_layout(0).cls) == (0, slice(0, 1))
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_block_of_ones_own(place):
+    """`forward(x, rope, rows)`, as docs/MODEL.md says; the others' attention can still be seen."""
+
+    class Skip(torch.nn.Module):
+        def forward(self, x, *_):
+            return x
+
+    model = tiny(cls_pos=2, reg_pos=1)
+    images = noise(model)
+    model.blocks[place] = Skip()
+    assert model(images).shape == (2, 5) and model.token_layout(place).patches.start == int(place > 1)
+    assert torch.allclose(model(images), model.forward_head(model.forward_features(images)), atol=1e-5)
+    assert model.attention_maps(images, [2])[2].cls.shape == (2, 3, 4, 6)
+    with pytest.raises(ValueError, match=rf"block {place} \(Skip\) cannot be seen"):
+        model.attention(images, place)

@@ -5,11 +5,16 @@ import itertools
 import pytest
 import torch
 
+import visualize_attention
 from checkpoints.models import at_size
 from checkpoints.weights import load_weights
-from conftest import noise, tiny
+from conftest import noise, run, tiny
+from inspection import interventions, lens, sinks
 from inspection.attention import AttentionCall, attention_maps, attention_rollout, projections, trace
+from inspection.class_maps import relevance
+from inspection.statistics import TokenStatistics
 from test_models_dynamic import inputs_of_blocks
+from tokens.blocks import TokenAttention
 
 PAIRS = list(itertools.product((0, 1, 2, 3, None), (0, 1, 2, 3)))
 
@@ -201,6 +206,45 @@ def test_what_a_trace_changes_is_what_the_model_goes_on_with():
     seen = {}
     trace(model, images, tokens=lambda i, x: torch.zeros_like(x) if i == 2 else None, attention=seen.__setitem__)
     assert torch.allclose(seen[2], torch.tensor(1 / 26))
+
+
+class SigmoidAttention(TokenAttention):
+    """Of one's own: no softmax, and no call of torch's function."""
+
+    def forward(self, x, rope=None, rows=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(((q[:, :, :rows] @ k.mT).sigmoid() @ v).transpose(1, 2).flatten(2))
+
+
+def test_attention_that_cannot_be_seen_is_an_error_and_never_left_out():
+    """A rollout, a statistic or an ablation without one block's attention would be a wrong result."""
+    model = tiny(cls_pos=2, reg_pos=1, num_register_tokens=2)
+    model.blocks[2].attn.__class__ = SigmoidAttention
+    images = noise(model)
+
+    def batches():
+        yield images, torch.zeros(2).long()
+
+    assert model.attention_maps(images, [1, 3])[3].cls is not None  # the others can be seen
+    logits = trace(model, images, tokens=lambda i, x: None, output=lambda i, x: None)  # what needs tokens alone works
+    assert torch.allclose(logits, model(images), atol=1e-5) and lens.measure(model, batches)["images"] == 2
+    for what in (
+        lambda: model.attention(images, 2), lambda: trace(model, images, attention=lambda i, attn: None),
+        lambda: attention_rollout(model, images, [3]), lambda: TokenStatistics(model).add(images),
+        lambda: sinks.measure(model, batches), lambda: relevance(model, images),
+        lambda: interventions.ablate(model, batches, ["cls_attention_to_registers"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"the attention of block 2 \(TokenBlock\) cannot be seen"):
+            what()
+
+
+@pytest.mark.parametrize("flags", [["--pages", "rollout"], ["--format", "html"], []])
+def test_the_script_says_so_in_one_line(trained, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr(TokenAttention, "forward", SigmoidAttention.forward)
+    argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--device", "cpu", *flags]
+    status, _, err = run(visualize_attention.main, argv, capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert "(TokenBlock) cannot be seen: it does not call F.scaled_dot_product_attention" in err
 
 
 def test_the_same_weights_for_images_of_another_size():

@@ -10,12 +10,15 @@ from scipy import stats
 
 import position_sweep
 from checkpoints.models import load_model
+from checkpoints.schema import CELL_RESULT
 from conftest import run
 from datasets import Split
 from inspection import causes, sinks
 from loading.memory import MemoryLoader, load_data
 from sweep import cells, measures, pages, results
+from test_models_dynamic_attention import SigmoidAttention
 from test_sweep import ONE, RECIPE, record, sweep
+from tokens.blocks import TokenAttention
 from utils import BadInput
 
 NEW = {
@@ -46,6 +49,10 @@ def test_the_record_has_what_the_parts_of_inspection_measure(trained, data, monk
     order = torch.randperm(360, generator=torch.Generator().manual_seed(0))[:60]
     part = Split(data.test.images[order], data.test.labels[order])
     assert len(set(part.labels.tolist())) == 10
+    described = {key.removesuffix("?") for key in CELL_RESULT}
+    assert found.keys() <= described, "describe a new measure in checkpoints/schema.CELL_RESULT"
+    assert {name for name, _ in measures.PRIMARY.values()} <= measures.TITLES.keys() <= described
+    assert measures.TITLES.keys() <= {*results.COLUMNS}
     curve = causes.measure(model, lambda: MemoryLoader(part, checkpoint["data"], 20))["tokens"]["cls"]["its initial"]
     assert found["causal_cost"][:2] == [None, None] and found["causal_cost"] == pytest.approx(curve["cost"])
     assert found["causal_cost_interval"][2] == pytest.approx(curve["cost_interval"][2])
@@ -54,6 +61,16 @@ def test_the_record_has_what_the_parts_of_inspection_measure(trained, data, monk
     assert found["sinks_on_patches"] == pytest.approx(100 * sum(on["patches"]["sink"]) / 3)
     assert found["sinks_on_registers"] == pytest.approx(100 * sum(on["registers"]["sink"][1:]) / 3)
     assert sum(found[f"cls_to_{kind}"] for kind in ("patches", "registers", "itself")) == pytest.approx(100, abs=1e-3)
+
+
+def test_attention_that_cannot_be_seen_is_absent(trained, data, monkeypatch):
+    """A sweep of another kind of attention has its other measures; sinks were 0 there, and shares a crash."""
+    monkeypatch.setattr(measures, "IMAGES", 60)
+    monkeypatch.setattr(TokenAttention, "forward", SigmoidAttention.forward)
+    found = measures.measured(trained / "model.pth", data, torch.device("cpu"))
+    absent = {name for name, value in found.items() if value is None}
+    assert {"sinks_on_cls", "sinks_on_patches", "cls_to_patches", "cls_to_itself"} <= absent
+    assert found["artefact_share"] >= 0 and found["causal_cost"][2] is not None
 
 
 def test_planted_depths(trained, tmp_path, data):

@@ -149,7 +149,9 @@ def test_every_flag_of_a_run_is_in_a_table_of_what_it_does_to_a_resumed_one():
     """A new flag: say there what it does, or add it to `run_folder.MAY_DIFFER`."""
     for main, table in ((cifar_main, OF_SMALL_IMAGES), (main_distillation, OF_PICTURES)):
         flags = {action.dest for action in main.get_parser()._actions} - {"help", *run_folder.MAY_DIFFER}
-        assert flags == {name for name, _ in OF_BOTH | table}
+        known, where = {name for name, _ in OF_BOTH | table}, "add it to OF_BOTH, or a table below, or to MAY_DIFFER"
+        assert flags - known == set(), f"what does a new flag do to a resumed run? {where}"
+        assert known - flags == set(), "tables have flags that no script has; remove them"
 
 
 @pytest.mark.parametrize(

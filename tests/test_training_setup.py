@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 import cifar_main
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
+from checkpoints.schema import MODEL_ARGS
 from conftest import DIGITS, TINY, run, tiny
 from engine import peak_rate
 from models_dynamic import DynamicViT
@@ -48,6 +49,15 @@ def test_training_builds_one_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(DynamicViT, "__init__", counted)
     assert run(cifar_main.main, [*DIGITS, "--max_steps", "1", "--model_path", tmp_path / "m.pth"], capsys)[0] == 0
     assert devices == ["meta", "cpu", "meta", "cpu"]  # flags, training; the test of what was saved: shapes, weights
+
+
+def test_a_model_that_no_checkpoint_could_describe_is_not_trained(tmp_path, monkeypatch, capsys):
+    """An argument that somebody added to DynamicViT alone: known before the data are read, not after the training."""
+    monkeypatch.delitem(MODEL_ARGS, "stem?")
+    argv = [*DIGITS, "--stem", "conv", "--model_path", tmp_path / "m.pth"]
+    status, out, err = run(cifar_main.main, argv, capsys)
+    assert status == 2 and not out and not list(tmp_path.iterdir())
+    assert "stem is unknown; checkpoints/schema.py has what they may be" in err
 
 
 def test_a_run_that_begins_with_the_weights_of_another(tmp_path, trained, capsys):

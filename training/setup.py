@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 
 import utils
 from checkpoints.files import load_checkpoint
-from checkpoints.models import timm_model
+from checkpoints.models import check_model_args, timm_model
 from checkpoints.weights import LoadReport, load_weights
 from datasets import class_weights
 from engine import TrainingStep
@@ -165,11 +165,14 @@ def build_model(args, num_classes, device="cpu") -> torch.nn.Module:
             given = SIZES[args.model] | given
             check_model_fits(**given)
             with torch.device(device):
-                return DynamicViT(**given)
-        check_timm_model(args)
-        if not args.drop_path:
-            del given["drop_path_rate"]  # not every model has it
-        return timm_model(args.model, **given)
+                model = DynamicViT(**given)
+        else:
+            check_timm_model(args)
+            if not args.drop_path:
+                del given["drop_path_rate"]  # not every model has it
+            model = timm_model(args.model, **given)
+        check_model_args(model.model_args)  # now rather than when its checkpoint is read, after the training
+        return model
     except ValueError as error:
         raise BadInput(str(error)) from None
 

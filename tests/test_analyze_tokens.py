@@ -420,7 +420,7 @@ def test_the_script(trained, tmp_path):
         assert title in page
         assert "60 images of DIGITS" in page
     again = tmp_path / "again"
-    shell("analyze_tokens.py", *argv[:2], *argv[4:], "--output_dir", again, cwd=tmp_path)
+    shell("analyze_tokens.py", *argv[:2], *argv[4:], "--output_dir", again, "--what", "norms", cwd=tmp_path)
     other = json.loads((again / "analysis.json").read_text())
     assert other["readout"] == found["readout"]  # the same images in the same order
     assert other["ablation"] is None
@@ -430,7 +430,7 @@ def test_which_images_are_looked_at(trained, tmp_path, capsys):
     chosen = []
     for seed, number in ((0, 9), (0, 4), (1, 4)):
         argv = ["--model_path", trained / "model.pth", "--output_dir", tmp_path, "--readout_images", "0"]
-        argv += ["--num_images", number, "--seed", seed, "--device", "cpu"]
+        argv += ["--num_images", number, "--seed", seed, "--device", "cpu", "--what", "norms"]
         assert run(main, argv, capsys)[0] == 0
         found = json.loads((tmp_path / "analysis.json").read_text())
         assert found["readout"] is None

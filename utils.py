@@ -98,7 +98,7 @@ def counted(n, noun) -> str:
 
 
 def printable(text) -> str:
-    """`text` without what a terminal obeys; it may come from a folder or a file."""
+    """`text` without what a terminal obeys."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
@@ -230,7 +230,8 @@ def pick_device(name="auto") -> torch.device:
     if not available.get(device.type):
         raise BadInput(f"--device {name}: there is no {device.type} here; use --device cpu, or auto")
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        alone = torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # srun may show each its own
+        index = (0 if alone else int(os.environ.get("LOCAL_RANK", 0))) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise BadInput(f"--device {name}: GPU {index} is wanted, {torch.cuda.device_count()} are here")
         device = torch.device("cuda", index)
@@ -369,12 +370,11 @@ def write_atomically(path, write, make_room=None):
             make_room()
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror or error}; what stood there before is whole") from None
-    except RuntimeError as error:  # torch.save has this kind for a disk that is full
-        if not isinstance(error.__context__, OSError) and "PytorchStreamWriter" not in str(error):
+    except (OSError, RuntimeError) as error:  # torch.save has the second kind for a disk that is full
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
             raise
-        reason = getattr(error.__context__, "strerror", None) or "is the disk full?"
+        reason = getattr(cause, "strerror", None) or (error if cause is error else "is the disk full?")
         raise RunFailed(f"cannot write {path}: {reason}; what stood there before is whole") from None
     finally:
         with suppress(OSError):

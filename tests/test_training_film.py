@@ -244,4 +244,4 @@ def test_a_page_has_few_rows_and_the_last_epoch_is_shown():
 def test_names_of_folders_that_are_no_letters_here_and_no_tex():
     strip = Strip("a", np.ones((1, 2, 2)), 1.0)
     figure = draw_strips("猫 $^$", "about", ["block 0"], [Group("a", np.zeros((3, 8, 8), np.uint8), [strip])])
-    assert film._pixels(figure).ndim == 3
+    assert film.rendered(figure).ndim == 3

@@ -96,6 +96,19 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch, capsys):
     assert status == 2 and "--device cuda" in err and "CUDA_VISIBLE_DEVICES" in err
 
 
+def test_the_gpu_of_a_process(monkeypatch, capsys):
+    """Of two processes the second one takes the second GPU; where srun shows each process its own alone, that one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for count, index in ((2, 1), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert utils.pick_device().index == index
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun shows all of them to each
+    status, _, err = run(lambda _: utils.pick_device(), [[]], capsys)
+    assert status == 2 and "GPU 1 is wanted, 1 are here" in err
+
+
 def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, capsys):
     """Under NCCL, destroying the group would wait for processes that wait for this one."""
     destroyed = []

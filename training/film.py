@@ -77,7 +77,7 @@ class Film:
         utils.write_atomically(file, lambda out: np.savez_compressed(out, **saved))
         tops = {key: top_of(saved[key]) for key in _tokens(saved)}
         parts = pages_of(len(self.numbers), len(tops))
-        sheet = np.concatenate([_pixels(_page(saved, tops, part, self.args)) for part in parts])
+        sheet = np.concatenate([rendered(_page(saved, tops, part, self.args)) for part in parts])
         utils.write_atomically(file.with_suffix(".png"), lambda out: imsave(out, sheet, format="png"))
         utils.say(f"wrote {file.with_suffix('.png')}")
 
@@ -196,7 +196,7 @@ def write_film(args):
     write_pdf(figures, folder / "attention.pdf")
     for key, top in tops.items():
         shown = spread(every, FRAMES)
-        frames = [_pixels(_page(saved, {key: top}, range(min(images, ROWS)), args)) for saved in shown]
+        frames = [rendered(_page(saved, {key: top}, range(min(images, ROWS)), args)) for saved in shown]
         gif = _gif(frames)
         utils.write_atomically(folder / f"attention_{key}.gif", lambda out, gif=gif: out.write(gif))
     gifs = ", ".join(f"attention_{key}.gif" for key in tops)
@@ -214,7 +214,7 @@ def spread(items, count) -> list:
     return [items[i] for i in sorted({round(i) for i in np.linspace(len(items) - 1, 0, min(count, len(items)))})]
 
 
-def _pixels(figure) -> np.ndarray:
+def rendered(figure) -> np.ndarray:
     """(h, w, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

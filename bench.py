@@ -109,7 +109,7 @@ def training(model, batches, device, dtype=None, mode=None):
     plain_attention_on_cpu(model, device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
     model = compiled(model, mode)
-    schedule = CosineLRScheduler(optimizer, t_initial=2)  # counts epochs, and is not told of any
+    schedule = CosineLRScheduler(optimizer, t_initial=2)  # counts epochs, and sees none
     step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, schedule, amp_dtype=dtype)
     return lambda: train_one_epoch(step, batches)
 
@@ -238,7 +238,7 @@ def recorded(name, side, device):
 
 
 def hooked(name, side, device):
-    """The same from hooks behind each explicit softmax, which see all rows, and keep a copy of those wanted."""
+    """The same from hooks after each explicit softmax, which see all rows, and keep a copy of those wanted."""
     model, image = foreign(name, side, device)
     set_fused_attention(model, False)
     found = {}

@@ -307,7 +307,7 @@ class DynamicViT(nn.Module):
     def _enter(self, x: Tensor, block: int) -> Tensor:
         """The sequence with the tokens added that enter at `block`, without the registers that leave."""
         at_cls, at_dist = self._entries
-        if hasattr(self, "dist_token") and block == at_dist:  # behind CLS, in front of the patches
+        if hasattr(self, "dist_token") and block == at_dist:  # after CLS, in front of the patches
             first = int(block > at_cls)
             x = torch.cat([x[:, :first], self.dist_token.expand(x.shape[0], -1, -1), x[:, first:]], dim=1)
         if hasattr(self, "cls_token") and block == at_cls:

@@ -68,7 +68,7 @@ def run_script(main, *args):
     except (BadInput, RunFailed, Stopped) as error:
         _fail(error, error.status)
     except KeyboardInterrupt:
-        _fail("interrupted; what was saved is whole", 130)
+        _fail("interrupted; saved files are undamaged", 130)
     except OSError as error:
         if error.filename is None:
             raise
@@ -230,10 +230,11 @@ def pick_device(name="auto") -> torch.device:
     if not available.get(device.type):
         raise BadInput(f"--device {name}: there is no {device.type} here; use --device cpu, or auto")
     if device.type == "cuda":
-        alone = torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # srun may show each its own
+        count = torch.cuda.device_count()
+        alone = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # srun may show each process its own GPU
         index = (0 if alone else int(os.environ.get("LOCAL_RANK", 0))) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise BadInput(f"--device {name}: GPU {index} is wanted, {torch.cuda.device_count()} are here")
+        if index >= count:
+            raise BadInput(f"--device {name}: no GPU {index}; they are 0..{count - 1}, one for each process")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
@@ -375,7 +376,7 @@ def write_atomically(path, write, make_room=None):
         if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = getattr(cause, "strerror", None) or (error if cause is error else "is the disk full?")
-        raise RunFailed(f"cannot write {path}: {reason}; what stood there before is whole") from None
+        raise RunFailed(f"cannot write {path}: {reason}; the file that was there is unchanged") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

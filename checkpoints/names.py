@@ -37,7 +37,7 @@ _NAMES = (
 def find_weights(checkpoint: dict, weights_key=None, anchor=PATCHES) -> dict[str, Tensor]:
     """The state dict in a checkpoint, without the prefixes that wrappers leave; names of Hugging Face as timm's.
 
-    It is where a patch embedding (or the tensor `anchor`) stands, in whatever dictionaries and behind whatever prefix.
+    It is where a patch embedding (or the tensor `anchor`) stands, in whatever dictionaries and after whatever prefix.
     If there are several, `weights_key` chooses, the dotted name of one or its first words, else those of EMA or of a
     teacher are taken. What is not taken is printed.
 

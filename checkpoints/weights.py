@@ -26,7 +26,7 @@ class LoadReport(NamedTuple):
 
 # What a model may lack or have in addition without being another model.
 _OPTIONAL = (*TOKENS, *HEADS)
-# Of pretraining, and what stands behind the blocks: no map needs it.
+# Of pretraining, and what stands after the blocks: no map needs it.
 _UNUSED = re.compile(
     r"(mask_token$|decoder|predictor|projector|pooler|attn_pool|fc_norm|last_layer|dino|ibot|lm_head|local_cls_norm)"
     r"|rope_embed\.periods$|head\.(?!(weight|bias)$)"
@@ -176,7 +176,7 @@ def split_positions(state: dict, classes: int, registers: int, like) -> tuple[in
     if len(found) == 1:
         return found[0]
     found = found or [(n, grid) for n in prefixes for grid in _grids(length - n)]
-    words = ", or ".join(f"{h}x{w} patches" + f" behind {n} for tokens" * bool(n) for n, (h, w) in found[:4])
+    words = ", or ".join(f"{h}x{w} patches" + f" after {n} for tokens" * bool(n) for n, (h, w) in found[:4])
     (ph, pw), (h, w) = state[PATCHES].shape[2:], found[-1][1] if found else (1, length)
     raise ValueError(
         f"pos_embed has {length} rows, {f'which may be {words}' if words else 'of no usual grid'}; "

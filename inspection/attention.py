@@ -218,7 +218,7 @@ def projections(model: nn.Module, images: Tensor, block: int) -> tuple[Tensor, T
 
 @torch.no_grad()
 def _recorded(model, images, blocks, keep) -> dict:
-    """{block: keep(block, its AttentionCall)} of one forward pass, which ends behind the last of `blocks`."""
+    """{block: keep(block, its AttentionCall)} of one forward pass, which ends after the last of `blocks`."""
     wanted = {check_block(block, len(blocks_of(model))) for block in blocks}
     found = {}
 
@@ -355,7 +355,7 @@ def rollout_maps(model: nn.Module, patches, block: int, shares: Tensor) -> Atten
 
 def rolled_shares(model: nn.Module):
     """A function to be called with (block, attention (B, H, M, N)) of one block after the other, from the first one on:
-    (B, N, P), the patches' shares in every token (behind a pooling: in its queries); see `attention_rollout`."""
+    (B, N, P), the patches' shares in every token (after a pooling: in its queries); see `attention_rollout`."""
     shares, before = None, None  # those of the block before, and its layout
 
     def roll(i, attn):
@@ -379,7 +379,7 @@ def trace(model: nn.Module, images: Tensor, *, tokens=None, attention=None, outp
         tokens: called with (i, x): the input of block i, (B, N, D).
         attention: called with (i, attn): its attention, (B, H, M, N), rows attend to columns.
         output: called with (i, x): its output, (B, N, D).
-        last: the block to stop behind; by default, the whole model is run.
+        last: the block to stop after; by default, the whole model is run.
             What a function returns is used in place of what it was given, unless that is None.
 
     Returns:

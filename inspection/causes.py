@@ -152,7 +152,7 @@ def effective_rank(singular: Tensor) -> float:
 
 
 def _resumed(model, images, block, x) -> tuple[Tensor, Tensor]:
-    """(logits, output of the last block) of the pass that goes on behind `block` with x (B, N, D).
+    """(logits, output of the last block) of the pass that continues after `block` with x (B, N, D).
 
     The blocks before are run on one image alone, since their result is not used: this works for any model's forward.
     """

@@ -19,7 +19,7 @@ def page(result, about):
     figure = headed_figure(
         (11, 7), "Up to which block does it not matter what a token holds?",
         f"{about}; causes: {result['images']} images" + (f", top-1 {result['top1']:.2f}% intact" if labelled else ""),
-        "The token is replaced at the output of one block, and the blocks behind it run on. Bands: 95% bootstrap "
+        "The token is replaced at the output of one block, and the blocks after it run on. Bands: 95% bootstrap "
         f"intervals over images; dashed: {result['epsilon']:g}. The model may never meet zero or a Gaussian. What "
         "other tokens have read from it before stays with them. Effective rank: of the unchanged tokens. Grey: absent."
         + " Probe: ridge regression on the unchanged token; dotted: chance. Readable is not yet used." * bool(probed),

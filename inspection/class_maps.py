@@ -57,7 +57,7 @@ def grad_cam(model, images: Tensor, block: int, target=None) -> Tensor:
     """(B, 3, h, w) -> (B, gh, gw): Grad-CAM (Selvaraju et al., arXiv 1610.02391) on the patches x_p at a block's input.
 
     relu(sum over channels d of a_d x_pd), with a_d the mean over patches of dy/dx_pd. At the input of the last block,
-    since behind it a model that classifies CLS has no gradient on patches. Args and errors as of `relevance`.
+    since after it a model that classifies CLS has no gradient on patches. Args and errors as of `relevance`.
     """
     block, inputs = check_block(block, len(model.blocks)), []
 

@@ -71,7 +71,7 @@ def measure(model, batches, truth=None, patches=32, seed=0) -> dict:
 
 def _outputs(model, images) -> dict[str, Tensor]:
     """Of the patches: "keys" of the last block, (B, P, H * d); "norms" of its output, (B, P); that output as "tokens"
-    after the last norm, (B, P, D); "pixels" and, behind the patch embedding, "cosine" with the neighbours. And "cls"
+    after the last norm, (B, P, D); "pixels" and, after the patch embedding, "cosine" with the neighbours. And "cls"
     (B, D), if it is there."""
     last, layout, found = model.depth - 1, model.token_layout(model.depth - 1), {}
 

@@ -33,7 +33,7 @@ class ForeignViT(nn.Module):
 
     What it is made of, it is asked: its names for tokens and grid, and one forward pass that shows its attention.
     Blocks whose attention is not torch's own function are left out, and the others counted from 0. An attention
-    pooling (SigLIP) is one more block, `pool_pos`, behind the last one.
+    pooling (SigLIP) is one more block, `pool_pos`, after the last one.
 
     Raises:
         ValueError: there is no attention over all patches to be seen (convolutions, windows, several resolutions).

@@ -68,7 +68,7 @@ def encode_image(
         layouts: of at least the blocks in `attention`.
         attention: block -> (H, N, N), softmaxed, rows attend to columns; (H, M, N) of the queries of a pooling.
         grid: (gh, gw).
-        rollout: block -> (N, P): the patches' shares in each token behind that block.
+        rollout: block -> (N, P): the patches' shares in each token after that block.
         classes: name -> (gh, gw): maps of classes.
 
     Raises BadInput if it is not finite.

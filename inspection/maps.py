@@ -52,7 +52,7 @@ class ImageMaps:
 
 def blocks_of(model, token) -> list[int]:
     """The blocks that one of `KINDS`, or a register, is present at."""
-    pool = getattr(model, "pool_pos", None)  # SigLIP's, behind the last block
+    pool = getattr(model, "pool_pos", None)  # SigLIP's, after the last block
     if token == "pool":
         return [] if pool is None else [pool]
     return blocks_with(model, "registers" if token == "reg" else token)
@@ -136,7 +136,7 @@ def image_maps(model, data, image, blocks, patches, rollout, targets=(), keep=No
             if keep is not None:
                 keep(i, call.weights()[0].cpu(), shares[0].cpu() if rollout else None)
 
-    with torch.no_grad():  # without a head nobody asks for what comes behind the last block
+    with torch.no_grad():  # without a head nobody asks for what comes after the last block
         needs, last = None if rollout else blocks, None if model.num_classes else max(blocks)
         logits = watch_calls(model, images, see, needs=needs, last=last)
     logits = logits[0].cpu() if model.num_classes else None
@@ -205,7 +205,7 @@ def pages_of(kinds_of_pages, seen: ImageMaps, tokens, blocks, heads=None, name="
 
 def _title(token, block=None):
     if token.key == "pool":
-        return f"{token.name} behind the last block"
+        return f"{token.name} after the last block"
     entered = "" if token.mark else f" (entered at block {token.blocks[0]})"
     return token.name + ("" if block is None else f" at block {block}") + entered
 

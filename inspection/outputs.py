@@ -38,7 +38,7 @@ def measure(model, batches) -> dict:
     Returns:
         {"norms": {"skip", each part, "bias", "attention": {"mean", "interval"}}, "cka": {"attention", "output":
         {part: see `CKA.result`}}, "cosine", "cosine_interval", "rest": mean norm of what the attention adds to its
-        parts and biases, relative to the attention: 0 unless there is a norm behind the weighted sum, ...}
+        parts and biases, relative to the attention: 0 unless there is a norm after the weighted sum, ...}
     """
     check(model)
     readout, cka = Readout(model), {"attention": CKA(), "output": CKA()}

@@ -144,7 +144,7 @@ def _on_hidden(block, function):
 
 
 class WithRegisters(nn.Module):
-    """A model with `count` more registers, behind all its tokens, from block `entry` on. See the module.
+    """A model with `count` more registers, after all its tokens, from block `entry` on. See the module.
 
     It is looked at like the model that it is made of, whose modules it changes by hooks: that one is used up.
     """
@@ -187,7 +187,7 @@ class WithRegisters(nn.Module):
         return self.inner(images)
 
     def token_layout(self, block: int):
-        """The layout of the model's own tokens, and the new registers behind them."""
+        """The layout of the model's own tokens, and the new registers after them."""
         own = self.inner.token_layout(block)
         if block < self.entry or own.pool is not None:
             return own

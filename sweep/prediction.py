@@ -21,7 +21,7 @@ ENDS = (0.025, 0.975)
 
 
 def predictions(records) -> dict:
-    """All cells with CLS behind block 0 beside what the curve predicts for them, and how the two correlate.
+    """All cells with CLS after block 0 beside what the curve predicts for them, and how the two correlate.
 
     Returns:
         {"cells": [{"predicted", "measured": points, "predicted_interval", "measured_interval": 95 % over images or
@@ -62,7 +62,7 @@ def _why_not(cells) -> str | None:
     if len(cells) < MIN_CELLS or len(positions) < MIN_POSITIONS:
         there = f"{counted(len(cells), 'such cell')} at {counted(len(positions), 'position')}"
         return (
-            f"it takes {MIN_CELLS} cells with CLS behind block 0, at {MIN_POSITIONS} positions, two or more for each "
+            f"it takes {MIN_CELLS} cells with CLS after block 0, at {MIN_POSITIONS} positions, two or more for each "
             f"cell with CLS at 0; there are {there}; add some to --cls_pos"
         )
     if min(np.ptp(_deviations(cells), axis=1)) < 1e-9:

@@ -83,7 +83,7 @@ def test_a_size_that_the_positions_are_not_for():
     model = model_from_checkpoint(timm_vit().state_dict(), num_heads=4, img_size=(48, 64))
     assert model.grid_size == (4, 4)
     assert model_from_checkpoint(timm_vit().state_dict(), num_heads=4, img_size=(30, 64)).grid_size == (4, 4)
-    with pytest.raises(ValueError, match="may be 19x19 patches, or 15x24 patches behind 1 for tokens"):
+    with pytest.raises(ValueError, match="may be 19x19 patches, or 15x24 patches after 1 for tokens"):
         model_from_checkpoint(timm_vit(img_size=(120, 192)).state_dict(), num_heads=4, img_size=(64, 64))
     prime = timm_vit(img_size=(8, 184), class_token=False, global_pool="avg", fc_norm=False).state_dict()
     with pytest.raises(ValueError, match="pos_embed has 23 rows, of no usual grid"):

@@ -134,7 +134,7 @@ def test_a_model_that_reads_values_is_asked_with_a_black_image():
 
 @pytest.mark.parametrize(("classes", "runs"), [(0, 2), (5, 4)])
 def test_what_nobody_asks_for_is_not_computed(classes, runs):
-    """Without a head the pass for a picture ends behind the last block that is drawn."""
+    """Without a head the pass for a picture ends after the last block that is drawn."""
     model = tiny(num_classes=classes)
     devices = where_blocks_ran(model)
     data = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": (16, 24), "classes": []}

@@ -123,7 +123,7 @@ def pixels(browser, selector):
 
 @needs_browser
 def test_an_attention_pooling_is_a_block_with_one_token(browser, tmp_path):
-    """Of 2 heads behind blocks of 3; the tokens before it have no rows there."""
+    """Of 2 heads after blocks of 3; the tokens before it have no rows there."""
     model = tiny(cls_pos=0, num_register_tokens=0)
     image = noise(model)[0]
     attention = {3: model.attention(image[None], block=3)[0], 4: (2 * torch.randn(2, 1, 24)).softmax(-1)}

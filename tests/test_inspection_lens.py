@@ -139,6 +139,6 @@ def test_a_model_without_head_or_class_token():
     assert found["cosine"] == {"before": [None] * 4, "after": [None] * 4}
     assert len(lens.lines(found)) == 1
     lens.page(found, "a model")
-    model, images = make("vit_base_patch16_siglip_224", num_classes=4)  # its head is behind an attention pooling
+    model, images = make("vit_base_patch16_siglip_224", num_classes=4)  # its head is after an attention pooling
     found = measure(ForeignViT(model, "siglip", 224), lambda: [(images, torch.zeros(2).long())])
     assert found["lenses"] == {} and len(found["median"]) == 2

@@ -102,7 +102,7 @@ def test_outliers_move_and_the_logits_stay(capsys):
 
 
 @torch.no_grad()
-def test_it_enters_at_a_block_behind_other_registers():
+def test_it_enters_at_a_block_after_other_registers():
     model, images = planted(cls_pos=1)
     before = model(images)
     changed = add_registers(model, in_batches(images), count=2, entry=1, neurons=3)

@@ -77,7 +77,7 @@ def images_of(batch=2):
 
 
 def to_our_order(x, model, *dims):
-    """Registers behind the patches rather than in front of them, as rows of `x` along `dims`."""
+    """Registers after the patches rather than in front of them, as rows of `x` along `dims`."""
     registers = model.num_register_tokens
     first = model.num_prefix_tokens
     for dim in dims:

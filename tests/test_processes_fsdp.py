@@ -43,7 +43,7 @@ def in_two(main, *argv, cwd, status=0):
 
 
 def stops(argv):
-    """`main_distillation.main`, which ends behind its third checkpoint: one batch into the second epoch."""
+    """`main_distillation.main`, which ends after its third checkpoint: one batch into the second epoch."""
     save, saved = TrainingState.save, []
 
     def third(state):
@@ -195,7 +195,7 @@ def test_flags_as_with_ddp(tmp_path, argv):
 
 
 def test_shares_and_scaler(tmp_path):
-    """Each process holds half of the numbers, of the EMA and of Adam's state too, and none of them whole behind a step.
+    """Each process holds half of the numbers, of the EMA and of Adam's state too, and none of them whole after a step.
 
     A gradient that overflows in one process makes float16's scaler leave the step out in both.
     """

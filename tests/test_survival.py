@@ -88,7 +88,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
         130,
         "noted",
     )
-    assert "the last checkpoint is whole" in done.stderr and "Traceback" not in done.stderr
+    assert "the last checkpoint is undamaged" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_signal_in_validation_ends_the_run_before_the_next_epoch(tmp_path, expected):

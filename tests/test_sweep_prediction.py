@@ -66,7 +66,7 @@ def test_each_cell_is_compared_with_the_one_beside_it():
 
 def test_what_cannot_be_judged():
     few = planted([0, -2, -5], seeds=1)
-    assert "cannot be judged: it takes 4 cells with CLS behind block 0, at 3 positions" in predictions(few)["verdict"]
+    assert "cannot be judged: it takes 4 cells with CLS after block 0, at 3 positions" in predictions(few)["verdict"]
     assert (
         "there are 3 such cells at 3 positions; add some to --cls_pos" in predictions(few)["verdict"]
         and predictions(few)["pearson"] is None

@@ -25,7 +25,7 @@ def test_no_checkpoint_is_whole(tmp_path, capsys):
     for name in ("checkpoint.pth", "checkpoint_1.pth"):
         (tmp_path / name).write_bytes(b"nothing")
     status, out, err = run(cifar_main.main, [*TWO_EPOCHS, "--model_path", tmp_path / "m.pth", "--resume"], capsys)
-    assert status == 2 and "is whole; --overwrite trains anew" in err
+    assert status == 2 and "is undamaged; --overwrite trains anew" in err
     assert "checkpoint.damaged now, and checkpoint_1.pth is tried" in out
     assert "checkpoint_1.damaged now\n" in out  # there is none before it
 

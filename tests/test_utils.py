@@ -106,7 +106,7 @@ def test_the_gpu_of_a_process(monkeypatch, capsys):
         assert utils.pick_device().index == index
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun shows all of them to each
     status, _, err = run(lambda _: utils.pick_device(), [[]], capsys)
-    assert status == 2 and "GPU 1 is wanted, 1 are here" in err
+    assert status == 2 and "no GPU 1; they are 0..0, one for each process" in err
 
 
 def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, capsys):

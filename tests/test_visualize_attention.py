@@ -306,7 +306,7 @@ def test_weights_without_a_head(photo, tmp_path, capsys):
     argv += ["--device", "cpu"]
     status, _, err = run(main, argv, capsys)
     assert status == 2
-    assert "16 rows, which may be 4x4 patches, or 3x5 patches behind 1 for tokens; give the size" in err
+    assert "16 rows, which may be 4x4 patches, or 3x5 patches after 1 for tokens; give the size" in err
     assert run(main, [*argv, "--input_size", "16"], capsys)[0] == 0
     (page,) = words(tmp_path / "attention_photo_block2.pdf")
     assert "predicted" not in page

@@ -52,7 +52,7 @@ class ConvStem(PatchEmbed):
     The convolutions' widths double up to `embed_dim`. It takes the place of timm's `PatchEmbed`.
 
     Args:
-        more: convolutions of stride 1 behind each one of stride 2, of the same width.
+        more: convolutions of stride 1 after each one of stride 2, of the same width.
     """
 
     def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int, more: int = 0):
@@ -63,7 +63,7 @@ class ConvStem(PatchEmbed):
         widths = [in_chans, *(max(1, embed_dim >> i) for i in reversed(range(halvings)))]
         steps = [step for a, b in pairwise(widths) for step in [(a, b, 2), *[(b, b, 1)] * more]]
         layers = [ConvNormAct(a, b, kernel_size=3, stride=s, act_layer=nn.ReLU) for a, b, s in steps]
-        del self.proj  # to stand behind the convolutions, in the order of the forward pass
+        del self.proj  # to stand after the convolutions, in the order of the forward pass
         self.stem = nn.Sequential(*layers)
         self.proj = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
 

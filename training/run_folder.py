@@ -184,7 +184,7 @@ def _checkpoint_to_resume(args, folder, best_path):
     if path == "" or (again and found):
         path = newest_readable(folder) or folder / NEWEST
         if found and not path.is_file():
-            raise BadInput(f"no checkpoint in {folder} is whole; --overwrite trains anew")
+            raise BadInput(f"no checkpoint in {folder} is undamaged; --overwrite trains anew")
     if path is not None:
         if not Path(path).is_file():
             raise BadInput(f"--resume: there is no {path}; leave out --resume to begin")

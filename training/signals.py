@@ -37,7 +37,7 @@ class StopSignals:
 
     def _note(self, number, _):
         if number == signal.SIGINT and self.noted == number:
-            os.write(2, b"ended at once; the last checkpoint is whole\n")
+            os.write(2, b"ended at once; the last checkpoint is undamaged\n")
             os._exit(128 + number)
         self.noted = number
 

@@ -326,10 +326,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def full_precision():
-    """Products and convolutions of float32 in float32, not TF32: around every accuracy, statistic and map.
-
-    Also a decorator: `@full_precision()`.
-    """
+    """Float32 products in float32, not TF32: around each accuracy, statistic and map; also `@full_precision()`."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -225,7 +225,7 @@ def read_scenes(train):
     return *scenes(train)[:2], CLASSES
 
 
-# Readers of data sets that need no file: train or test -> images (M, 3, h, w) uint8, labels (M,) int64, their names.
+# Readers of datasets that need no file: train or test -> images (M, 3, h, w) uint8, labels (M,) int64, their names.
 EMBEDDED = {"DIGITS": read_digits, "DIGITS_SCENES": read_scenes}
 DATA_SETS = (*CIFAR, *EMBEDDED, "FOLDER")
 

@@ -292,7 +292,7 @@ def hugging_faces(path, **columns):
 
 
 def test_columns_of_hugging_face(tmp_path):
-    """`image` and `label` before others of their kind; labels that are no numbers, absent or below 0 are refused."""
+    """`image` and `label` before others of their kind; labels that are absent, lists or below 0 are refused."""
     skip_without_datasets()
     images = [{"bytes": encoded(n), "path": None} for n in range(4)]
     labels, domain = [0, 1, 0, 1], ([0] * 4, "names")
@@ -302,7 +302,7 @@ def test_columns_of_hugging_face(tmp_path):
     split, classes = find_split("IMNET", path, True)
     assert values_of(split) == [(0, 0), (1, 1), (2, 0), (3, 1)] and classes == ["0", "1"]
     for name, values, kind, words in (
-        ("b", list("xyxy"), "string", "no numbers of classes"), ("c", [0, None, 1, 1], "int64", "no numbers"),
+        ("b", ["x", None, "y", "y"], "string", "no numbers of classes"), ("c", [0, None, 1, 1], "int64", "no numbers"),
         ("d", [0, -1, 1, 1], "int64", "train!1 has no label"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=words):
@@ -310,6 +310,26 @@ def test_columns_of_hugging_face(tmp_path):
     path = hugging_faces(tmp_path / "e", image=([None, *images[1:]], "Image"), label=(labels, "int64"))
     with pytest.raises(BadInput, match=r"no image hfds.*train!0"):
         values_of(find_split("IMNET", path, True)[0])
+
+
+def test_labels_of_hugging_face_that_are_words(tmp_path):
+    """They are numbered in the order of the alphabet, over all splits: one may lack some."""
+    skip_without_datasets()
+    from loading.archives import hugging_face_package
+
+    with hugging_face_package() as package:
+        parts, kinds = {"train": ["dog", "cat", "emu"], "test": ["emu", "dog"]}, package.Features(image=package.Image())
+        found = package.DatasetDict()
+        for part, words in parts.items():
+            images = [{"bytes": encoded(n), "path": None} for n in range(len(words))]
+            found[part] = package.Dataset.from_dict({"image": images}, features=kinds).add_column("label", words)
+        found.save_to_disk(str(tmp_path / "words"))
+    for train, labels in ((True, [1, 0, 2]), (False, [2, 1])):
+        split, classes = find_split("IMNET", f"hfds/{tmp_path / 'words'}", train)
+        assert classes == ["cat", "dog", "emu"] and values_of(split) == list(enumerate(labels))
+    images = [{"bytes": encoded(n), "path": None} for n in range(3)]
+    path = hugging_faces(tmp_path / "numbers", image=(images, "Image"), label=(["10", "2", "0"], "string"))
+    assert values_of(find_split("IMNET", path, True)[0]) == [(0, 10), (1, 2), (2, 0)]
 
 
 def test_hfids_is_read_by_number(tmp_path, monkeypatch, capsys):

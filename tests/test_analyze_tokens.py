@@ -14,7 +14,6 @@ import discover_objects
 import visualize_attention
 from analyze_tokens import main, table
 from checkpoints.files import save_checkpoint
-from conftest import noise, run, shell, tiny
 from images import picture
 from inspection import interventions
 from inspection.attention import trace
@@ -30,6 +29,7 @@ from inspection.statistics import (
 )
 from loading.memory import load_data
 from pages import no_overlaps
+from runs import noise, run, shell, tiny
 from sweep import measures, pages
 
 

@@ -14,7 +14,7 @@ import cifar_test
 import utils
 import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
-from conftest import ROOT, TINY, run, shell, typed
+from runs import ROOT, TINY, run, shell, typed
 from training import run_folder
 
 DIGITS = [*TINY, "--data_set", "DIGITS", "--max_steps", "1"]

@@ -16,9 +16,9 @@ import visualize_attention
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from checkpoints.weights import load_weights
-from conftest import run
 from inspection.attention import attention_rows
 from models_dynamic import DynamicViT
+from runs import run
 from utils import BadInput
 
 ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5)

@@ -7,8 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from checkpoints.models import model_from_checkpoint, timm_model
 from checkpoints.weights import load_weights
-from conftest import noise, tiny
 from models_dynamic import DynamicViT
+from runs import noise, tiny
 
 ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=7)
 

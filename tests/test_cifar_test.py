@@ -7,9 +7,9 @@ from pypdf import PdfReader
 
 import cifar_test
 from checkpoints.models import load_model
-from conftest import run
 from loading.memory import MemoryLoader, read_split
 from pages import no_overlaps
+from runs import run
 from training import errors
 
 

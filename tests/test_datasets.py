@@ -17,13 +17,13 @@ import datasets
 import main_distillation
 import visualize_attention
 from checkpoints.files import load_checkpoint
-from conftest import TINY, run
 from datasets import Split, find_split
 from images import DATA, folder_of_images, names, picture, some_images
 from inspection import inputs
 from loading.files import load_file_data
 from loading.folders import image_files
 from loading.memory import load_data, read_split
+from runs import TINY, run
 from utils import BadInput
 
 

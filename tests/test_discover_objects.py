@@ -11,7 +11,6 @@ from pypdf import PdfReader
 import utils
 from checkpoints.files import save_checkpoint
 from checkpoints.models import at_size
-from conftest import run, tiny
 from discover_objects import OTHER_SIZE, main
 from inspection import fitting, objects
 from inspection.annotations import entry_of, index_of, read_annotations
@@ -19,6 +18,7 @@ from inspection.fitting import fitting_size
 from inspection.objects import lost
 from inspection.objects_pages import draw_boxes_page
 from pages import no_overlaps
+from runs import run, tiny
 
 DATA = {"name": "FOLDER", "classes": list("abcde"), "input_size": (32, 32), "mean": [0.5] * 3, "std": [0.5] * 3}
 SCENES = {  # name: size of the image, box of the object

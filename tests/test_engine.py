@@ -11,9 +11,9 @@ import cifar_main
 import cifar_train
 import engine
 from checkpoints.files import load_checkpoint
-from conftest import noise, run, tiny
 from engine import NotFinite, Position, TrainingStep, evaluate, train_one_epoch
 from forked import TWO_EPOCHS, differences
+from runs import noise, run, tiny
 from training.run_log import read_json_lines
 from utils import RunFailed
 

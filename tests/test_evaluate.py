@@ -12,9 +12,9 @@ from timm.data import RealLabelsImagenet, create_dataset, create_loader
 from timm.utils import accuracy
 
 from checkpoints.files import save_checkpoint
-from conftest import run, tiny
 from evaluate import main
 from loading.labels import timm_info
+from runs import run, tiny
 from training.evaluation_sets import COLUMNS, read_set
 from utils import BadInput
 

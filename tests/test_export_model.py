@@ -13,8 +13,8 @@ import export_model
 import hubconf
 from checkpoints.files import save_checkpoint
 from checkpoints.models import timm_model
-from conftest import ROOT, noise, run, shell, tiny
 from images import picture
+from runs import ROOT, noise, run, shell, tiny
 
 DATA = {
     "name": "FOLDER", "classes": ["ant", "bee", "cow", "dog", "elk"], "input_size": (16, 24), "mean": (0.1, 0.2, 0.3),

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import cifar_main
 import datasets
 import engine
-from conftest import TINY, tiny
 from datasets import Split
 from fake_cuda import CUDA, FakeCuda, Waits
 from images import DATA
@@ -25,6 +24,7 @@ from inspection.attention import attention_maps, attention_rollout, attention_ro
 from inspection.statistics import Norms, TokenStatistics
 from loading import augment, files, memory, workers
 from loading.memory import MemoryLoader, TrainTransform
+from runs import TINY, tiny
 from training import flags
 from training.setup import build_model, make_step
 

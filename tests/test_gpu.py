@@ -9,8 +9,8 @@ import pytest
 import gpu
 import gpu_checks
 import training.loop
-from conftest import run
 from gpu_checks import Row
+from runs import run
 
 
 def reported(tmp_path, capsys, *argv):

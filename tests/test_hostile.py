@@ -27,10 +27,10 @@ import discover_objects
 import visualize_attention
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import TINY, run
 from inspection.pages import write_pdf
 from loading.decode import read_image
 from loading.memory import read_split
+from runs import TINY, run
 from sweep.cells import read_record
 from training.errors import confusion_figure, print_confusion
 from utils import BadInput

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 
-from conftest import noise, tiny
 from inspection import causes, ridge
 from inspection.attention import trace
 from inspection.bootstrap import bootstrap
 from inspection.causes import REPLACEMENTS, divergence, effective_rank, harmless_until, lines, measure, page
 from inspection.foreign import ForeignViT
+from runs import noise, tiny
 from utils import BadInput
 
 

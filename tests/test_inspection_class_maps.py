@@ -5,11 +5,11 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from conftest import noise, tiny
 from inspection.attention import set_fused_attention
 from inspection.class_maps import class_number, grad_cam, relevance
 from inspection.foreign import ForeignViT
 from models_dynamic import DynamicViT, TokenLayout
+from runs import noise, tiny
 from utils import BadInput
 
 

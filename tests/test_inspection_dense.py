@@ -10,7 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import analyze_tokens
 from checkpoints.files import save_checkpoint
-from conftest import noise, run, tiny
 from inspection import dense, outliers, segmentation
 from inspection.dense import judge_boxes
 from inspection.foreign import ForeignViT
@@ -18,6 +17,7 @@ from inspection.inputs import InputImage
 from inspection.truth import Truth, truth_of
 from loading import scenes
 from pages import no_overlaps
+from runs import noise, run, tiny
 from utils import BadInput
 
 GRID = (4, 6)  # of `tiny`: 16 x 24 pixels in patches of 4

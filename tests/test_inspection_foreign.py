@@ -11,7 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.transforms.functional import to_pil_image
 
 import visualize_attention
-from conftest import run, shell, tiny
 from images import picture
 from inspection import foreign, inputs
 from inspection.attention import (
@@ -25,6 +24,7 @@ from inspection.attention import (
 from inspection.foreign import ForeignViT
 from inspection.inputs import InputImage
 from inspection.maps import image_maps
+from runs import run, shell, tiny
 
 # What each is made smaller by: (blocks, prefix [CLS | registers], queries of the pooling)
 MODELS = {

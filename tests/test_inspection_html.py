@@ -20,7 +20,6 @@ import visualize_attention
 from browser import needs_browser
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import noise, run, tiny
 from inspection import html, maps
 from inspection.attention import rolled_shares, trace
 from inspection.class_maps import relevance
@@ -28,6 +27,7 @@ from inspection.html import encode_image, write_viewer
 from inspection.pages import COLOURS
 from loading.memory import MemoryLoader, load_data
 from models_dynamic import DynamicViT
+from runs import noise, run, tiny
 from tokens.layout import TokenLayout, blocks_with
 from utils import BadInput
 

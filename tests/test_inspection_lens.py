@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import noise, tiny
 from inspection import lens
 from inspection.attention import trace
 from inspection.foreign import ForeignViT
 from inspection.lens import Readout, measure
+from runs import noise, tiny
 from test_analyze_tokens import batches_of, register_reader, still
 from test_inspection_foreign import make
 

@@ -14,12 +14,12 @@ from pypdf import PdfReader
 import visualize_attention
 from checkpoints.files import load_checkpoint
 from checkpoints.models import at_size, model_from_checkpoint
-from conftest import run, saved_model, tiny
 from datasets import eval_transform
 from inspection import fonts, inputs, map_pages, objects_pages
 from inspection.map_pages import Look, draw_page, parts_of
 from inspection.pages import MapCell, Page, Row, write_pdf
 from pages import no_overlaps
+from runs import run, saved_model, tiny
 from visualize_attention import main
 
 MEAN = {"mean": [0.5, 0.25, 0], "std": [0.25] * 3}

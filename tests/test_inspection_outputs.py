@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import noise, tiny
 from inspection import outputs
 from inspection.attention import trace
 from inspection.cka import CKA
 from inspection.foreign import ForeignViT
 from inspection.outputs import decompose, measure
+from runs import noise, tiny
 from test_inspection_foreign import MODELS, make
 from utils import BadInput
 

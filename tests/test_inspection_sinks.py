@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from conftest import noise, tiny
 from inspection import sinks
 from inspection.foreign import ForeignViT
 from inspection.pages import write_pdf
+from runs import noise, tiny
 from test_inspection_foreign import make
 from utils import BadInput
 

@@ -6,10 +6,10 @@ from matplotlib.text import Text
 
 import analyze_tokens
 from checkpoints.files import save_checkpoint
-from conftest import noise, tiny
 from inspection.statistics import TokenStatistics
 from inspection.statistics_pages import artefacts_page, norms_page, where_artefacts
 from pages import no_overlaps
+from runs import noise, tiny
 
 EVERYTHING = "--what norms attention outputs sinks lens causes --causes_images 8 "
 EVERYTHING += "--ablate registers cls_attention_to_registers"

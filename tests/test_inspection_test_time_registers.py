@@ -11,11 +11,11 @@ import analyze_tokens
 import discover_objects
 import visualize_attention
 from checkpoints.files import save_checkpoint
-from conftest import noise, run, tiny
 from inspection.attention import attention_rows, trace
 from inspection.foreign import ForeignViT
 from inspection.statistics import TokenStatistics
 from inspection.test_time_registers import WithRegisters, add_registers, lasting, rank_neurons
+from runs import noise, run, tiny
 from utils import BadInput
 
 BLOCK, NEURON = 1, 5

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from conftest import STUDENT, run
 from datasets import find_parts, find_split
 from loading import archives
 from loading.archives import kind_of
 from loading.decode import read_image, read_picture
 from loading.files import FileLoader, load_file_data
 from main_distillation import main
+from runs import STUDENT, run
 from utils import BadInput
 
 SYNSETS = "n01440764 n01443537 n01484850".split()

@@ -14,13 +14,13 @@ import cifar_test
 import main_distillation
 import utils
 import visualize_attention
-from conftest import STUDENT, TINY, run
 from images import damage, folder_of_images, names, picture
 from loading import folders
 from loading.decode import crop_box, fit_image, read_image, read_picture
 from loading.files import load_file_data
 from loading.folders import image_files
 from loading.memory import load_data
+from runs import STUDENT, TINY, run
 from utils import BadInput
 
 

@@ -14,7 +14,6 @@ from timm.data import create_transform
 
 import utils
 from checkpoints.files import load_checkpoint
-from conftest import ROOT, TINY, run, typed
 from datasets import Split, find_split, normalise
 from forked import Child, children_of, script
 from images import damage, folder_of_images, names
@@ -24,6 +23,7 @@ from loading.decode import fit_image, read_image, read_picture
 from loading.files import FileLoader, load_file_data, picture_transform, readable
 from loading.memory import read_split
 from main_distillation import main
+from runs import ROOT, TINY, run, typed
 from visualize_attention import main as visualize
 
 DATA = {

@@ -11,9 +11,9 @@ import cifar_test
 import datasets
 import visualize_attention
 from checkpoints.files import load_checkpoint
-from conftest import TINY, run
 from datasets import detect_data_set, find_split
 from loading import scenes
+from runs import TINY, run
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import load_model, model_from_checkpoint
 from checkpoints.weights import load_weights
-from conftest import STUDENT, TINY, noise, run, tiny
 from datasets import find_split
 from engine import TrainingStep, evaluate, train_one_epoch
 from loading.files import FileLoader
 from main_distillation import RECIPES, parse
 from models_dynamic import DynamicViT
+from runs import STUDENT, TINY, noise, run, tiny
 from training import loop
 from training.losses import DistillationLoss
 from training.scoring import score

@@ -15,8 +15,8 @@ from timm.optim import create_optimizer_v2
 
 import models_dynamic
 from checkpoints.weights import load_weights
-from conftest import ROOT, noise, tiny
 from models_dynamic import DynamicViT, TokenLayout, set_fused_attention, vit_register_dynamic_viz
+from runs import ROOT, noise, tiny
 
 POSITIONS = [(c, r, n) for c, r in itertools.product((0, 1, 3, None), (0, 2, 3)) for n in (0, 3) if n or not r]
 

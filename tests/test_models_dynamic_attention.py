@@ -8,11 +8,11 @@ import torch
 import visualize_attention
 from checkpoints.models import at_size
 from checkpoints.weights import load_weights
-from conftest import noise, run, tiny
 from inspection import interventions, lens, sinks
 from inspection.attention import AttentionCall, attention_maps, attention_rollout, projections, trace
 from inspection.class_maps import relevance
 from inspection.statistics import TokenStatistics
+from runs import noise, run, tiny
 from test_models_dynamic import inputs_of_blocks
 from tokens.blocks import TokenAttention
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from card import CUDA, NOT_DETERMINISTIC, card
-from conftest import noise, tiny
 from inspection import causes, interventions, lens, outputs, sinks
 from inspection.objects import lost
 from inspection.outliers import find_threshold, neighbour_cosine
 from inspection.statistics import TokenStatistics
 from inspection.test_time_registers import rank_neurons
+from runs import noise, tiny
 
 
 def statistics(model, batches):

@@ -16,9 +16,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from checkpoints.models import at_size
 from checkpoints.weights import load_weights
-from conftest import noise, tiny
 from inspection.attention import attention_rows
 from models_dynamic import DynamicViT, set_fused_attention
+from runs import noise, tiny
 
 LAYOUTS = {
     "late": dict(cls_pos=2, reg_pos=1, num_register_tokens=2),

@@ -18,10 +18,10 @@ import run_with_submitit
 import utils
 from checkpoints.files import load_checkpoint
 from checkpoints.models import load_model, model_from_checkpoint
-from conftest import DIGITS, ROOT, STUDENT, run, typed
 from engine import evaluate
 from loading.files import FileLoader, load_file_data
 from loading.memory import MemoryLoader, load_data
+from runs import DIGITS, ROOT, STUDENT, run, typed
 from test_loading_files import WORKERS
 from test_training_film import check_maps
 from training import loop, slurm

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 import main_distillation
 import utils
 from checkpoints.files import load_checkpoint
-from conftest import STUDENT, run, tiny
 from engine import TrainingStep
 from forked import differences, torchrun
 from forked import run as forked_run
+from runs import STUDENT, run, tiny
 from training import film, loop
 from training.state import TrainingState
 from visualize_attention import main as visualize

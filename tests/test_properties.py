@@ -30,9 +30,9 @@ import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
 from checkpoints.weights import load_weights
-from conftest import STUDENT, TINY, noise, run, tiny
 from inspection import objects_pages
 from inspection.attention import attention_rollout, projections, trace
+from runs import STUDENT, TINY, noise, run, tiny
 from test_models_dynamic import inputs_of_blocks
 from training import scoring, setup
 

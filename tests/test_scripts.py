@@ -11,7 +11,7 @@ import pytest
 import cifar_main
 import house
 import main_distillation
-from conftest import STUDENT, TINY, run, shell
+from runs import STUDENT, TINY, run, shell
 from training import run_folder
 
 SMALL = "--embed_dim 24 --depth 5 --num_heads 3 --max_steps 1 --batch_size 4 --val_size 10 --device cpu".split()

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from conftest import noise, run, tiny
 from datasets import Split
 from loading.memory import MemoryLoader, TrainTransform
 from models_dynamic import set_fused_attention
+from runs import noise, run, tiny
 
 DATA = {"input_size": (32, 32), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 

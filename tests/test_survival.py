@@ -16,8 +16,8 @@ import cifar_main
 import faults
 import visualize_attention
 from checkpoints.files import load_checkpoint
-from conftest import ROOT
 from forked import AUGMENTED, Child, Faults, children_of, light_curves, torchrun
+from runs import ROOT
 from training import loop
 
 

@@ -23,7 +23,7 @@ import forked
 import position_sweep
 import utils
 from checkpoints.files import load_checkpoint
-from conftest import TINY, noise, run, shell, tiny
+from runs import TINY, noise, run, shell, tiny
 from sweep import cells, results
 from sweep.cells import GridCell
 from tokens.layout import MODES

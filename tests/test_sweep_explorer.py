@@ -10,8 +10,8 @@ import torch
 import position_sweep
 from browser import needs_browser
 from checkpoints.models import load_model
-from conftest import TINY
 from loading.memory import MemoryLoader, load_data
+from runs import TINY
 from sweep import cells, explorer, measures, pages, results
 from training.film import token_maps
 

@@ -11,10 +11,10 @@ from scipy import stats
 import position_sweep
 from checkpoints.models import load_model
 from checkpoints.schema import CELL_RESULT
-from conftest import run
 from datasets import Split
 from inspection import causes, sinks
 from loading.memory import MemoryLoader, load_data
+from runs import run
 from sweep import cells, measures, pages, results
 from test_models_dynamic_attention import SigmoidAttention
 from test_sweep import ONE, RECIPE, record, sweep

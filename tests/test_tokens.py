@@ -11,8 +11,8 @@ import cifar_main
 import visualize_attention
 from checkpoints.files import load_checkpoint, save_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import TINY, noise, run, tiny
 from models_dynamic import TokenLayout, set_fused_attention
+from runs import TINY, noise, run, tiny
 from test_properties import close, examples
 from tokens.layout import blocks_with
 

@@ -3,7 +3,7 @@
 import nbclient
 import nbformat
 
-from conftest import ROOT
+from runs import ROOT
 
 
 def test_the_notebook():

@@ -13,11 +13,11 @@ import cifar_main
 import main_distillation
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import STUDENT, TINY, killed_in_epoch_3, run
 from inspection.strips import Group, Strip, draw_strips
 from loading.files import FileLoader, load_file_data
 from loading.memory import MemoryLoader, load_data
 from pages import no_overlaps
+from runs import STUDENT, TINY, killed_in_epoch_3, run
 from training import film
 from training.run_log import read_json_lines, run_name
 

@@ -7,7 +7,7 @@ import cifar_main
 import main_distillation
 import utils
 from checkpoints.files import load_checkpoint, save_checkpoint
-from conftest import DIGITS, STUDENT, TINY, killed_in_epoch_3, run
+from runs import DIGITS, STUDENT, TINY, killed_in_epoch_3, run
 from training import loop, run_folder
 from training.run_log import read_json_lines
 

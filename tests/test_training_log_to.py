@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 import cifar_main
-from conftest import DIGITS, killed_in_epoch_3, run
+from runs import DIGITS, killed_in_epoch_3, run
 from training import log_to
 from training.run_log import read_json_lines
 

@@ -9,7 +9,7 @@ import cifar_main
 import cifar_test
 import engine
 from checkpoints.files import load_checkpoint
-from conftest import DIGITS, TINY, noise, run, tiny
+from runs import DIGITS, TINY, noise, run, tiny
 from training import loop
 from training.run_log import read_json_lines
 

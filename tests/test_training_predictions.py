@@ -11,9 +11,9 @@ import cifar_main
 import cifar_test
 import main_distillation
 from checkpoints.models import load_model
-from conftest import STUDENT, TINY, run
 from datasets import normalise
 from images import damage, folder_of_images
+from runs import STUDENT, TINY, run
 from training import predictions
 from training.scoring import score
 

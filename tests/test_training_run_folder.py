@@ -13,8 +13,8 @@ import cifar_main
 import forked
 import main_distillation
 from checkpoints.files import load_checkpoint
-from conftest import DIGITS, run
 from forked import AUGMENTED, TWO_EPOCHS, Child
+from runs import DIGITS, run
 from training import loop, run_folder
 from training.run_log import read_json_lines
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import cifar_main
-from conftest import DIGITS, run
 from pages import no_overlaps
+from runs import DIGITS, run
 from training import run_log
 from training.run_log import curves, environment, git_revision, peak_memory, reset_peak_memory
 

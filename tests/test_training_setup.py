@@ -10,9 +10,9 @@ import cifar_main
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
 from checkpoints.schema import MODEL_ARGS
-from conftest import DIGITS, TINY, run, tiny
 from engine import peak_rate
 from models_dynamic import DynamicViT
+from runs import DIGITS, TINY, run, tiny
 from training.setup import make_optimizer
 
 

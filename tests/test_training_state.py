@@ -13,8 +13,8 @@ import faults
 import main_distillation
 import utils
 from checkpoints.files import load_checkpoint, save_checkpoint
-from conftest import DIGITS, STUDENT, killed_in_epoch_3, run
 from forked import TWO_EPOCHS, differences
+from runs import DIGITS, STUDENT, killed_in_epoch_3, run
 from training import loop, run_folder
 from training.run_log import read_json_lines
 from training.state import TrainingState, random_states, set_random_states

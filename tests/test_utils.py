@@ -8,9 +8,9 @@ import torch
 
 import utils
 import visualize_attention
-from conftest import run
 from datasets import Split
 from loading.memory import load_data
+from runs import run
 
 
 def test_images_that_fill_the_device(capsys):

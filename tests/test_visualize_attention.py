@@ -10,13 +10,13 @@ from pypdf import PdfReader
 import visualize_attention
 from checkpoints.files import load_checkpoint
 from checkpoints.models import model_from_checkpoint
-from conftest import noise, run, saved_model, tiny
 from datasets import eval_transform
 from inspection.attention import attention_rollout
 from inspection.class_maps import grad_cam, relevance
 from inspection.map_pages import draw_page
 from inspection.pages import MapCell, Page, Row
 from loading.decode import fit_image, read_image
+from runs import noise, run, saved_model, tiny
 from visualize_attention import main
 
 MEAN = {"mean": [0.5] * 3, "std": [0.25] * 3}

@@ -166,7 +166,7 @@ class DynamicViT(nn.Module):
         )
 
     def __setattr__(self, name, value):
-        if name in PLACES and hasattr(self, "blocks"):  # the tokens would stay where they are, without a word
+        if name in PLACES and hasattr(self, "blocks"):  # the tokens would stay where they are
             other = f"DynamicViT(**model.model_args | dict({name}=...))"
             raise AttributeError(f"{name} cannot be set: build {other}, and give it this model's state_dict()")
         super().__setattr__(name, value)

@@ -10,7 +10,6 @@ left out, and reported; on a sheet its place is empty.
 
 import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ KINDS = [
     ("curves", "", "{demo}/training_curves.pdf", 1),
     ("a film", "", "{demo}/attention/attention.pdf", -1),
 ]
-# The file in docs/gallery; its command, file and page as above; its width in pixels (None: the file as it is).
+# The file in docs/gallery; its command, file and page as above; its width in pixels (None: a film, as it is).
 PICTURES = [
     ("blocks.png", f"visualize_attention.py {DINO.replace('224', '224x336')} --image_path {{photo}} "
      "--layer_num 2 5 8 11 --pages blocks", "*.pdf", 1, 950),
@@ -56,7 +55,7 @@ PICTURES = [
     ("read_outs.png", ANALYSIS, "*.pdf", 7, 950),
     ("objects.png", f"discover_objects.py {DINO} --image_path {{photos}}", "*.pdf", 1, 1160),
     ("positions.png", "", "{sweep}/sweep.pdf", 1, 1160),
-    ("film.gif", "", "{demo}/attention/attention_cls.gif", 1, None),
+    ("film.webp", "", "{demo}/attention/attention_cls.gif", 1, None),
     ("../attention_demo.png", "visualize_attention.py {model} --layer_num 5", "*.pdf", 1, 950),
 ]  # fmt: skip
 
@@ -133,7 +132,7 @@ def main():
     parser.add_argument("--photo", default="docs/cat.jpg")
     parser.add_argument("--photos", default="docs/cat.jpg", help="a folder, for objects and the viewer")
     parser.add_argument("--weights", help="file of DINOv2's ViT-S/14")
-    parser.add_argument("--only", nargs="+", help="names of pictures, such as film.gif (default: all)")
+    parser.add_argument("--only", nargs="+", help="names of pictures, such as film.webp (default: all)")
     parser.add_argument("--output_dir", default=ROOT / "docs" / "gallery", type=Path)
     args = parser.parse_args()
     model = Path(args.demo, "best_model.pth").resolve()
@@ -148,7 +147,8 @@ def main():
         if name not in wanted:
             continue
         if width is None:
-            shutil.copyfile(pages.file(*source[:2]), args.output_dir / name)
+            with Image.open(pages.file(*source[:2])) as film:  # the same pixels in a third of the bytes
+                film.save(args.output_dir / name, save_all=True, lossless=True, method=6)
         elif (image := pages.picture(name, *source)) is not None:
             image.thumbnail((width, 9999), Image.Resampling.LANCZOS)
             few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)  # others lose the colours of thin lines

@@ -33,9 +33,13 @@ def check(model: DynamicViT, kinds):
     if not model.num_classes:
         raise BadInput("--ablate compares accuracies, and this model has no head")
     for kind in kinds:
-        for token in KINDS[kind][1]:
-            if not blocks_with(model, token):
+        needs = {token: set(blocks_with(model, token)) for token in KINDS[kind][1]}
+        for token, blocks in needs.items():
+            if not blocks:
                 raise BadInput(f"--ablate {kind}: this model has no {NAMES[token]}; leave it out")
+        if not set.intersection(*needs.values()):
+            names = " and ".join(NAMES[token] for token in needs)
+            raise BadInput(f"--ablate {kind}: {names} are together at no block of this model; leave it out")
 
 
 def ablate(model: DynamicViT, batches, kinds) -> dict:

@@ -132,12 +132,12 @@ def labelled_images(part) -> tuple[np.ndarray, list[int], list[str] | None]:
     else:
         data, _, label = _columns(part)
         labels, classes = list(data[label]), getattr(data.features[label], "names", None)
-        words = classes is None and all(isinstance(label, str) for label in labels)
-        if words and not all(map(str.isdecimal, labels)):
+        if classes is None and all(isinstance(word, str) for word in labels):
             feature, splits = data.features[label], _hugging_face(rest).values()
-            found = {word for each in splits if each.features.get(label) == feature for word in each.unique(label)}
-            classes = sorted(found - {None})  # one order for all splits
-            labels = np.searchsorted(classes, labels)
+            words = {word for each in splits if each.features.get(label) == feature for word in each.unique(label)}
+            if not all(map(str.isdecimal, words - {None})):
+                classes = sorted(words - {None})  # one order for all splits
+                labels = np.searchsorted(classes, labels)
     try:
         labels = [int(label) for label in labels]
     except (TypeError, ValueError, RuntimeError) as error:  # lists, nothing

@@ -31,6 +31,7 @@ from loading.memory import load_data
 from pages import no_overlaps
 from runs import noise, run, shell, tiny
 from sweep import measures, pages
+from utils import BadInput
 
 
 def still(**kwargs):
@@ -347,6 +348,14 @@ def test_replacing_by_ones_own_changes_nothing():
         for name in ("mean", "another image's"):
             same = {"accuracy": found["clean"], "difference": 0, "interval": [0, 0], "changed": 0}
             assert found[kind][name] == same
+
+
+def test_tokens_that_never_meet_are_not_ablated():
+    """To replace what no block has would change nothing, which reads as costing nothing."""
+    model = tiny(cls_pos=2, reg_pos=0, reg_end=2, num_register_tokens=2)
+    interventions.check(model, ["registers"])
+    with pytest.raises(BadInput, match="registers and class token are together at no block"):
+        interventions.check(model, ["cls_attention_to_registers"])
 
 
 @pytest.mark.parametrize("kind", interventions.KINDS)

@@ -20,6 +20,7 @@ from loading.decode import read_image, read_picture
 from loading.files import FileLoader, load_file_data
 from main_distillation import main
 from runs import STUDENT, run
+from training.evaluation_sets import read_set
 from utils import BadInput
 
 SYNSETS = "n01440764 n01443537 n01484850".split()
@@ -313,20 +314,20 @@ def test_columns_of_hugging_face(tmp_path):
 
 
 def test_labels_of_hugging_face_that_are_words(tmp_path):
-    """They are numbered in the order of the alphabet, over all splits: one may lack some."""
+    """They are numbered in the order of the alphabet, over all splits: one may lack some, or have only numbers."""
     skip_without_datasets()
     from loading.archives import hugging_face_package
 
     with hugging_face_package() as package:
-        parts, kinds = {"train": ["dog", "cat", "emu"], "test": ["emu", "dog"]}, package.Features(image=package.Image())
+        parts, kinds = {"train": ["dog", "cat", "7"], "test": ["7", "7"]}, package.Features(image=package.Image())
         found = package.DatasetDict()
         for part, words in parts.items():
             images = [{"bytes": encoded(n), "path": None} for n in range(len(words))]
             found[part] = package.Dataset.from_dict({"image": images}, features=kinds).add_column("label", words)
         found.save_to_disk(str(tmp_path / "words"))
-    for train, labels in ((True, [1, 0, 2]), (False, [2, 1])):
+    for train, labels in ((True, [2, 1, 0]), (False, [0, 0])):
         split, classes = find_split("IMNET", f"hfds/{tmp_path / 'words'}", train)
-        assert classes == ["cat", "dog", "emu"] and values_of(split) == list(enumerate(labels))
+        assert classes == ["7", "cat", "dog"] and values_of(split) == list(enumerate(labels))
     images = [{"bytes": encoded(n), "path": None} for n in range(3)]
     path = hugging_faces(tmp_path / "numbers", image=(images, "Image"), label=(["10", "2", "0"], "string"))
     assert values_of(find_split("IMNET", path, True)[0]) == [(0, 10), (1, 2), (2, 0)]
@@ -342,6 +343,11 @@ def test_hfids_is_read_by_number(tmp_path, monkeypatch, capsys):
 # What is wrong is one line ---------------------------------------------------------------------------------------
 
 
+def make_train_shard(path):
+    write_tar(path / "train-0.tar", {"x.png": encoded(0), "x.cls": b"0"})
+    return path
+
+
 def test_bad_input(tmp_path, monkeypatch):
     def refused(path, match):
         with pytest.raises(BadInput, match=match):
@@ -349,7 +355,7 @@ def test_bad_input(tmp_path, monkeypatch):
 
     refused("wds/https://host/train-{00..10}.tar", "download them")
     refused(f"wds/{tmp_path}", "no shards")
-    write_tar(tmp_path / "a" / "train-0.tar", {"x.png": encoded(0)})
+    make_train_shard(tmp_path / "a")
     refused(f"wds/{tmp_path / 'a'}", "no split test, only train")
     write_tar(tmp_path / "a" / "val-0.tar", {"x.png": encoded(0)})
     refused(f"wds/{tmp_path / 'a'}", "x.png has no label")
@@ -357,6 +363,12 @@ def test_bad_input(tmp_path, monkeypatch):
     tar_of_a_class(tmp_path / "c")
     (tmp_path / "c" / "val" / f"{SYNSETS[0]}.tar").write_bytes(b"no tar")
     refused(tmp_path / "c", "uncompressed")
+    for part in ("train", "val"):
+        (tmp_path / "d" / part).mkdir(parents=True)
+        (tmp_path / "d" / part / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    refused(tmp_path / "d", "a.tar.gz .*; give an uncompressed tar")
+    with pytest.raises(BadInput, match="no split test, only train"):  # whose images were trained on
+        read_set("x", f"wds/{make_train_shard(tmp_path / 'e')}", SYNSETS, 10**6)
     skip_without_datasets()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(f"hfds/{tmp_path / 'none'}", "cannot read the Hugging Face dataset")

@@ -171,3 +171,25 @@ def test_text_with_bytes_that_are_no_letters(tmp_path):
     """A file's name on Linux may have them."""
     utils.write_text(tmp_path / "a", "\u00e9\udcff")
     assert (tmp_path / "a").read_bytes() == b"\xc3\xa9\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("cannot write mode F as PNG"), "cannot write mode F as PNG"),  # Pillow's
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "is the disk full?"),
+        (RuntimeError("of the program itself"), None),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, error, words):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    (tmp_path / "a").write_bytes(b"before")
+    with pytest.raises(utils.RunFailed if words else RuntimeError) as failed:
+        utils.write_atomically(tmp_path / "a", write)
+    line = f"cannot write {tmp_path / 'a'}: {words}; the file that was there is unchanged"
+    assert str(failed.value) == (line if words else "of the program itself")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
